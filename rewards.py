@@ -85,7 +85,9 @@ class CLIPReward:
         self.model.float().eval().requires_grad_(False)
         self.preprocess = self.model.visual.preprocess_cfg
         if self.preprocess["resize_mode"] not in ("squash", "shortest"):
-            raise RewardError(f"clip: {path} wants resize_mode {self.preprocess['resize_mode']!r}; known: squash, shortest")
+            raise RewardError(
+                f"clip: {path} wants resize_mode {self.preprocess['resize_mode']!r}; known: squash, shortest"
+            )
         self.device = device
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -100,7 +102,7 @@ class CLIPReward:
 
 
 def resize_longest_and_pad(images: Tensor, size: int) -> Tensor:
-    """Longest side to `size` (bicubic, antialiased), then black around to a square. (B, 3, H, W) → (B, 3, size, size)."""
+    """Longest side to `size` (bicubic, antialiased), then black to a square. (B, 3, H, W) → (B, 3, size, size)."""
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     height, width = round(height * scale), round(width * scale)
@@ -158,13 +160,13 @@ class Term:
 
 
 def parse_spec(spec: str) -> list[Term]:
-    """"hps:0.7,clip@0.39" → terms. Raises RewardError on an unknown name, a bad number or a name given twice."""
+    """ "hps:0.7,clip@0.39" → terms. Raises RewardError on an unknown name, a bad number or a name given twice."""
     terms = []
     for part in spec.split(","):
         match = re.fullmatch(r"(\w+)(?:@([^:@]+))?(?::([^:@]+))?", part.strip())
         if not match or match[1] not in LOADERS:
             raise RewardError(
-                f"unknown reward {part.strip()!r}; write NAME[@THRESHOLD][:WEIGHT] with NAME one of {', '.join(LOADERS)}"
+                f"unknown reward {part.strip()!r}; write NAME[@THRESHOLD][:WEIGHT], NAME one of {', '.join(LOADERS)}"
             )
         try:
             threshold, weight = match[2] and float(match[2]), float(match[3] or 1.0)
@@ -177,7 +179,7 @@ def parse_spec(spec: str) -> list[Term]:
 
 
 def parse_paths(text: str) -> dict[str, str]:
-    """"hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError on an unknown name or a missing `=`."""
+    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError on an unknown name or a missing `=`."""
     paths = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
     for name, path in paths.items():
         if name not in LOADERS or not path:
@@ -248,8 +250,8 @@ def _one_file(path: str, pattern: str, hub_file: str | None = None, optional: bo
 
 def _not_loadable(name: str, path: str, what: str, error: Exception) -> str:
     return (
-        f"{name}: could not load {path!r} ({type(error).__name__}: {_first_line(error)}); download {what} into a folder "
-        f"and pass --reward-paths {name}=FOLDER"
+        f"{name}: could not load {path!r} ({type(error).__name__}: {_first_line(error)}); "
+        f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
     )
 
 
