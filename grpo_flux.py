@@ -208,9 +208,9 @@ def check(cfg: Config) -> None:
     runtime.require(cfg.sde in SDE_STEPS, f"--sde must be one of {', '.join(SDE_STEPS)}, got {cfg.sde!r}")
     runtime.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     runtime.require(cfg.shift > 0, f"--shift must be above 0, got {cfg.shift}")
-    paths = parse_paths(cfg.reward_paths)
-    for term in parse_spec(cfg.reward):
-        check_path(term.name, paths.get(term.name))
+    parse_spec(cfg.reward)
+    for name, path in parse_paths(cfg.reward_paths).items():
+        check_path(name, path)
     vae = runtime.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     scale = 2 * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels along a token's side
     for name in ("height", "width"):
@@ -291,12 +291,12 @@ def main(cfg: Config) -> None:
             text = tokens[p], pooled[p]
             with torch.no_grad():
                 trajectory, log_prob, z0 = rollout(
-                    lambda z, i, text=text: policy(transformer, z, sigmas[i].expand(len(z)), text),
+                    lambda z, i: policy(transformer, z, sigmas[i].expand(len(z)), text),
                     runtime.keyed_noise(latent_shape, shared, "initial noise", world.device),
                     sigmas,
                     cfg.eta,
                     step,
-                    lambda i, keys=keys: runtime.keyed_noise(
+                    lambda i: runtime.keyed_noise(
                         latent_shape, [(*key, i) for key in keys], "step noise", world.device
                     ),
                     window,

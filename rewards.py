@@ -229,7 +229,8 @@ def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu") ->
 
 def check_path(name: str, path: str) -> None:
     """Raise RewardError if `path` can be neither a local folder nor a hub id (OWNER/NAME)."""
-    if not Path(path).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.is_dir()
+    if not Path(path).is_dir() and not is_hub_id:
         raise RewardError(f"{name}: no folder {path!r} here; give a folder with the weights, or a hub id (OWNER/NAME)")
 
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import typing
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -351,6 +352,8 @@ def prepare_network(
 
 def shard(network: nn.Module, world: World) -> nn.Module:
     """FSDP2: shard every block that diffusers declares unsplittable, innermost first, then the rest."""
+    # Blocks of FLUX return views of one tensor; the warning is for code that changes them in place, which none does.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
         param_dtype=None if world.dtype == torch.float32 else world.dtype, reduce_dtype=torch.float32
     )
@@ -509,7 +512,8 @@ class Checkpoints:
         if self.world.is_main:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
         self.world.barrier()
-        with writing(final):
+        with writing(final), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
             dcp.save(self._state(), checkpoint_id=part / "state", no_dist=self.world.size == 1)
             self._save_public(part, "")
             if self.ema.average:
@@ -549,7 +553,9 @@ class Checkpoints:
     def restore(self, output_dir: str) -> int:
         """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
         path, state = latest_checkpoint(Path(output_dir)), self._state()
-        dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
         set_model_state_dict(self.network, state["network"], options=StateDictOptions(strict=False))
         set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
         return int(path.name.split("-")[1])

@@ -12,6 +12,7 @@ probability ratio exactly 1 before the first update.
 Needs torch only. Knows no model (a model is a callable) and no process group.
 
 Legend: B samples, T sampling steps, d elements of one sample, `...` the latent's own dimensions.
+Diffusion: z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise; alpha_bar rises to 1; the network predicts the noise.
 Rectified flow: z = (1 - sigma) x0 + sigma x1 with x1 ~ N(0, 1); sigma runs 1 → 0; the network predicts v = x1 - x0.
 """
 
@@ -106,6 +107,34 @@ def cps_step(v, z, sigma: Level, sigma_next: Level, eta: float, z_next=None, noi
     return z_next, -((z_next.float() - mean) ** 2).flatten(1).mean(1), z0_hat
 
 
+def ddim_sde_step(
+    eps, z, alpha_bar: Level, alpha_bar_next: Level, eta: float, z_next=None, noise=None, prediction="epsilon"
+):
+    """One step of the reverse SDE of diffusion (DanceGRPO eq. 5), in its DDIM form (2010.02502, eq. 12 and 16).
+
+    eps, z        (B, ...) network output at z, and z itself = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise
+    alpha_bar, alpha_bar_next   the scheduler's cumulative product at z's timestep and at the less noisy next one
+    eta           in [0, 1]; 1 gives the variance of DDPM, 0 is deterministic DDIM
+    z_next, noise as in `flow_sde_step`
+    prediction    what the network predicts: "epsilon", or "v_prediction" (2202.00512) as in Stable Diffusion 2
+    Returns z_next (B, ...), log_prob (B,) or None if the step has no noise, z0_hat (B, ...).
+    """
+    eps, z = eps.float(), z.float()
+    alpha_bar, alpha_bar_next = _per_sample(alpha_bar, z), _per_sample(alpha_bar_next, z)
+    if prediction == "v_prediction":
+        eps = alpha_bar.sqrt() * eps + (1 - alpha_bar).sqrt() * z
+    elif prediction != "epsilon":
+        raise ValueError(f'prediction must be "epsilon" or "v_prediction", got {prediction!r}')
+    z0_hat = (z - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()
+    std = eta * torch.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
+    mean = alpha_bar_next.sqrt() * z0_hat + (1 - alpha_bar_next - std**2).sqrt() * eps
+    if eta == 0 or (std == 0).all():  # the last step of a schedule that ends at alpha_bar = 1
+        return (mean if z_next is None else z_next.float()), None, z0_hat
+    if z_next is None:
+        z_next = mean + std * _standard_normal(noise, z)
+    return z_next, gaussian_log_prob(z_next.float(), mean, std), z0_hat
+
+
 def rollout(
     model: Callable[[Tensor, int], Tensor],
     z: Tensor,
@@ -119,7 +148,7 @@ def rollout(
 
     model   (z (B, ...), step index) → the network's prediction at levels[index], (B, ...)
     z       (B, ...) the initial noise
-    levels  (T+1,) sigmas (or whatever `step` takes as levels)
+    levels  (T+1,) sigmas, or alpha_bars with `ddim_sde_step`
     noise   step index → (B, ...) standard normal; None takes torch's global generator
     window  the steps that are stochastic (MixGRPO 2507.21802); None for all of them, the others follow the ODE
     Returns trajectory (B, T+1, ...), log_probs (B, T) with 0 at deterministic steps, and the last z0_hat (B, ...),
@@ -137,7 +166,7 @@ def rollout(
             noise=noise(i) if stochastic and noise is not None else None,
         )
         trajectory.append(z)
-        log_probs.append(log_prob if stochastic else torch.zeros(len(z), device=z.device))
+        log_probs.append(torch.zeros(len(z), device=z.device) if log_prob is None else log_prob)
     return torch.stack(trajectory, 1), torch.stack(log_probs, 1), z0_hat
 
 
