@@ -51,9 +51,8 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (RunError, *errors) as e:
         sys.exit(f"error: {e}")
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -329,7 +328,9 @@ def prepare_network(
     Master weights of what is trained are float32. With LoRA (alpha = 2 rank, as in the official recipe) the frozen
     rest is kept in the compute dtype. On several processes every block is a shard of its own (FSDP2).
     """
-    network.to(world.device).requires_grad_(not lora_rank)
+    network.requires_grad_(not lora_rank)
+    if world.size == 1:
+        network.to(world.device)  # else sharding moves it there, block by block, so that it never has to fit whole
     if lora_rank:
         from peft import LoraConfig
 
@@ -471,7 +472,7 @@ def open_output(config, world: World) -> None:
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
         versions = {package: importlib.metadata.version(package) for package in packages}
         content = (
-            {"script": Path(sys.argv[0]).name}
+            {"script": Path(inspect.getfile(type(config))).name}
             | dataclasses.asdict(config)
             | {"versions": versions, "processes": world.size}
         )

@@ -76,7 +76,8 @@ def test_a_run_leaves_exactly_the_files_of_the_contract(finished):
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["000000.png", "000003.png"]
     assert {path.name for path in (out / "checkpoint-000003").iterdir()} == {component, f"{component}_ema", "state"}
     config = json.loads((out / "config.json").read_text())
-    assert config["group_size"] == 4 and config["versions"]["torch"] == torch.__version__
+    assert config["group_size"] == 4 and config["versions"]["torch"] in torch.__version__
+    assert config["script"] == f"{trainer.__name__}.py"
     assert {field.name for field in dataclasses.fields(trainer.Config)} <= config.keys()
 
 
