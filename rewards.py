@@ -363,7 +363,7 @@ def load_template(path: str, sha256: str) -> str:
 
 def mean_over_frames(scorer: Callable, videos: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
     """A reward for images on videos (B, F, 3, H, W): the mean of up to 8 evenly spaced frames. → (B,)"""
-    _check_prompts("reward", videos, prompts)
+    _check_prompts("reward", "video", videos, prompts)
     if not isinstance(videos, Tensor):
         return torch.cat([mean_over_frames(scorer, v[None], [p]) for v, p in zip(videos, prompts, strict=True)])
     frames = torch.linspace(0, videos.shape[1] - 1, min(videos.shape[1], FRAMES_SCORED)).round().long()
@@ -517,7 +517,7 @@ def _first_line(error: Exception) -> str:
 def _check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise RewardError(f"{name}: images must be (B, 3, H, W), got {tuple(images.shape)}")
-    _check_prompts(name, images, prompts)
+    _check_prompts(name, "image", images, prompts)
     for prompt, image in zip(prompts, images, strict=True):
         _check_pixels(name, image, prompt)
 
@@ -525,7 +525,7 @@ def _check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 def _check_videos(name: str, videos: Tensor | Sequence[Tensor], prompts: Sequence[str], fps: float | None) -> None:
     if isinstance(videos, Tensor) and videos.dim() != 5:
         raise RewardError(f"{name}: videos must be (B, F, 3, H, W), got {tuple(videos.shape)}")
-    _check_prompts(name, videos, prompts)
+    _check_prompts(name, "video", videos, prompts)
     if fps is None or not 0 < fps < math.inf:
         raise RewardError(f"{name}: fps must be the videos' frames per second, above 0, got {fps}")
     for prompt, video in zip(prompts, videos, strict=True):
@@ -536,9 +536,9 @@ def _check_videos(name: str, videos: Tensor | Sequence[Tensor], prompts: Sequenc
         _check_pixels(name, video, prompt)
 
 
-def _check_prompts(name: str, visuals: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> None:
+def _check_prompts(name: str, kind: str, visuals: Tensor | Sequence[Tensor], prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or len(prompts) != len(visuals):
-        raise RewardError(f"{name}: one prompt each, got {len(visuals)} images or videos and prompts {prompts!r:.80}")
+        raise RewardError(f"{name}: one prompt per {kind}, got {len(visuals)} {kind}s and prompts {prompts!r:.80}")
 
 
 def _check_pixels(name: str, pixels: Tensor, prompt: str) -> None:
