@@ -39,7 +39,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 class Config:
     preset: str = "paper"  # a named set of option values: paper (16 GPUs), 8gpu, lora, tiny
     model: str = "black-forest-labs/FLUX.1-dev"  # hub id or folder in diffusers' FluxPipeline layout
-    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; names: hps, clip
+    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; names: hps, clip, pickscore
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (the paper's set, fetched once)
     output_dir: str = "runs/flux"  # everything the run leaves
@@ -208,7 +208,8 @@ def check(cfg: Config) -> None:
     runtime.require(cfg.sde in SDE_STEPS, f"--sde must be one of {', '.join(SDE_STEPS)}, got {cfg.sde!r}")
     runtime.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     runtime.require(cfg.shift > 0, f"--shift must be above 0, got {cfg.shift}")
-    parse_spec(cfg.reward)
+    video = [term.name for term in parse_spec(cfg.reward) if term.model == "videoalign"]
+    runtime.require(not video, f"--reward {', '.join(video)} judges video; for images take hps, clip or pickscore")
     for name, path in parse_paths(cfg.reward_paths).items():
         check_path(name, path)
     vae = runtime.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")

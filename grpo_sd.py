@@ -41,7 +41,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 class Config:
     preset: str = "paper"  # a named set of option values: paper (8 GPUs), hps-clip, tiny
     model: str = "CompVis/stable-diffusion-v1-4"  # hub id or folder in diffusers' StableDiffusionPipeline layout
-    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; names: hps, clip
+    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; names: hps, clip, pickscore
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (the paper's set, fetched once)
     output_dir: str = "runs/sd"  # everything the run leaves
@@ -212,7 +212,8 @@ def check(cfg: Config) -> None:
     runtime.require(cfg.shift == 1, f"--shift is for rectified flow; diffusion has its own levels, got {cfg.shift}")
     runtime.require(cfg.eta <= 1, f"--eta must be at most 1 for the DDIM SDE, got {cfg.eta}")
     runtime.require(cfg.guidance >= 1, f"--guidance must be at least 1 (off), got {cfg.guidance}")
-    parse_spec(cfg.reward)
+    video = [term.name for term in parse_spec(cfg.reward) if term.model == "videoalign"]
+    runtime.require(not video, f"--reward {', '.join(video)} judges video; for images take hps, clip or pickscore")
     for name, path in parse_paths(cfg.reward_paths).items():
         check_path(name, path)
     vae = runtime.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
