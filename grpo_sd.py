@@ -284,12 +284,12 @@ def main(cfg: Config) -> None:
     for iteration in bar:
         clock = runtime.Stopwatch(world)
 
-        # Sample a batch of prompts.
+        # Algorithm 1: sample a batch of prompts.
         batch = runtime.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
         embeddings = encode_prompts(pipe, captions, cfg, world.device)  # (P, 1 or 2, L, D)
 
-        # The current weights are the old policy: G samples of each prompt by the DDIM SDE, from a shared noise.
+        # Algorithm 1: the old policy is the current one. Generate G samples of each prompt from the same noise.
         window = sde_window(cfg, iteration)
         who = torch.cartesian_prod(torch.arange(P), torch.arange(G)).tolist()  # (prompt, sample) of each of the B
         trajectories, log_probs, images = [], [], []
@@ -316,18 +316,18 @@ def main(cfg: Config) -> None:
         trajectories, old_log_probs = torch.cat(trajectories), torch.cat(log_probs)  # (B, T+1, C, h, w), (B, T)
         clock.lap("rollout")
 
-        # Score the images.
+        # Algorithm 1: compute the rewards.
         rewards = reward(torch.cat(images), [captions[prompt] for prompt, _ in who])  # {name: (B,)}
         clock.lap("reward")
 
-        # Advantages within each prompt's group, then a random part of the timesteps of each sample.
+        # Algorithm 1: advantages, each reward normalised within its prompt's group.
         advantages = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
-        steps = [trained_steps(cfg, iteration, first + prompt, sample) for prompt, sample in who]
-        parts = [
-            update_parts(cfg, advantages[prompt * G : prompt * G + G], iteration, first + prompt) for prompt in range(P)
-        ]
 
-        # Climb the clipped objective, once for each part of the samples.
+        # Algorithm 1: subsample the timesteps. (And deal the samples to this rollout's updates.)
+        steps = [trained_steps(cfg, iteration, first + prompt, sample) for prompt, sample in who]
+        parts = [update_parts(cfg, A, iteration, first + p) for p, A in enumerate(advantages.view(P, G))]
+
+        # Algorithm 1: update the policy by gradient ascent on the clipped objective.
         losses, ratios, grad_norms = [], [], []
         for update in range(cfg.updates_per_rollout):
             pairs = [(p * G + g, t) for p in range(P) for g in parts[p][update] for t in steps[p * G + g]]
