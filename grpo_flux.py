@@ -28,7 +28,7 @@ from einops import rearrange
 from torch import Tensor
 
 import runtime
-from rewards import RewardError, check_path, load_reward, parse_paths, parse_spec
+from rewards import RewardError, check_reward, load_reward, parse_paths
 from sampling import cps_step, flow_grpo_sde_step, flow_sde_step, flow_sigmas, rollout, sample_ode
 
 SDE_STEPS = {"dance": flow_sde_step, "flow": flow_grpo_sde_step, "cps": cps_step}
@@ -208,17 +208,9 @@ def check(cfg: Config) -> None:
     runtime.require(cfg.sde in SDE_STEPS, f"--sde must be one of {', '.join(SDE_STEPS)}, got {cfg.sde!r}")
     runtime.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     runtime.require(cfg.shift > 0, f"--shift must be above 0, got {cfg.shift}")
-    video = [term.name for term in parse_spec(cfg.reward) if term.model == "videoalign"]
-    runtime.require(not video, f"--reward {', '.join(video)} judges video; for images take hps, clip or pickscore")
-    for name, path in parse_paths(cfg.reward_paths).items():
-        check_path(name, path)
+    check_reward(cfg.reward, cfg.reward_paths)
     vae = runtime.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
-    scale = 2 * 2 ** (len(vae["block_out_channels"]) - 1)  # pixels along a token's side
-    for name in ("height", "width"):
-        size = getattr(cfg, name)
-        runtime.require(
-            size > 0 and size % scale == 0, f"--{name} must be a multiple of {scale} for this model, got {size}"
-        )
+    runtime.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
 
 
 def main(cfg: Config) -> None:

@@ -31,7 +31,7 @@ from einops import rearrange
 from torch import Tensor
 
 import runtime
-from rewards import RewardError, check_path, load_reward, parse_paths, parse_spec
+from rewards import RewardError, check_reward, load_reward, parse_paths
 from sampling import ddim_sde_step, rollout, sample_ode
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
@@ -212,17 +212,9 @@ def check(cfg: Config) -> None:
     runtime.require(cfg.shift == 1, f"--shift is for rectified flow; diffusion has its own levels, got {cfg.shift}")
     runtime.require(cfg.eta <= 1, f"--eta must be at most 1 for the DDIM SDE, got {cfg.eta}")
     runtime.require(cfg.guidance >= 1, f"--guidance must be at least 1 (off), got {cfg.guidance}")
-    video = [term.name for term in parse_spec(cfg.reward) if term.model == "videoalign"]
-    runtime.require(not video, f"--reward {', '.join(video)} judges video; for images take hps, clip or pickscore")
-    for name, path in parse_paths(cfg.reward_paths).items():
-        check_path(name, path)
+    check_reward(cfg.reward, cfg.reward_paths)
     vae = runtime.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)  # pixels along a latent's side
-    for name in ("height", "width"):
-        size = getattr(cfg, name)
-        runtime.require(
-            size > 0 and size % scale == 0, f"--{name} must be a multiple of {scale} for this model, got {size}"
-        )
+    runtime.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def main(cfg: Config) -> None:

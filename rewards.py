@@ -427,6 +427,15 @@ def parse_paths(text: str) -> dict[str, str]:
     return paths
 
 
+def check_reward(spec: str, paths: str, video: bool = False) -> None:
+    """Raise RewardError if load_reward(spec, parse_paths(paths)) could not work, without loading anything."""
+    for term in parse_spec(spec):
+        if term.model == "videoalign" and not video:
+            raise RewardError(f"reward {term.name} judges video; for images take hps, clip or pickscore")
+    for name, path in parse_paths(paths).items():
+        check_path(name, path)
+
+
 class Reward:
     """Several rewards behind one call. `weights` are for the advantages, the scores come back as they are."""
 

@@ -167,6 +167,13 @@ def check_options(config) -> None:
         require(ok, message)
 
 
+def check_size(config, multiple: int) -> None:
+    """The model takes heights and widths that are multiples of this many pixels."""
+    for name in ("height", "width"):
+        size = getattr(config, name)
+        require(size > 0 and size % multiple == 0, f"--{name} must be a multiple of {multiple} here, got {size}")
+
+
 # --------------------------------------------------------------------------------------------------------- randomness
 
 

@@ -36,7 +36,7 @@ def complaint(trainer, *words):
     [
         ("--preset huge", "unknown preset 'huge'; known: "),
         ("--reward beauty", "unknown reward 'beauty'"),
-        ("--reward hps,vq", "--reward vq judges video"),
+        ("--reward hps,vq", "reward vq judges video"),
         ("--reward hps@x", "threshold and weight must be numbers"),
         ("--reward-paths hps=", "reward path hps="),
         ("--reward-paths beauty=tiny/hps", "reward path beauty=tiny/hps"),
