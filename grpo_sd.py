@@ -8,7 +8,6 @@ Algorithm 1 of the paper, which `main` follows block by block:
         choose a random part of the timesteps, and replay them: ratio rho = new probability / old probability
         climb the clipped objective  min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
-    python grpo_sd.py --preset tiny                       on a laptop, no download, about a minute
     torchrun --nproc_per_node=8 grpo_sd.py --reward hps   the paper's run, 8 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_sd.py --preset hps-clip        both rewards, weighted as its author advises
 
@@ -39,7 +38,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "paper"  # a named set of option values: paper (8 GPUs), hps-clip, tiny
+    preset: str = "paper"  # a named set of option values: paper (8 GPUs), hps-clip
     model: str = "CompVis/stable-diffusion-v1-4"  # hub id or folder in diffusers' StableDiffusionPipeline layout
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; names: hps, clip, pickscore
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
@@ -81,23 +80,6 @@ class Config:
 PRESETS = {
     "paper": {},
     "hps-clip": {"reward": "hps:0.7,clip:1.4"},
-    "tiny": {
-        "model": "tiny/sd",
-        "reward_paths": "hps=tiny/hps,clip=tiny/clip",
-        "prompts": "prompts/tiny.txt",
-        "output_dir": "runs/tiny-sd",
-        "height": 64,
-        "width": 64,
-        "steps": 10,
-        "iterations": 40,
-        "prompts_per_iteration": 4,
-        "group_size": 12,
-        "learning_rate": 1e-4,
-        "clip_range": 1e-3,
-        "guidance": 2.0,
-        "micro_batch": 48,
-        "gradient_checkpointing": False,
-    },
 }
 
 

@@ -639,16 +639,21 @@ class Metrics:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
+        names = [key for key in self.rows[-1] if key.startswith("reward_") and key not in ("reward_mean", "reward_std")]
         panels = {
-            "reward": [key for key in self.rows[-1] if key.startswith("reward_") and key != "reward_std"],
+            "reward": names if len(names) == 1 else ["reward_mean", *names],
             "spread of rewards": ["reward_std"],
             "share of ratios clipped": ["clip_fraction"],
             "gradient norm": ["grad_norm"],
         }
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+        steps = np.array([row["iteration"] for row in self.rows])
         for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
             for key in keys:
-                axis.plot([row["iteration"] for row in self.rows], [row[key] for row in self.rows], label=key)
+                values = np.array([row[key] for row in self.rows])
+                (line,) = axis.plot(steps, values, alpha=0.3)
+                last_ten = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
+                axis.plot(steps, last_ten, color=line.get_color(), label=f"{key}, mean of 10")
             axis.set(title=title, xlabel="iteration")
             axis.legend()
             axis.grid(alpha=0.3)

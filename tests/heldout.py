@@ -30,7 +30,9 @@ def draw(config: dict, weights: Path | None, prompts: list[str], noises: int) ->
     kind, component = (FluxPipeline, "transformer") if is_flux else (StableDiffusionPipeline, "unet")
     pipe = kind.from_pretrained(ROOT / config["model"])
     pipe.set_progress_bar_config(disable=True)
-    if weights is not None:
+    if weights is not None and config["lora_rank"]:
+        pipe.load_lora_weights(weights)
+    elif weights is not None:
         setattr(pipe, component, type(getattr(pipe, component)).from_pretrained(weights / component))
     options = dict(guidance_scale=config["guidance"], height=64, width=64, output_type="pt")
     side = 64 // pipe.vae_scale_factor

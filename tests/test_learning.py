@@ -3,17 +3,16 @@
 import json
 
 import pytest
-from heldout import compare
-from test_trainers import BOTH
 
+import grpo_flux
 import runtime
+from heldout import compare
 
 
-@BOTH
-def test_the_tiny_preset_improves_heldout_pictures(trainer, tmp_path):
+def test_the_tiny_preset_improves_heldout_pictures(tmp_path):
     out = tmp_path / "out"
     words = ["--preset", "tiny", "--seed", "0", "--output-dir", str(out)]
-    trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, words))
+    grpo_flux.main(runtime.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["ratio_max_deviation_first_update"] for row in rows) <= 1e-6
     scores = compare(out)

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 import grpo_flux
 import grpo_sd
 import runtime
+import small
 from sampling import flow_sigmas, sample_ode
 
 PIPELINES = {grpo_flux: FluxPipeline, grpo_sd: StableDiffusionPipeline}
 COMPONENTS = {grpo_flux: "transformer", grpo_sd: "unet"}
 BOTH = pytest.mark.parametrize("trainer", PIPELINES, ids=lambda trainer: trainer.__name__)
-SMALL = dict(iterations=3, prompts_per_iteration=2, group_size=4, steps=5, micro_batch=4, num_samples=2, seed=7)
 METRICS = """iteration reward_mean reward_std reward_hps advantage_abs loss ratio_mean ratio_max_deviation_first_update
 clip_fraction approx_kl grad_norm zero_variance_groups seconds seconds_rollout seconds_reward seconds_update
 samples_per_second"""
@@ -36,7 +36,7 @@ def arguments(options):
 
 def train(trainer, output_dir, **options):
     """Run the trainer in this process, as its command line would. Returns its output folder."""
-    options = {"preset": "tiny"} | SMALL | {"output_dir": output_dir} | options
+    options = small.options(trainer) | {"output_dir": output_dir} | options
     trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, arguments(options)))
     return output_dir
 
@@ -102,7 +102,7 @@ def test_the_ratio_is_1_before_the_first_update_and_not_after_it(finished):
 def test_the_checkpoint_loads_in_stock_diffusers(finished):
     trainer, out = finished
     component = COMPONENTS[trainer]
-    model = trainer.Config(**trainer.PRESETS["tiny"]).model
+    model = json.loads((out / "config.json").read_text())["model"]
     base = PIPELINES[trainer].from_pretrained(model)
     network_class = type(getattr(base, component))
     trained = network_class.from_pretrained(out / "checkpoint-000003" / component)
@@ -124,9 +124,11 @@ def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_kill
     options = dict(iterations=5, save_every=2, ema_decay=0.5)
     straight = train(trainer, tmp_path / "straight", **options)
     killed = tmp_path / "killed"
-    command = [sys.executable, f"{trainer.__name__}.py", "--preset", "tiny"]
+    command = [sys.executable, f"{trainer.__name__}.py"]
     process = subprocess.Popen(
-        command + arguments(SMALL | options | {"output_dir": killed}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command + arguments(small.options(trainer) | options | {"output_dir": killed}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
@@ -149,7 +151,7 @@ def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_kill
 
 
 def torchrun(trainer, output_dir, *more, processes=2, **options):
-    options = {"preset": "tiny"} | SMALL | {"output_dir": output_dir} | options
+    options = small.options(trainer) | {"output_dir": output_dir} | options
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
     command += [f"{trainer.__name__}.py", *arguments(options), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -184,7 +186,7 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(trainer, tmp_
     out = train(trainer, tmp_path / "lora", lora_rank=4, learning_rate=0.01, kl_weight=0.1)
     folder, component = out / "checkpoint-000003", COMPONENTS[trainer]
     assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "state"}
-    model = trainer.Config(**trainer.PRESETS["tiny"]).model
+    model = json.loads((out / "config.json").read_text())["model"]
     pipe = PIPELINES[trainer].from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
 
@@ -205,13 +207,12 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(trainer, tmp_
 
 @BOTH
 def test_kl_weight_holds_the_policy_at_its_reference(trainer, tmp_path):
-    base = trainer.Config(**trainer.PRESETS["tiny"]).model
-    free = weights(trainer, train(trainer, tmp_path / "free", iterations=4), 4)
-    held = weights(trainer, train(trainer, tmp_path / "held", iterations=4, kl_weight=1e4), 4)
-    network = getattr(PIPELINES[trainer].from_pretrained(base), COMPONENTS[trainer]).state_dict()
-    assert distance(free, held) > 1e-6
-    moved = [sum(((w[k] - network[k]) ** 2).sum() for k in w) for w in (free, held)]
-    assert moved[1] != moved[0]
+    runs = [train(trainer, tmp_path / name, iterations=4, kl_weight=beta) for name, beta in [("0", 0.0), ("4", 1e4)]]
+    free, held = (metrics(run) for run in runs)
+    assert distance(*(weights(trainer, run, 4) for run in runs)) > 1e-5
+    # The first update starts at the reference, where the penalty and its gradient are 0.
+    assert free[0]["ratio_max_deviation_first_update"] == held[0]["ratio_max_deviation_first_update"] == 0
+    assert held[-1]["loss"] > free[-1]["loss"]
 
 
 @pytest.mark.parametrize("options", [
@@ -270,7 +271,7 @@ def test_initial_noise_is_shared_within_a_group_and_differs_between_prompts(trai
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], second[0])
     starts.clear()
-    options = {"preset": "tiny"} | SMALL | {"output_dir": tmp_path / "own", "iterations": 1, "micro_batch": 8}
+    options = small.options(trainer) | {"output_dir": tmp_path / "own", "iterations": 1, "micro_batch": 8}
     trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, [*arguments(options), "--no-shared-noise"]))
     own = starts[0].view(8, -1)
     assert len(own.unique(dim=0)) == 8
@@ -297,8 +298,8 @@ def test_our_ode_sampler_draws_what_the_stock_flux_pipeline_draws():
 
 
 def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws():
-    cfg = grpo_sd.Config(**grpo_sd.PRESETS["tiny"])
-    pipe = StableDiffusionPipeline.from_pretrained(cfg.model, safety_checker=None)
+    cfg = grpo_sd.Config(guidance=2.0)
+    pipe = StableDiffusionPipeline.from_pretrained(small.random_sd(), safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "two blue squares"]
     side = 64 // pipe.vae_scale_factor
