@@ -35,8 +35,14 @@ def random_sd() -> str:
         up_block_types=("UpDecoderBlock2D",) * 3,
         norm_num_groups=8,
     )
-    scheduler = DDIMScheduler(0.00085, 0.012, "scaled_linear", 1000, steps_offset=1, clip_sample=False)
-    scheduler.register_to_config(set_alpha_to_one=False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=False,
+    )
     folder = tempfile.mkdtemp(prefix="random-sd-")
     tokenizer = CLIPTokenizer.from_pretrained("tiny/flux/tokenizer")
     encoder = CLIPTextModel.from_pretrained("tiny/flux/text_encoder")
