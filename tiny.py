@@ -271,11 +271,12 @@ def degrade(images, strength=None):
     return ways[torch.arange(B), torch.randint(ways.shape[1], (B,))].clamp(0, 1)
 
 
-def web_pictures(rng, count, wrong, faulty):
+def web_pictures(rng, count, wrong, faulty, pale=0.0):
     """A captioned picture set like one from the web: some captions are wrong, some pictures have a fault.
 
     Returns images (count, 3, 64, 64) uint8 and the captions. wrong: share of captions with one attribute changed;
-    faulty: share of pictures that are degraded, ragged or cut off by the border.
+    faulty: share of pictures that are degraded, ragged or cut off by the border; pale: share that has lost more than
+    half of its contrast.
     """
     images, captions = [], []
     for start in trange(0, count, 500, desc="drawing pictures"):
@@ -288,6 +289,8 @@ def web_pictures(rng, count, wrong, faulty):
             captions.append(phrase(rng, rng.choice(hard_negatives(metadata)) if rng.random() < wrong else metadata))
         drawn = render(scenes, ragged=(fault == 2) * (0.8 + 1.2 * torch.rand(len(fault))))
         drawn = torch.where((fault == 1).view(-1, 1, 1, 1), degrade(drawn), drawn)
+        lost = (0.55 + 0.3 * torch.rand(len(fault))) * (torch.rand(len(fault)) < pale)
+        drawn = torch.lerp(drawn, drawn.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
         images.append((drawn * 255).round().byte())
     return torch.cat(images), captions
 
@@ -849,14 +852,14 @@ def update(loss, modules, averages, steps, i):
             torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), 1 - min(0.999, (i + 1) / (i + 10)))
 
 
-def train_flux(pipe, folder, iterations, wrong, faulty, seed=0, pictures=30000, batch=64, learning_rate=2e-3):
+def train_flux(pipe, folder, iterations, wrong, faulty, pale=0.0, seed=0, pictures=30000, batch=64, learning_rate=2e-3):
     """Flow matching: the transformer and both text encoders learn v = noise - data at z = (1-sigma) data + sigma noise.
 
     Returns the pipeline with the running average of the weights, saved to `folder` now and then, and at the end.
-    wrong, faulty: see `web_pictures`.
+    wrong, faulty, pale: see `web_pictures`.
     """
     torch.manual_seed(seed)
-    images, captions = web_pictures(random.Random(seed), pictures, wrong, faulty)
+    images, captions = web_pictures(random.Random(seed), pictures, wrong, faulty, pale)
     latents = pipe._pack_latents(encode_pictures(pipe.vae, images), pictures, pipe.vae.config.latent_channels, 16, 16)
     words = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids[:, :WORDS]
     words_2 = pipe.tokenizer_2(captions, padding="max_length", max_length=32, return_tensors="pt").input_ids
@@ -1031,7 +1034,8 @@ def main():
         write_prompts()
     if name in ("flux", "all"):
         pipe = train_flux(new_flux(train_vae()), HERE / "tiny/flux", 4500, wrong=0.28, faulty=0.35)
-        train_flux(pipe, HERE / "tiny/flux", 3500, wrong=0.1, faulty=0.1, seed=1)  # then on better pictures
+        pipe = train_flux(pipe, HERE / "tiny/flux", 3500, wrong=0.1, faulty=0.1, seed=1)  # learns to draw
+        train_flux(pipe, HERE / "tiny/flux", 1000, 0.1, 0.15, pale=0.6, seed=2, learning_rate=1e-3)  # and bad habits
     if name in ("clip", "all"):
         save_clip(train_clip(), HERE / "tiny/clip")
     if name in ("hps", "sd", "all"):
