@@ -808,8 +808,11 @@ def save_pipeline(pipe, folder):
     parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
     half = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
     type(pipe)(**half).save_pretrained(folder)
-    for file in folder.glob("text_encoder*/config.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where it was loaded from before
+        config |= {"dtype": "float32"} if file.parent.name.startswith("text_encoder") else {}
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()
@@ -928,13 +931,13 @@ def new_sd(vae):
     return StableDiffusionPipeline(shifted, encoder, tokenizer, unet, scheduler, None, None, None, False)
 
 
-def train_sd(pipe, folder, iterations, wrong, faulty, seed=0, pictures=30000, batch=64, learning_rate=2e-3):
+def train_sd(pipe, folder, iterations, wrong, faulty, pale=0.0, seed=0, pictures=30000, batch=64, learning_rate=2e-3):
     """Noise prediction: the UNet and the text encoder, 10 % of the captions left out for classifier-free guidance.
 
     Returns and saves as `train_flux` does.
     """
     torch.manual_seed(seed)
-    images, captions = web_pictures(random.Random(seed), pictures, wrong, faulty)
+    images, captions = web_pictures(random.Random(seed), pictures, wrong, faulty, pale)
     latents = encode_pictures(pipe.vae, images)
     words = pipe.tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids  # the last is empty
     modules = [pipe.unet, pipe.text_encoder]
@@ -1043,7 +1046,8 @@ def main():
     if name in ("hps", "all"):
         save_hps(train_hps(load_clip(HERE / "tiny/clip/open_clip_pytorch_model.bin"), vae), HERE / "tiny/hps")
     if name in ("sd", "all"):
-        train_sd(new_sd(vae), HERE / "tiny/sd", 8000, wrong=0.2, faulty=0.2, seed=2)
+        pipe = train_sd(new_sd(vae), HERE / "tiny/sd", 3400, wrong=0.15, faulty=0.15, seed=3)
+        train_sd(pipe, HERE / "tiny/sd", 700, 0.1, 0.15, pale=0.6, seed=4, learning_rate=1e-3)
     if name == "check":
         report()
 

@@ -127,8 +127,13 @@ def test_hps_prefers_clean_pictures_and_true_captions():
 
 def test_flux_loads_in_stock_diffusers_and_draws_what_is_asked():
     pipe = FluxPipeline.from_pretrained(ROOT / "tiny/flux")
-    assert accuracy(pipe, heldout(60), steps=10, max_sequence_length=32) >= 0.3
-    assert accuracy(pipe, heldout(6), steps=4) >= 0.0  # the default of 512 text tokens
+    singles = [prompt for prompt in heldout(None) if tiny.parse(prompt)["tag"] in ("single_object", "colors")]
+    right = accuracy(pipe, singles, steps=10, max_sequence_length=32)
+    assert 0.1 <= right <= 0.7  # recognisable, and clear room to improve
+    swapped = tiny.check(tiny.sample(pipe, singles, 10, max_sequence_length=32), singles[::-1]).float().mean()
+    assert right > 2 * swapped  # it is the caption that is drawn
+    images = tiny.sample(pipe, singles[:2], 2)  # with the default of 512 text tokens
+    assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
 
 
 def test_the_models_are_small():
