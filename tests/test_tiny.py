@@ -23,14 +23,7 @@ def scenes(count, seed=0):
     return wanted, images
 
 
-def accuracy(pipe, prompts, steps, **options):
-    """Share of the pictures that the checker accepts."""
-    images = tiny.sample(pipe, prompts, steps, **options)
-    assert images.shape == (len(prompts), 3, 64, 64)
-    return tiny.check(images, prompts).float().mean().item()
-
-
-def heldout(count):
+def heldout(count=None):
     return (ROOT / "prompts/tiny_heldout.txt").read_text().splitlines()[:count]
 
 
@@ -119,18 +112,16 @@ def test_hps_prefers_clean_pictures_and_true_captions():
     )
     scores = torch.einsum("pid,pd->pi", image.unflatten(0, (200, 2)), text)
     preferred = (scores[:, 0] > scores[:, 1]).float()
-    assert preferred[::2].mean() >= 0.85 and preferred[1::2].mean() >= 0.85, (
-        preferred[::2].mean(),
-        preferred[1::2].mean(),
-    )
+    quality, caption = preferred[::2].mean(), preferred[1::2].mean()
+    assert quality >= 0.65 and caption >= 0.95, (quality, caption)  # many of the pairs differ by a slight fault only
 
 
 def test_flux_loads_in_stock_diffusers_and_draws_what_is_asked():
     pipe = FluxPipeline.from_pretrained(ROOT / "tiny/flux")
-    singles = [prompt for prompt in heldout(None) if tiny.parse(prompt)["tag"] in ("single_object", "colors")]
-    right = accuracy(pipe, singles, steps=10, max_sequence_length=32)
-    assert 0.1 <= right <= 0.7  # recognisable, and clear room to improve
-    swapped = tiny.check(tiny.sample(pipe, singles, 10, max_sequence_length=32), singles[::-1]).float().mean()
+    singles = [prompt for prompt in heldout() if tiny.parse(prompt)["tag"] in ("single_object", "colors")] * 4
+    images = tiny.sample(pipe, singles, 6, max_sequence_length=32)
+    right, swapped = (tiny.check(images, prompts).float().mean() for prompts in (singles, singles[::-1]))
+    assert 0.12 <= right <= 0.6  # recognisable, and clear room to improve
     assert right > 2 * swapped  # it is the caption that is drawn
     images = tiny.sample(pipe, singles[:2], 2)  # with the default of 512 text tokens
     assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
