@@ -18,6 +18,7 @@ import grpo_flux
 import grpo_sd
 import runtime
 import small
+from rewards import RewardError
 from sampling import flow_sigmas, sample_ode
 
 PIPELINES = {grpo_flux: FluxPipeline, grpo_sd: StableDiffusionPipeline}
@@ -346,6 +347,54 @@ def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: could not write") and "make room" in last
     assert {path.name for path in out.glob("checkpoint-*") if "part" not in path.name} == {"checkpoint-000003"}
+    assert distance(before, weights(grpo_flux, out, 3)) == 0
+    train(grpo_flux, out, resume=True, iterations=4)
+    assert len(metrics(out)) == 4
+
+
+@BOTH
+def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, tmp_path, monkeypatch):
+    """No JPEG in between, and image i belongs to prompt i: what is scored is what `decode` returned, in its order."""
+    decoded, scored = [], []
+    decode, load_reward = trainer.decode, trainer.load_reward
+
+    def spy(*args):
+        decoded.append(decode(*args))
+        return decoded[-1]
+
+    def load(*args):
+        reward = load_reward(*args)
+        score = reward.scorers["hps"]
+        reward.scorers["hps"] = lambda images, prompts: scored.append((images, prompts)) or score(images, prompts)
+        return reward
+
+    monkeypatch.setattr(trainer, "decode", spy)
+    monkeypatch.setattr(trainer, "load_reward", load)
+    options = small.options(trainer) | {"iterations": 1}
+    train(trainer, tmp_path / "out", **options)
+    prompts = runtime.load_prompts("prompts/tiny.txt")
+    order = runtime.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, 42)
+    images = torch.cat([images for images, _ in scored])
+    assert torch.equal(images, torch.cat(decoded[1:-1]))  # the first and the last are sample pictures
+    assert [prompt for _, p in scored for prompt in p] == [
+        prompts[i] for i in order for _ in range(options["group_size"])
+    ]
+
+
+def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypatch):
+    out = train(grpo_flux, tmp_path / "out")
+    before = weights(grpo_flux, out, 3)
+    load_reward = grpo_flux.load_reward
+
+    def load(*args):
+        reward = load_reward(*args)
+        reward.scorers["hps"] = lambda images, prompts: torch.full((len(images),), math.nan)
+        return reward
+
+    with monkeypatch.context() as patched, pytest.raises(RewardError, match="reward hps gave nan for the prompt"):
+        patched.setattr(grpo_flux, "load_reward", load)
+        train(grpo_flux, out, resume=True, iterations=4)
+    assert len(metrics(out)) == 3
     assert distance(before, weights(grpo_flux, out, 3)) == 0
     train(grpo_flux, out, resume=True, iterations=4)
     assert len(metrics(out)) == 4
