@@ -64,16 +64,21 @@ FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):
     """Fill the frozen dataclass from defaults, then the preset, then the command line (each overrides the one before).
 
-    Every field becomes an option; its help is the comment that trails it in the source. With --resume, the values
-    come from the run's config.json, and options given on the command line must agree with it.
+    Every field becomes an option; its help is the comment that trails it in the source; one of type tuple[str, ...]
+    takes several words. With --resume, where there is such an option, the values come from the run's config.json, and
+    options given on the command line must agree with it.
     Raises RunError on anything that is not as it should be.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?# (.*)$", inspect.getsource(config_class), re.MULTILINE))
     types = typing.get_type_hints(config_class)
+    how_to_read = {
+        bool: {"action": argparse.BooleanOptionalAction},
+        tuple[str, ...]: {"action": "extend", "nargs": "+"},
+    }
     for field in dataclasses.fields(config_class):
-        how = {"action": argparse.BooleanOptionalAction} if types[field.name] is bool else {"type": types[field.name]}
+        how = how_to_read.get(types[field.name], {"type": types[field.name]})
         text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
@@ -86,7 +91,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
         return presets[preset] | options
 
     new = config_class(**defaults | values(given))
-    if not new.resume:
+    if not getattr(new, "resume", False):
         return new
     output_dir = Path(new.output_dir)
     if latest_checkpoint(output_dir) is None:
