@@ -1,0 +1,545 @@
+"""The evaluation end to end, by its real code path, on tiny models."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+import eval as evaluation
+import grpo_flux
+import runtime
+from rewards import RewardError, load_reward
+from sampling import flow_sigmas, sample_ode
+from test_video_rewards import make_judge
+
+REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
+PROMPTS = ["a red circle", "two blue squares", "a cross above a circle", "a green cross and a red square", "a triangle"]
+SMALL = {"height": 64, "width": 64, "steps": 2, "guidance": 3.5, "shift": 3.0, "max_sequence_length": 32}
+
+
+def words(options):
+    """{"batch_size": 4, "checkpoint": [a, b]} → ["--batch-size", "4", "--checkpoint", a, b]"""
+    listed = {key: value if isinstance(value, (list, tuple)) else [value] for key, value in options.items()}
+    return [word for key, values in listed.items() for word in (f"--{key.replace('_', '-')}", *map(str, values))]
+
+
+def evaluate(output_dir, **options):
+    """Run it in this process, as its command line would. Returns results.json."""
+    options = {"preset": "tiny", "output_dir": output_dir} | options
+    evaluation.main(runtime.parse_config(evaluation.Config, evaluation.PRESETS, words(options)))
+    return json.loads((Path(output_dir) / "results.json").read_text())
+
+
+def pictures(folder):
+    """(B, 3, H, W) in [0, 1], as the PNG files of a folder have them."""
+    read = [np.array(Image.open(path)) for path in sorted(Path(folder).glob("*.png"))]
+    return torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(PROMPTS) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A training run's folder with checkpoints of every kind: other weights, the same weights as EMA, and LoRA."""
+    folder = tmp_path_factory.mktemp("run")
+    transformer = diffusers.FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
+    checkpoint = folder / "checkpoint-000002"
+    transformer.save_pretrained(checkpoint / "transformer_ema")
+    with torch.no_grad():
+        transformer.proj_out.weight += 0.02
+    transformer.save_pretrained(checkpoint / "transformer")
+    (folder / "config.json").write_text(json.dumps({"script": "grpo_flux.py", "model": "tiny/flux"} | SMALL))
+    network = diffusers.FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
+    world = runtime.World(0, 1, torch.device("cpu"), torch.float32)
+    network = runtime.prepare_network(network, world, 2, grpo_flux.LORA_TARGETS, False, False)
+    with torch.no_grad():
+        for parameter in runtime.trainable(network):
+            parameter += 0.1
+    from peft import get_peft_model_state_dict
+
+    diffusers.FluxPipeline.save_lora_weights(
+        folder / "checkpoint-000003",
+        transformer_lora_layers=get_peft_model_state_dict(network),
+        transformer_lora_adapter_metadata=network.peft_config["default"].to_dict(),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(run, prompts, tmp_path_factory):
+    """One evaluation that most tests look at: base, trained weights, EMA (here the base's weights) and LoRA."""
+    out = tmp_path_factory.mktemp("eval") / "out"
+    checkpoints = [run / "checkpoint-000002", run / "checkpoint-000002/transformer_ema", run / "checkpoint-000003"]
+    return out, evaluate(out, checkpoint=checkpoints, prompts=prompts, images_per_prompt=2, batch_size=4)
+
+
+def folder_of(out, results, name):
+    return out / next(model["pictures"] for key, model in results["models"].items() if name in key)
+
+
+# ------------------------------------------------------------------------------------------------------- what it finds
+
+
+def test_scores_are_those_of_the_trainers_reward(finished):
+    out, results = finished
+    captions = [prompt for prompt in PROMPTS for _ in range(2)]
+    reward = load_reward("hps,clip", REWARDS)
+    for name in results["models"]:
+        expected = reward(pictures(folder_of(out, results, name)), captions)
+        for metric, values in expected.items():
+            own = torch.tensor([picture["scores"][name][metric] for picture in results["pictures"]])
+            assert (own - values).abs().max() <= 1e-6
+            mean = results["summary"][metric][name]["overall"]["mean"]
+            assert mean == pytest.approx(values.mean().item(), abs=1e-6)
+
+
+def test_every_model_gets_the_same_noise(finished):
+    """The EMA folder holds the base's own weights: same pictures, and a difference of exactly 0."""
+    out, results = finished
+    base, same = folder_of(out, results, "base"), folder_of(out, results, "transformer_ema")
+    assert torch.equal(pictures(base), pictures(same))
+    name = next(name for name in results["models"] if "ema" in name)
+    for metric in ("hps", "clip", "geneval"):
+        assert results["summary"][metric][name]["overall"]["difference"] == 0
+    drawn = pictures(base)
+    assert all((drawn[i] - drawn[j]).abs().mean() > 0.01 for i in range(10) for j in range(i))
+
+
+def test_full_and_lora_weights_change_the_pictures(finished):
+    out, results = finished
+    base = pictures(folder_of(out, results, "base"))
+    trained, lora = (pictures(folder_of(out, results, name)) for name in ("/checkpoint-000002", "000003"))
+    assert (trained - base).abs().mean() > 1e-3 and (lora - base).abs().mean() > 1e-3
+
+
+@torch.no_grad()
+def test_pictures_are_those_of_the_trainers_ode_sampler(finished):
+    out, results = finished
+    pipe = diffusers.FluxPipeline.from_pretrained("tiny/flux")
+    cfg = grpo_flux.Config(**grpo_flux.PRESETS["tiny"] | SMALL)
+    scale, shape = (
+        2 * pipe.vae_scale_factor,
+        (64 * 64 // (2 * pipe.vae_scale_factor) ** 2, pipe.transformer.config.in_channels),
+    )
+    text = grpo_flux.encode_prompts(pipe, PROMPTS, cfg, "cpu")
+    sigmas = flow_sigmas(2, 3.0)
+    z = runtime.keyed_noise(shape, [(42, i, 1) for i in range(len(PROMPTS))], "evaluation", "cpu")
+    z0 = sample_ode(
+        lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i].expand(len(z)), text, cfg, scale), z, sigmas
+    )
+    expected = grpo_flux.decode(pipe.vae, z0, cfg, scale)
+    assert (pictures(folder_of(out, results, "base"))[1::2] - expected).abs().max() < 1.5 / 255
+
+
+def test_compare_is_paired_by_prompt_and_stratified():
+    rng = np.random.default_rng(0)
+    base, own = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
+    groups = ["a", "a", "b", "b", "b", "b"]
+    result = evaluation.compare(base, own, groups)
+    gain = own.mean(1) - base.mean(1)
+    a, b = gain[:2], gain[2:]
+    assert result["a"]["difference"] == pytest.approx(a.mean())
+    assert result["b"]["error"] == pytest.approx(b.std(ddof=1) / 2)
+    assert result["overall"]["mean"] == pytest.approx((own[:2].mean() + own[2:].mean()) / 2)  # of groups, not prompts
+    error = np.hypot(a.std(ddof=1) / 2**0.5, b.std(ddof=1) / 4**0.5) / 2
+    assert result["overall"]["error"] == pytest.approx(error)
+    single = evaluation.compare(base, own, ["overall"] * 6)
+    assert list(single) == ["overall"]
+    assert single["overall"]["error"] == pytest.approx(gain.std(ddof=1) / 6**0.5)
+    assert evaluation.compare(base[:1], own[:1], ["a"])["overall"]["error"] is None
+
+
+def test_geneval_overall_is_the_mean_of_its_tags(finished):
+    _, results = finished
+    by_tag = results["summary"]["geneval"]["base"]
+    tags = {picture["tag"] for picture in results["pictures"]}
+    assert by_tag.keys() == tags | {"overall"} and len(tags) >= 4
+    shares = []
+    for tag in tags:
+        right = [p["scores"]["base"]["geneval"] for p in results["pictures"] if p["tag"] == tag]
+        shares.append(np.mean(right))
+        assert by_tag[tag]["mean"] == pytest.approx(np.mean(right))
+    assert by_tag["overall"]["mean"] == pytest.approx(np.mean(shares))
+
+
+def test_hps_benchmark_is_reported_by_style_times_100(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "fetch_hps_prompts", lambda style: [f"a red circle, {style}", "a blue cross"])
+    results = evaluate(tmp_path, model="tiny/flux", prompts="hpsv2", metrics="hps", images_per_prompt=1, **SMALL)
+    styles = ["anime", "concept-art", "paintings", "photo", "overall"]
+    assert list(results["summary"]["hps"]["base"]) == styles
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    for style in styles:
+        mean = results["summary"]["hps"]["base"][style]["mean"]
+        assert f"| hps {style} x 100 | {100 * mean:.4f} |" in lines
+
+
+# ------------------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_the_report_is_whole_and_needs_no_other_file(finished):
+    out, results = finished
+    page = (out / "index.html").read_text()
+    assert page.count("data:image/webp;base64,") == len(PROMPTS) * 4
+    assert not re.search(r"(src|href)=.?(?!data:)[\w/.]+|https?://|url\(", page.replace('src="data:', ""))
+    assert all(prompt in page for prompt in PROMPTS)
+    table = (out / "results.md").read_text()
+    assert "| metric | base |" in table and "± " in table and "| geneval overall |" in table
+    assert "seen by its own checker" in table
+    assert Image.open(out / "compare.png").size == (200 + 4 * 264, 32 + 5 * 264)
+    assert results["settings"]["steps"] == 2 and results["versions"]["torch"] in torch.__version__
+    assert len(results["pictures"]) == 10
+    assert not list(out.rglob("*.part*"))
+
+
+def test_settings_come_from_the_run_and_can_be_overridden(finished, run, prompts, tmp_path):
+    _, results = finished
+    assert {name: results["settings"][name] for name in SMALL} == SMALL
+    options = dict(checkpoint=run / "checkpoint-000002", prompts=prompts, output_dir=tmp_path, steps=7)
+    cfg = runtime.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny"} | options))
+    cfg, family, contestants, rows = evaluation.plan(cfg)
+    assert (cfg.steps, cfg.guidance, cfg.model, family) == (7, 3.5, "tiny/flux", "FluxPipeline")
+    assert [c.kind for c in contestants] == ["base", "network"] and len(rows) == 5
+    cfg = runtime.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny", "model": "tiny/flux"}))
+    assert evaluation.plan(cfg)[0].steps == 28
+
+
+# ------------------------------------------------------------------------------------- guarantees: resume, processes
+
+
+def test_stopped_and_started_again_it_redoes_nothing_and_ends_the_same(finished, run, prompts, tmp_path, monkeypatch):
+    out, results = finished
+    options = dict(
+        checkpoint=results["settings"]["checkpoint"], prompts=prompts, images_per_prompt=2, batch_size=4
+    )  # fmt: skip
+    draw, drawn = evaluation.draw, []
+
+    def stop_after(count):
+        def patched(pipe, cfg, rows, keys, device):
+            if len(drawn) == count:
+                raise KeyboardInterrupt
+            drawn.append(keys)
+            return draw(pipe, cfg, rows, keys, device)
+
+        return patched
+
+    monkeypatch.setattr(evaluation, "draw", stop_after(5))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "out", **options)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-*.png")}
+    assert len(before) == 10 + 8 and len(drawn) == 5
+    monkeypatch.setattr(evaluation, "draw", stop_after(99))
+    write, written = runtime.write_atomically, []
+
+    def stop_scoring(path, text):
+        written.append(path)
+        if len(written) == 17:  # config.json, then 16 scores
+            raise KeyboardInterrupt
+        write(path, text)
+
+    monkeypatch.setattr(runtime, "write_atomically", stop_scoring)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "out", **options)
+    assert len(drawn) == 4 * 3
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    monkeypatch.setattr(runtime, "write_atomically", write)
+    again = evaluate(tmp_path / "out", **options)
+    assert again == results
+    assert (tmp_path / "out/results.json").read_bytes() == (out / "results.json").read_bytes()
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("there is nothing left to do")
+
+    for name in ("load_pipeline", "load_reward", "draw"):
+        monkeypatch.setattr(evaluation, name, forbidden)
+    assert evaluate(tmp_path / "out", **options) == results
+
+
+def test_a_checkpoint_and_a_metric_can_be_added_later(run, prompts, tmp_path, monkeypatch):
+    options = dict(model="tiny/flux", prompts=prompts, images_per_prompt=1, **SMALL)
+    first = evaluate(tmp_path, metrics="hps", **options)
+    second = evaluate(tmp_path, metrics="hps,geneval", checkpoint=run / "checkpoint-000002", **options)
+    assert first["summary"]["hps"]["base"] == second["summary"]["hps"]["base"]
+    assert set(second["summary"]) == {"hps", "geneval"} and len(second["models"]) == 2
+
+
+def test_two_processes_give_the_same_results_as_one(run, prompts, tmp_path):
+    options = {"preset": "tiny", "prompts": prompts, "checkpoint": run / "checkpoint-000002", "batch_size": 2}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the two has it: another number adds up in another order
+    one = evaluate(tmp_path / "one", **options)
+    torch.set_num_threads(threads)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "eval.py"]
+    two = subprocess.run(
+        [*command, *words(options | {"output_dir": tmp_path / "two"})],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert two.returncode == 0, two.stderr
+    assert "| hps | " in two.stdout
+    assert json.loads((tmp_path / "two/results.json").read_text()) == one
+    assert (tmp_path / "two/results.json").read_bytes() == (tmp_path / "one/results.json").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- other families
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory):
+    """A random Stable Diffusion pipeline, with text encoder and VAE of the tiny FLUX."""
+    torch.manual_seed(0)
+    flux = diffusers.FluxPipeline.from_pretrained("tiny/flux")
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        sample_size=8, in_channels=flux.vae.config.latent_channels, out_channels=flux.vae.config.latent_channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=flux.text_encoder.config.hidden_size,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionPipeline(
+        flux.vae, flux.text_encoder, flux.tokenizer, unet,
+        diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), None, None, requires_safety_checker=False,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("sd")
+    pipe.save_pretrained(folder / "base")
+    with torch.no_grad():
+        unet.conv_out.weight += 0.1
+    pipe.save_pretrained(folder / "tuned")  # a whole diffusers folder as a checkpoint
+    return folder
+
+
+def test_stable_diffusion_and_a_whole_pipeline_as_checkpoint(stable_diffusion, prompts, tmp_path):
+    options = dict(model=stable_diffusion / "base", checkpoint=stable_diffusion / "tuned", prompts=prompts)
+    options |= dict(height=64, width=64, steps=3, metrics="hps", images_per_prompt=1)
+    results = evaluate(tmp_path, **options)
+    assert results["settings"]["guidance"] == 7.5
+    base, tuned = (pictures(folder_of(tmp_path, results, name)) for name in ("base", "tuned"))
+    assert base.shape == (5, 3, 64, 64) and (base - tuned).abs().mean() > 1e-4
+
+
+def hunyuan(folder, image_to_video):
+    """A random HunyuanVideo or SkyReels pipeline in a folder."""
+    torch.manual_seed(0)
+    flux = diffusers.FluxPipeline.from_pretrained("tiny/flux")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
+    letters = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    letters.pre_tokenizer = Whitespace()
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=8 if image_to_video else 4, out_channels=4, num_attention_heads=2, attention_head_dim=10,
+        num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16,
+        pooled_projection_dim=flux.text_encoder.config.hidden_size, rope_axes_dim=(2, 4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
+    )
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
+        )
+    )  # fmt: skip
+    kind = diffusers.HunyuanSkyreelsImageToVideoPipeline if image_to_video else diffusers.HunyuanVideoPipeline
+    kind(
+        text_encoder=llama,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", unk_token="<unk>"),
+        transformer=transformer,
+        vae=vae,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=flux.text_encoder,
+        tokenizer_2=flux.tokenizer,
+    ).save_pretrained(folder / "base")
+    with torch.no_grad():
+        transformer.proj_out.weight += 0.1
+    transformer.save_pretrained(folder / "checkpoint-000001" / "transformer")
+    return folder
+
+
+@pytest.mark.parametrize("image_to_video", [False, True], ids=["text", "image"])
+def test_video(image_to_video, tmp_path):
+    folder = hunyuan(tmp_path, image_to_video)
+    make_judge(tmp_path / "judge")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "first.png")
+    rows = [{"prompt": "a red circle moves", "image": "first.png"}, {"prompt": "a cross", "image": "first.png"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = dict(model=folder / "base", checkpoint=folder / "checkpoint-000001", prompts=tmp_path / "prompts.jsonl")
+    options |= dict(metrics="hps,vq,mq", reward_paths=f"hps=tiny/hps,videoalign={tmp_path / 'judge'}", frames=9, fps=4)
+    options |= dict(height=32, width=48, steps=2, shift=5, images_per_prompt=2, batch_size=2)
+    out = tmp_path / "out"
+    results = evaluate(out, **options)
+    assert set(results["summary"]) == {"hps", "vq", "vq_raw", "mq", "mq_raw"}
+    folders = [out / model["pictures"] for model in results["models"].values()]
+    base, tuned = (pictures(folder) for folder in folders)
+    assert base.shape == (4, 3, 9 * 32, 48) and (base - tuned).abs().mean() > 1e-4
+    videos = base.unflatten(2, (9, 32)).transpose(1, 2)
+    reward = load_reward("hps,vq,mq", {"hps": "tiny/hps", "videoalign": str(tmp_path / "judge")})
+    expected = reward(videos[2:], ["a cross"] * 2, 4)
+    for name, values in expected.items():
+        own = [picture["scores"]["base"][name] for picture in results["pictures"][2:]]
+        assert own == pytest.approx(values.tolist(), abs=1e-6)
+    raw = reward.scorers["videoalign"](videos[2:], ["a cross"] * 2, 4, normalize=False)
+    own = [picture["scores"]["base"]["vq_raw"] for picture in results["pictures"][2:]]
+    assert own == pytest.approx(raw["vq"].tolist(), abs=1e-5)
+    assert "image/webp" in (out / "index.html").read_text()
+    assert Image.open(out / "compare.png").width == 200 + 2 * (4 * 256 + 8)
+    shutil.rmtree(folders[0])
+    assert evaluate(out, **options) == results  # drawn again from nothing, the first frame's noise included
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"checkpoint": "runs/nothing/checkpoint-000300"}, "there is no runs/nothing/checkpoint-000300"),
+        ({"checkpoint": "tiny/clip"}, "tiny/clip has neither a transformer folder"),
+        ({"checkpoint": ["RUN", "RUN"]}, "names the same weights twice"),
+        ({"checkpoint": "SD/base"}, "SD/base is a StableDiffusionPipeline, but the base tiny/flux is a FluxPipeline"),
+        ({"checkpoint": "SD/base/unet"}, "is a UNet2DConditionModel, but tiny/flux has a FluxTransformer2DModel"),
+        ({"checkpoint": "RUN", "model": "SD/base"}, "has neither a unet folder"),
+        ({"checkpoint": "OTHER"}, "OTHER was not trained from tiny/flux: its num_layers is 7"),
+        ({"checkpoint": "LORA", "model": "SD/base"}, "is no LoRA of"),
+        ({"checkpoint": "BROKEN.safetensors"}, "--checkpoint: cannot read BROKEN.safetensors"),
+        ({"model": ""}, "--model is needed"),
+        ({"model": "tiny/nothing"}, "no folder 'tiny/nothing'"),
+        ({"model": "tiny/clip"}, "cannot load tiny/clip"),
+        ({"model": "VIDEO/base", "metrics": "geneval", "frames": 9}, "--metrics geneval judges pictures"),
+        (
+            {"model": "VIDEO/base", "frames": 8, "height": 32, "width": 32},
+            "--frames must be 1 more than a multiple of 4",
+        ),
+        ({"frames": 9}, "--frames 9: tiny/flux draws pictures"),
+        ({"metrics": "beauty"}, "unknown reward 'beauty'"),
+        ({"metrics": "hps,hps"}, "--metrics names one twice"),
+        ({"metrics": "hps@0.28"}, "--metrics takes names only"),
+        ({"metrics": "vq"}, "reward vq judges video"),
+        ({"reward_paths": "hps=tiny/nothing"}, "no folder 'tiny/nothing'"),
+        ({"detector": "tiny/nothing"}, "--detector: no folder 'tiny/nothing'"),
+        ({"prompts": "nothing.txt"}, "no prompt file 'nothing.txt'"),
+        ({"prompts": "EMPTY"}, "EMPTY is empty"),
+        ({"prompts": "OTHERS"}, "not a caption of the tiny world: 'a dog'"),
+        ({"prompts": "METADATA.jsonl"}, "METADATA.jsonl line 1 lacks GenEval's tag"),
+        ({"prompts": "UNKNOWN.jsonl"}, "UNKNOWN.jsonl line 1: the detector does not know dog"),
+        ({"height": 63}, "--height must be a multiple of"),
+        ({"steps": -1}, "--steps and --guidance must not be negative"),
+        ({"shift": -1.0}, "must not be negative"),
+        ({"images_per_prompt": 0}, "--images-per-prompt must be at least 1"),
+        ({"batch_size": 0}, "--batch-size must be at least 1"),
+        ({"seed": -1}, "--seed must not be negative"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_model_is_loaded(
+    options, expected, run, stable_diffusion, tmp_path, monkeypatch
+):
+    (tmp_path / "EMPTY").write_text("")
+    (tmp_path / "OTHERS").write_text("a dog\n")
+    (tmp_path / "METADATA.jsonl").write_text('{"prompt": "a dog", "tag": "colors", "include": []}\n')
+    row = {"prompt": "a dog", "tag": "colors", "include": [{"class": "dog", "count": 1}]}
+    (tmp_path / "UNKNOWN.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "BROKEN.safetensors").write_text("not a tensor")
+    config = json.loads((run / "checkpoint-000002/transformer/config.json").read_text())
+    (tmp_path / "OTHER").mkdir()
+    (tmp_path / "OTHER/config.json").write_text(json.dumps(config | {"num_layers": 7}))
+    if "VIDEO" in options.get("model", ""):
+        hunyuan(tmp_path / "VIDEO", False)
+    places = {"RUN": run / "checkpoint-000002", "LORA": run / "checkpoint-000003", "SD": stable_diffusion}
+    places |= {name: tmp_path / name for name in ("EMPTY", "OTHERS", "METADATA", "UNKNOWN", "BROKEN", "OTHER", "VIDEO")}
+
+    def filled(text):
+        for name, path in places.items():
+            text = re.sub(rf"\b{name}\b", str(path), text)
+        return text
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a model was loaded before the options were checked")
+
+    for name in ("load_pipeline", "load_reward"):
+        monkeypatch.setattr(evaluation, name, forbidden)
+    options = {"model": "tiny/flux"} | SMALL | options
+    if "SD" in str(options["model"]):
+        options |= {"shift": 1.0}
+    options = {
+        key: [filled(v) for v in value]
+        if isinstance(value, list)
+        else filled(value)
+        if isinstance(value, str)
+        else value
+        for key, value in options.items()
+    }
+    with pytest.raises((runtime.RunError, RewardError)) as caught:
+        evaluate(tmp_path / "out", **options)
+    assert filled(expected) in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_with_other_settings_is_refused(prompts, tmp_path):
+    options = dict(model="tiny/flux", prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL)
+    evaluate(tmp_path, **options)
+    for other, expected in (
+        ({"steps": 3}, "holds something with steps = 2, this evaluation has 3"),
+        ({"seed": 1}, "seed = 42"),
+        ({"prompts": "prompts/tiny.txt"}, "prompts_sha256"),
+        ({"reward_paths": "hps=tiny/hps"}, "reward_paths"),
+    ):
+        with pytest.raises(runtime.RunError, match=expected):
+            evaluate(tmp_path, **options | other)
+
+
+def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
+    checkpoint = tmp_path / "checkpoint-000002"
+    shutil.copytree(run / "checkpoint-000002", checkpoint)
+    options = dict(
+        model="tiny/flux", checkpoint=checkpoint, prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL
+    )
+    evaluate(tmp_path / "out", **options)
+    os.utime(checkpoint / "transformer/diffusion_pytorch_model.safetensors", ns=(1, 1))
+    with pytest.raises(runtime.RunError, match="has changed since its pictures in"):
+        evaluate(tmp_path / "out", **options)
+
+
+def test_a_picture_that_cannot_be_read_is_named(prompts, tmp_path):
+    options = dict(model="tiny/flux", prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL)
+    results = evaluate(tmp_path, **options)
+    path = folder_of(tmp_path, results, "base") / "00003-0.png"
+    whole = path.read_bytes()
+    path.with_suffix(".json").unlink()
+    for broken in (b"", whole[: len(whole) // 2], b"no picture"):
+        path.write_bytes(broken)
+        with pytest.raises(runtime.RunError, match=r"cannot read the picture .*00003-0\.png"):
+            evaluate(tmp_path, **options)
+    Image.new("RGB", (32, 32)).save(path)
+    with pytest.raises(runtime.RunError, match=r"00003-0\.png has shape"):
+        evaluate(tmp_path, **options)
+    path.unlink()
+    assert evaluate(tmp_path, **options) == results
+
+
+def test_a_first_frame_that_cannot_be_read_is_named(tmp_path):
+    folder = hunyuan(tmp_path, True)
+    file = tmp_path / "prompts.jsonl"
+    options = dict(model=folder / "base", prompts=file, metrics="hps", frames=9, height=32, width=32)
+    for row, expected in (
+        ({"prompt": "a"}, 'line 1 has no "image"'),
+        ({"prompt": "a", "image": "x.png"}, "cannot read"),
+    ):
+        (tmp_path / "x.png").write_text("no picture")
+        file.write_text(json.dumps(row) + "\n")
+        with pytest.raises(runtime.RunError, match=expected):
+            evaluate(tmp_path / "out", **options)
