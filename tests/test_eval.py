@@ -23,6 +23,7 @@ import grpo_flux
 import runtime
 from rewards import RewardError, load_reward
 from sampling import flow_sigmas, sample_ode
+from small import random_sd
 from test_video_rewards import make_judge
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
@@ -304,24 +305,13 @@ def test_two_processes_give_the_same_results_as_one(run, prompts, tmp_path):
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory):
-    """A random Stable Diffusion pipeline, with text encoder and VAE of the tiny FLUX."""
-    torch.manual_seed(0)
-    flux = diffusers.FluxPipeline.from_pretrained("tiny/flux")
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        sample_size=8, in_channels=flux.vae.config.latent_channels, out_channels=flux.vae.config.latent_channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=flux.text_encoder.config.hidden_size,
-    )  # fmt: skip
-    pipe = diffusers.StableDiffusionPipeline(
-        flux.vae, flux.text_encoder, flux.tokenizer, unet,
-        diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1), None, None, requires_safety_checker=False,
-    )  # fmt: skip
+    """A random Stable Diffusion pipeline, and one with other weights: a whole diffusers folder as a checkpoint."""
     folder = tmp_path_factory.mktemp("sd")
-    pipe.save_pretrained(folder / "base")
+    shutil.copytree(random_sd(), folder / "base")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "base", safety_checker=None)
     with torch.no_grad():
-        unet.conv_out.weight += 0.1
-    pipe.save_pretrained(folder / "tuned")  # a whole diffusers folder as a checkpoint
+        pipe.unet.conv_out.weight += 0.1
+    pipe.save_pretrained(folder / "tuned")
     return folder
 
 
