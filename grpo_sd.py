@@ -38,7 +38,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "paper"  # a named set of option values: paper (8 GPUs), hps-clip
+    preset: str = "paper"  # a named set of option values: paper (8 GPUs), hps-clip, tiny
     model: str = "CompVis/stable-diffusion-v1-4"  # hub id or folder in diffusers' StableDiffusionPipeline layout
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; names: hps, clip, pickscore
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
@@ -80,6 +80,25 @@ class Config:
 PRESETS = {
     "paper": {},
     "hps-clip": {"reward": "hps:0.7,clip:1.4"},
+    "tiny": {
+        "model": "tiny/sd",
+        "reward_paths": "hps=tiny/hps,clip=tiny/clip",
+        "prompts": "prompts/tiny.txt",
+        "output_dir": "runs/tiny-sd",
+        "height": 64,
+        "width": 64,
+        "iterations": 40,
+        "prompts_per_iteration": 8,
+        "group_size": 8,
+        "steps": 8,
+        "sde_window": 2,
+        "sde_window_every": 1000,
+        "updates_per_rollout": 1,
+        "micro_batch": 64,
+        "learning_rate": 5e-5,
+        "guidance": 2.0,
+        "gradient_checkpointing": False,
+    },
 }
 
 

@@ -807,7 +807,9 @@ def save_pipeline(pipe, folder):
     shutil.rmtree(folder, ignore_errors=True)
     parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
     half = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
-    type(pipe)(**half).save_pretrained(folder)
+    saved = type(pipe)(**half)
+    saved.register_to_config(**{k: v for k, v in pipe.config.items() if k == "requires_safety_checker"})
+    saved.save_pretrained(folder)
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # where it was loaded from before

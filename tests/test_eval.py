@@ -23,7 +23,6 @@ import grpo_flux
 import runtime
 from rewards import RewardError, load_reward
 from sampling import flow_sigmas, sample_ode
-from small import random_sd
 from test_video_rewards import make_judge
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
@@ -307,7 +306,7 @@ def test_two_processes_give_the_same_results_as_one(run, prompts, tmp_path):
 def stable_diffusion(tmp_path_factory):
     """A random Stable Diffusion pipeline, and one with other weights: a whole diffusers folder as a checkpoint."""
     folder = tmp_path_factory.mktemp("sd")
-    shutil.copytree(random_sd(), folder / "base")
+    shutil.copytree("tiny/sd", folder / "base")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder / "base", safety_checker=None)
     with torch.no_grad():
         pipe.unet.conv_out.weight += 0.1

@@ -300,7 +300,7 @@ def test_our_ode_sampler_draws_what_the_stock_flux_pipeline_draws():
 
 def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws():
     cfg = grpo_sd.Config(guidance=2.0)
-    pipe = StableDiffusionPipeline.from_pretrained(small.random_sd(), safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained("tiny/sd", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     prompts = ["a red circle", "two blue squares"]
     side = 64 // pipe.vae_scale_factor
