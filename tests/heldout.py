@@ -3,7 +3,8 @@
     python tests/heldout.py RUN_FOLDER [ITERATION]      RUN_FOLDER as a trainer left it, by default its last checkpoint
 
 Both models draw every prompt of prompts/tiny_heldout.txt from the same noise, by the ODE sampler. Printed: each
-reward and the share of pictures that the tiny world's checker finds right; difference, and standard error, paired.
+reward and the share of pictures that the tiny world's checker finds right; the difference, and the standard error of
+its mean over the prompts.
 """
 
 import json
@@ -56,7 +57,7 @@ def judge(pictures: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]
     return load_reward("hps,clip", REWARDS)(pictures, prompts) | {"correct": tiny.check(pictures, prompts).float()}
 
 
-def compare(run: Path, iteration: int | None = None, noises: int = 2) -> dict[str, dict[str, float]]:
+def compare(run: Path, iteration: int | None = None, noises: int = 4) -> dict[str, dict[str, float]]:
     """{score: {base, trained, difference, error}} of a run's checkpoint against its base model."""
     config = json.loads((run / "config.json").read_text())
     folders = sorted(run.glob("checkpoint-??????"))
@@ -66,8 +67,8 @@ def compare(run: Path, iteration: int | None = None, noises: int = 2) -> dict[st
     trained = judge(draw(config, weights, prompts, noises), prompts * noises)
     result = {}
     for name in base:
-        gain = trained[name] - base[name]
-        error = (gain.std() / len(gain) ** 0.5).item()
+        gain = (trained[name] - base[name]).view(noises, len(prompts)).mean(0)  # of each prompt
+        error = (gain.std() / len(prompts) ** 0.5).item()
         means = base[name].mean().item(), trained[name].mean().item(), gain.mean().item()
         result[name] = dict(zip(("base", "trained", "difference"), means, strict=True)) | {"error": error}
     return result
