@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 import time
 import typing
 import warnings
@@ -700,7 +701,7 @@ def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: 
         left, top = gap + i % columns * (width + gap), gap + i // columns * (height + strip)
         sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
         line_length = max(8, int(width / (0.55 * size)))
-        lines = [caption[k : k + line_length] for k in range(0, min(len(caption), 2 * line_length), line_length)]
+        lines = textwrap.wrap(caption, line_length)[:2]
         draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font)
     with writing(path):
         part = path.with_name(path.stem + ".part.png")

@@ -286,7 +286,7 @@ def test_two_processes_give_the_same_results_as_one(run, prompts, tmp_path):
     torch.set_num_threads(1)  # as each of the two has it: another number adds up in another order
     one = evaluate(tmp_path / "one", **options)
     torch.set_num_threads(threads)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "eval.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "eval.py"]
     two = subprocess.run(
         [*command, *words(options | {"output_dir": tmp_path / "two"})],
         capture_output=True,
