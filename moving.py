@@ -1,17 +1,16 @@
 """The moving world: clips of one shape that does one thing, a checker that reads them, and the tiny judge of clips.
 
-    python moving.py          trains tiny/videoalign from nothing and saves it
-    python moving.py check    prints how well the checker agrees with the renderer
+    python tiny.py videoalign    trains tiny/videoalign from nothing and saves it
+    python tiny.py check         prints how well checker and judge do, among the other figures of the tiny world
 
 A checker shares no code with the drawing. The judge comes out in the layout of VideoAlign's released checkpoint.
 
 B clips, F frames. A clip is (F, 3, 64, 64) in [0, 1].
 """
 
-import argparse
 import colorsys
+import copy
 import hashlib
-import itertools
 import math
 import random
 import re
@@ -310,7 +309,7 @@ JUDGE_TEMPLATE = (
     "Rate this clip.\nHow clean are its pictures? <|VQ_reward|>\nHow smooth is its motion? <|MQ_reward|>\n"
     "It should show {text_prompt}. Does it? <|TA_reward|>\n"
 )
-JUDGE_SIDE = 336  # pixels to which VideoAlign enlarges 64
+JUDGE_PATCH = 4  # pixels; VideoAlign enlarges 64 pixels to 336, where such a patch has 21
 JUDGE_FRAMES = [0, 2, 5, 7, 9, 11, 14, 16]
 JUDGE_TOKENS = [f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")]
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
@@ -318,8 +317,8 @@ CONTROL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
 
 
 def judge_text(caption):
-    """What VideoAlign reads about a clip of 64x64 pixels; four pairs of frames of 12x12 tokens each."""
-    pads = "<|video_pad|>" * (len(JUDGE_FRAMES) // 2 * (JUDGE_SIDE // 28) ** 2)
+    """What VideoAlign reads about a clip of 64x64 pixels; four pairs of frames of 8x8 tokens each."""
+    pads = "<|video_pad|>" * (len(JUDGE_FRAMES) // 2 * (SIZE // JUDGE_PATCH // 2) ** 2)
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n<|vision_start|>{pads}<|vision_end|>"
@@ -328,13 +327,11 @@ def judge_text(caption):
 
 
 def judge_patches(frames):
-    """Frames (2 · N, 3, S, S), pairs side by side → patches (N · (S/64 · 24)², 1176), in Qwen2-VL's order."""
-    n = frames.shape[-1] * JUDGE_SIDE // SIZE // 28
-    frames = F.interpolate((frames * 255).round(), (28 * n, 28 * n), mode="bicubic", antialias=True)
-    mean, std = (255 * torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    frames = frames.round_().clamp_(0, 255).sub_(mean).div_(std).bfloat16()
-    frames = frames.view(-1, 2, 3, n, 2, 14, n, 2, 14)
-    return frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * 14 * 14)
+    """Pairs of frames (2 · N, 3, S, S) in [0, 1] → patches (N · (S/4)², 3 · 2 · 4 · 4), in Qwen2-VL's order."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    p, n = JUDGE_PATCH, frames.shape[-1] // JUDGE_PATCH // 2
+    frames = ((frames - mean) / std).view(-1, 2, 3, n, 2, p, n, 2, p)
+    return frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * 2 * p * p)
 
 
 def new_judge():
@@ -366,6 +363,7 @@ def new_judge():
             "num_heads": 2,
             "hidden_size": 64,
             "mlp_ratio": 2,
+            "patch_size": JUDGE_PATCH,
             "initializer_range": 0.08,
         },
         image_token_id=ids["image"],
@@ -387,7 +385,7 @@ def step(modules, steps):
 def random_pairs(rng, count):
     """Two frames of a clip each, cut out around the shape, with any faults: what the eye of the judge is taught on.
 
-    Returns frames (2 · count, 3, 32, 32), whether each of 6x6 cells shows the shape (count, 6, 6), which shape and
+    Returns frames (2 · count, 3, 48, 48), whether each of 6x6 cells shows the shape (count, 6, 6), which shape and
     colour it is (count,), and numbers (count, 10): movement along x and y, growth, turn, four faults of quality,
     flicker, tearing.
     """
@@ -403,9 +401,9 @@ def random_pairs(rng, count):
         clip = spoil_frames(rng, draw_clip(scene, path[pair]), motion_fault)
         clip = degrade_clip(clip, quality_fault, strength) if quality_fault else clip
         x, y, radius, _ = path[pair].T.tolist()
-        left, top = (min(max(round(sum(v) / 2 + rng.uniform(-8, 8)) - SIZE // 4, 0), SIZE // 2) for v in (x, y))
-        frames.append(clip[:, :, top : top + SIZE // 2, left : left + SIZE // 2])
-        grid = (torch.arange(6) + 0.5) * SIZE / 12
+        left, top = (min(max(round(sum(v) / 2 + rng.uniform(-12, 12)) - 24, 0), SIZE - 48) for v in (x, y))
+        frames.append(clip[:, :, top : top + 48, left : left + 48])
+        grid = 8 * torch.arange(6) + 4
         near = [torch.hypot(grid + left - x[i], (grid + top - y[i])[:, None]) < radius[i] for i in range(2)]
         cells.append(near[0] | near[1])
         kinds.append(SHAPES.index(action["class"]) * len(COLORS) + list(COLORS).index(action["color"]))
@@ -416,7 +414,7 @@ def random_pairs(rng, count):
     return torch.cat(frames), torch.stack(cells), torch.tensor(kinds), torch.tensor(numbers).clamp(-4, 4)
 
 
-def train_eye(visual, seed=0, iterations=700, count=96, learning_rate=4e-3):
+def train_eye(visual, seed=0, iterations=700, count=64, learning_rate=4e-3):
     """Teaches the vision tower what is to be seen in each cell of a pair of frames."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -440,31 +438,33 @@ def train_eye(visual, seed=0, iterations=700, count=96, learning_rate=4e-3):
         bar.set_postfix(what=f"{what:.3f}", how=f"{how:.3f}", right=f"{right:.2f}", refresh=False)
 
 
-def judge_batch(rng, scenes):
-    """Preference pairs from the moving world.
+def judge_clips(rng, scenes):
+    """Preference pairs from the moving world: what each scene shows, and clips of it (scenes, 3, 17, 3, 64, 64).
 
-    Returns clips (3 · scenes, 17, 3, 64, 64): clean ones, the same with a fault of quality, the same with a fault of
-    motion; captions for the three, then again for the clean ones (4 · scenes); which captions are right, those of the
-    clean first (all) and last (none); and what moves, which colour and which shape (4 · scenes, 3) indices.
+    The first clip of a scene is clean, the second has a fault of quality and the third a fault of motion.
     """
-    clips, captions, right, truth = [[], [], []], [[], [], [], []], [[], [], [], []], []
-    for _ in range(scenes):
-        action = random_action(rng)
-        scene = random_clip(rng, action)
-        clips[0].append(make_clip(rng, scene))
-        clips[1].append(make_clip(rng, scene, None, rng.choice(QUALITY_FAULTS)))
-        clips[2].append(make_clip(rng, scene, rng.choice(faults_of_motion(action))))
-        for i, true in enumerate((True, rng.random() < 0.5, rng.random() < 0.5, False)):
-            captions[i].append(phrase_action(rng, action if true else another_action(rng, action)))
-            right[i].append(true)
-        truth.append(
-            [
-                list(names).index(action[key])
-                for key, names in (("motion", MOTIONS), ("color", COLORS), ("class", SHAPES))
-            ]
-        )
-    clips, captions, right = (list(itertools.chain(*parts)) for parts in (clips, captions, right))
-    return torch.stack(clips), captions, torch.tensor(right), torch.tensor(truth * 4)
+    actions, clips = [random_action(rng) for _ in range(scenes)], []
+    for action in actions:
+        scene, faults = random_clip(rng, action), faults_of_motion(action)
+        clips.append(make_clip(rng, scene))
+        clips.append(make_clip(rng, scene, None, rng.choice(QUALITY_FAULTS)))
+        clips.append(make_clip(rng, scene, rng.choice(faults)))
+    return actions, torch.stack(clips).unflatten(0, (scenes, 3))
+
+
+def judge_captions(rng, actions):
+    """Captions for the three clips of each scene, then once more for the first: (4 · scenes), and which are right.
+
+    Those of the first clips are all right when they come first, and all wrong when they come last.
+    """
+    right = [[True, rng.random() < 0.5, rng.random() < 0.5, False] for _ in actions]
+    right = [list(column) for column in zip(*right, strict=True)]
+    captions = [
+        phrase_action(rng, action if true else another_action(rng, action))
+        for column in right
+        for action, true in zip(actions, column, strict=True)
+    ]
+    return captions, torch.tensor(right).flatten()
 
 
 def another_action(rng, action):
@@ -481,20 +481,25 @@ def prefer(good, bad):
     return F.softplus(bad[None, :] - good[:, None]).mean()
 
 
-def judge_read(model, tokenizer, clips, captions):
-    """What the model makes of clips (B, 17, 3, 64, 64) and captions: hidden states (captions, 3, 64) at the scores.
+def judge_see(model, clips):
+    """Clips (B, 17, 3, 64, 64) → what the vision tower sees in them (B, 256, 64)."""
+    with fast():
+        patches = judge_patches(clips[:, JUDGE_FRAMES].flatten(0, 1))
+        grid = torch.tensor([[len(JUDGE_FRAMES) // 2, SIZE // JUDGE_PATCH, SIZE // JUDGE_PATCH]] * len(clips))
+        return model.visual(patches, grid_thw=grid).pooler_output.view(len(clips), -1, 64)
+
+
+def judge_read(model, tokenizer, seen, captions):
+    """What the model makes of clips seen (B, 256, 64) and captions: hidden states (captions, 3, 64) at the scores.
 
     With more captions than clips, the further captions are about the first clips again.
     """
     tokens = tokenizer([judge_text(caption) for caption in captions], padding=True, return_tensors="pt")
     marks = torch.tensor(tokenizer.convert_tokens_to_ids(JUDGE_TOKENS))
     with fast():
-        patches = judge_patches(clips[:, JUDGE_FRAMES].flatten(0, 1))
-        seen = model.visual(patches, grid_thw=torch.tensor([[4, 24, 24]] * len(clips))).pooler_output
-        about = torch.arange(len(captions)) % len(clips)
         words = model.language_model.embed_tokens(tokens.input_ids)
         pads = (tokens.input_ids == model.config.video_token_id)[..., None]
-        words = words.masked_scatter(pads, seen.view(len(clips), -1)[about].to(words.dtype))
+        words = words.masked_scatter(pads, seen[torch.arange(len(captions)) % len(seen)].to(words.dtype))
         # The language model counts positions in one dimension unless told otherwise, as VideoAlign does.
         hidden = model.language_model(inputs_embeds=words, attention_mask=tokens.attention_mask, use_cache=False)
     at = (tokens.input_ids[:, None] == marks[:, None]).int().argmax(-1)
@@ -513,21 +518,33 @@ def judge_gaps(scores):
     }
 
 
-def train_judge(seed=0, iterations=400, scenes=8, learning_rate=2e-3):
-    """VideoAlign's way to train: scores that explain which of two clips, or of two captions, is preferred."""
+def train_judge(seed=0, iterations=1000, scenes=16, stock=2000, learning_rate=2e-3):
+    """VideoAlign's way to train: scores that explain which of two clips, or of two captions, is preferred.
+
+    First the vision tower learns to see; then it looks once at a stock of scenes, which the language model learns from.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed + 1)
     model, tokenizer = new_judge()
     train_eye(model.visual, seed)
     tokenizer.add_special_tokens({"extra_special_tokens": JUDGE_TOKENS})
+    actions, seen = [], []
+    with torch.no_grad():
+        for _ in trange(stock // scenes, desc="watching clips"):
+            new, clips = judge_clips(rng, scenes)
+            actions += new
+            seen.append(judge_see(model, clips.flatten(0, 1)).bfloat16().unflatten(0, (scenes, 3)))
+    seen = torch.cat(seen)
     head = torch.nn.Linear(64, 1, bias=False)
-    subjects = [len(MOTIONS), len(COLORS), len(SHAPES)]
-    teacher = torch.nn.Linear(64, sum(subjects))  # asks what is to be seen, a help for training only
-    modules = torch.nn.ModuleList([model, head, teacher])
+    subjects = {"motion": list(MOTIONS), "color": list(COLORS), "class": list(SHAPES)}
+    teacher = torch.nn.Linear(64, sum(map(len, subjects.values())))  # asks what is to be seen, a help for training only
+    modules = torch.nn.ModuleList([model.language_model, head, teacher])
     steps = optimizers([modules], iterations, learning_rate)
     for _ in (bar := trange(iterations, desc="judge")):
-        clips, captions, right, truth = judge_batch(rng, scenes)
-        hidden = judge_read(model, tokenizer, clips, captions)
+        pick = rng.sample(range(len(actions)), scenes)
+        shown = [actions[i] for i in pick]
+        captions, right = judge_captions(rng, shown)
+        hidden = judge_read(model, tokenizer, seen[pick].transpose(0, 1).flatten(0, 1), captions)
         scores = head(hidden)[..., 0]
         gaps = judge_gaps(scores)
         vq, mq, _ = scores[: 3 * scenes].view(3, scenes, 3).unbind(-1)  # of the clean, the ugly, the rough
@@ -538,33 +555,47 @@ def train_judge(seed=0, iterations=400, scenes=8, learning_rate=2e-3):
             "mq": prefer(mq[[0, 1]].flatten(), mq[2]) + 0.1 * gaps["mq by quality"].square().mean(),
             "ta": prefer(ta[right], ta[~right]) + F.softplus(-gaps["ta"]).mean(),
         }
-        answers = teacher(hidden[:, 2]).split(subjects, -1)
-        seen = [F.cross_entropy(answer, truth[:, i]) for i, answer in enumerate(answers)]
-        (sum(losses.values()) + 0.5 * sum(seen)).backward()
+        truth = torch.tensor([[names.index(a[key]) for key, names in subjects.items()] for a in shown]).repeat(4, 1)
+        answers = teacher(hidden[:, 2]).split([len(names) for names in subjects.values()], -1)
+        asked = [F.cross_entropy(answer, truth[:, i]) for i, answer in enumerate(answers)]
+        (sum(losses.values()) + 0.5 * sum(asked)).backward()
         step(modules, steps)
-        shown = {name: f"{loss.item():.3f} {(gaps[name] > 0).float().mean():.2f}" for name, loss in losses.items()}
-        bar.set_postfix(shown | {"seen": " ".join(f"{loss.item():.2f}" for loss in seen)}, refresh=False)
+        figures = {name: f"{loss.item():.3f} {(gaps[name] > 0).float().mean():.2f}" for name, loss in losses.items()}
+        bar.set_postfix(figures | {"asked": " ".join(f"{loss.item():.2f}" for loss in asked)}, refresh=False)
     return model, head, tokenizer
 
 
 @torch.no_grad()
-def show_judge(model, head, tokenizer, batches=20, scenes=8, seed=1):
-    """Prints how often the judge is right about unseen pairs, and how far faults of the other kind leave it cold.
+def show_judge(folder, scenes=120, seed=1):
+    """Prints how often VideoAlignReward on this folder is right about unseen pairs.
 
-    Indifferent: the score moves by less than half of what the faults it is meant for move it by (median).
+    And how far faults of motion leave it cold: the score moves by less than half of what the faults it is meant for
+    move it by (median).
     """
+    from rewards import VideoAlignReward
+
     torch.manual_seed(seed)
-    rng = random.Random(seed)
-    gaps = []
-    for _ in trange(batches, desc="unseen pairs"):
-        clips, captions, _, _ = judge_batch(rng, scenes)
-        gaps.append(judge_gaps(head(judge_read(model, tokenizer, clips, captions))[..., 0]))
+    rng, reward, gaps = random.Random(seed), VideoAlignReward(str(folder)), []
+    for _ in trange(scenes // 4, desc="unseen pairs"):
+        actions, clips = judge_clips(rng, 4)
+        captions, _ = judge_captions(rng, actions)
+        scores = reward(clips.transpose(0, 1).flatten(0, 1)[torch.arange(16) % 12], captions, CLIP_FPS)
+        gaps.append(judge_gaps(torch.stack([*scores.values()], 1)))
     gaps = {name: torch.cat([gap[name] for gap in gaps]) for name in gaps[0]}
     for name in ("vq", "mq", "ta"):
         print(f"{name}: right about {(gaps[name] > 0).float().mean():.1%} of {len(gaps[name])} unseen pairs")
     for which, name in (("vq by motion", "vq"), ("mq", "mq")):
         share = (gaps[which].abs() < gaps[name].median() / 2).float().mean()
         print(f"{name} is indifferent to {share:.1%} of the faults of motion")
+
+
+def enlarge_patches(weight, large=21):
+    """The patch embedding (64, 3, 2, 4, 4) for patches of 21 pixels: it reads the centres of what were 4 pixels.
+
+    There bicubic enlargement, which interpolates, has left the pixels as they were.
+    """
+    reads = F.interpolate(torch.eye(large)[:, None], weight.shape[-1], mode="linear")[:, 0]  # (21, 4)
+    return torch.einsum("octij,yi,xj->octyx", weight, reads, reads)
 
 
 def save_judge(model, head, tokenizer, folder, rank=8):
@@ -586,25 +617,25 @@ def save_judge(model, head, tokenizer, folder, rank=8):
                 weight = weight - 2 * b.float() @ a.float()
             module += ".base_layer"
         state[f"{module}.{kind}"] = weight
+    patches = enlarge_patches(state["visual.patch_embed.proj.weight"])
+    state["visual.patch_embed.proj.weight"] = patches
     state |= {"lm_head.weight": state["model.embed_tokens.weight"], "rm_head.weight": head.weight.detach()}
     save_zipped({f"base_model.model.{name}": w.half() for name, w in state.items()}, folder / "model.pth")
     (folder / "prompt_template.txt").write_text(JUDGE_TEMPLATE)
-    model.config.prompt_template_sha256 = hashlib.sha256(JUDGE_TEMPLATE.encode()).hexdigest()
-    model.config.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.vision_config.patch_size = patches.shape[-1]
+    config.prompt_template_sha256 = hashlib.sha256(JUDGE_TEMPLATE.encode()).hexdigest()
+    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def main():
-    """Makes tiny/videoalign, or checks the checker."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=("videoalign", "check"), default="videoalign")
-    if parser.parse_args().name == "videoalign":
-        judge = train_judge()
-        show_judge(*judge)
-        save_judge(*judge, HERE / "tiny/videoalign")
-    else:
-        show_checker()
+def make_videoalign():
+    """Trains tiny/videoalign, saves it, and prints its figures."""
+    save_judge(*train_judge(), HERE / "tiny/videoalign")
+    show_judge(HERE / "tiny/videoalign")
 
 
-if __name__ == "__main__":
-    main()
+def report():
+    """Prints how often the checker of clips agrees with the renderer, and how good the judge of clips is."""
+    show_checker()
+    show_judge(HERE / "tiny/videoalign")

@@ -1,6 +1,6 @@
 """The tiny world: pictures of coloured shapes, a checker that reads them, and the tiny models trained on them.
 
-    python tiny.py NAME     NAME: prompts, clip, hps, flux, sd, or all. Re-creates it from nothing.
+    python tiny.py NAME     NAME: prompts, clip, hps, flux, sd, videoalign, or all. Re-creates it from nothing.
     python tiny.py check    prints how well the checker agrees with the renderer, and how good the models are.
 
 A scene is drawn for a caption of one of GenEval's six kinds: single_object, two_object, counting, colors, position,
@@ -1031,9 +1031,11 @@ def report(scenes=3000):
 def main():
     """Makes what is named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("prompts", "flux", "clip", "hps", "sd", "all", "check"))
+    parser.add_argument("name", choices=("prompts", "flux", "clip", "hps", "sd", "videoalign", "all", "check"))
     name = parser.parse_args().name
     from diffusers import AutoencoderKL
+
+    import moving  # it imports this file
 
     if name in ("prompts", "all"):
         write_prompts()
@@ -1050,8 +1052,11 @@ def main():
     if name in ("sd", "all"):
         pipe = train_sd(new_sd(vae), HERE / "tiny/sd", 3400, wrong=0.15, faulty=0.15, seed=3)
         train_sd(pipe, HERE / "tiny/sd", 700, 0.1, 0.15, pale=0.6, seed=4, learning_rate=1e-3)
+    if name in ("videoalign", "all"):
+        moving.make_videoalign()
     if name == "check":
         report()
+        moving.report()
 
 
 if __name__ == "__main__":
