@@ -129,10 +129,16 @@ class PickScoreReward:
         from transformers import CLIPModel, CLIPTokenizer
 
         try:
-            self.model = CLIPModel.from_pretrained(path, dtype=torch.float32)
+            self.model, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(path if Path(path).is_dir() else PICKSCORE_TOKENIZER)
         except (OSError, RuntimeError, ValueError) as e:
             raise RewardError(_not_loadable("pickscore", path, "a CLIPModel folder with its tokenizer", e)) from e
+        missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+        if missing or unexpected:  # transformers would fill in random weights
+            raise RewardError(
+                f"pickscore: {path} does not fit its config: {len(missing)} weights missing, {len(unexpected)} "
+                f"unexpected, first of them: {[*missing, *unexpected][0]}"
+            )
         self.model.to(device).eval().requires_grad_(False)
         self.size = self.model.config.vision_config.image_size
         self.length = self.model.config.text_config.max_position_embeddings

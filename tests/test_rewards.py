@@ -1,6 +1,7 @@
 """The rewards against the packages they come from, and what they refuse."""
 
 import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,7 @@ def test_bad_specs_are_refused(spec, message):
         (torch.zeros(2, 64, 64, 3), ["a", "b"], r"must be \(B, 3, H, W\)"),
         (torch.zeros(3, 64, 64), ["a"], r"must be \(B, 3, H, W\)"),
         (torch.zeros(2, 3, 64, 64), ["a"], "one prompt per image"),
+        (torch.zeros(1, 3, 64, 64), ["a", "b"], "one prompt per image"),
         (torch.zeros(1, 3, 64, 64), "a", "one prompt per image"),
         (torch.full((1, 3, 64, 64), 255.0), ["a"], r"pixels must be in \[0, 1\]"),
         (torch.full((1, 3, 64, 64), float("nan")), ["a cat"], "for the prompt 'a cat'"),
@@ -165,3 +167,18 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
     (tmp_path / "model.json").write_text(config.read_text())
     with pytest.raises(RewardError, match="does not fit its model config"):
         load_reward("hps", {"hps": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    "name, file", [("hps", "hps/HPS_tiny.pt"), ("clip", "clip/open_clip_pytorch_model.bin")], ids=["hps", "clip"]
+)
+def test_checkpoints_with_missing_or_unexpected_keys_are_refused(tmp_path, name, file):
+    shutil.copytree(Path("tiny") / name, tmp_path, dirs_exist_ok=True)
+    saved = torch.load(Path("tiny") / file, weights_only=True)
+    state = saved.get("state_dict", saved)
+    for change in ({"logit_scale": None}, {"new": torch.zeros(1)}):
+        changed = {key: w for key, w in (state | change).items() if w is not None}
+        torch.save({"state_dict": changed} if name == "hps" else changed, tmp_path / Path(file).name)
+        with pytest.raises(RewardError) as error:
+            load_reward(name, {name: str(tmp_path)})
+        assert "\n" not in str(error.value)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPConfig,
@@ -230,6 +232,7 @@ def test_only_ta_reads_the_prompt(judge):
         (torch.zeros(1, 4, 3, 64, 64), "a", 8, "one prompt per video"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], None, "fps must be the videos' frames per second, above 0, got None"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], 0, "fps must be .* got 0"),
+        (torch.zeros(1, 4, 3, 64, 64), ["a"], -8, "fps must be .* got -8"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], float("nan"), "fps must be .* got nan"),
         (torch.zeros(1, 4, 3, 64, 64), ["a <|VQ_reward|>"], 8, "control tokens"),
     ],
@@ -333,6 +336,34 @@ def test_pickscore_scores_each_image_with_its_own_prompt(pickscore_folder):
     assert abs(reward(images, ["a red circle"] * 2)[1] - apart[1]) > 1e-4
     with pytest.raises(RewardError, match="one prompt per image, got 2 images"):
         reward(images, ["a red circle"])
+
+
+@pytest.mark.parametrize(
+    "images, prompts, message",
+    [
+        (torch.zeros(1, 32, 32, 3), ["a"], r"images must be \(B, 3, H, W\)"),
+        (torch.zeros(1, 3, 32, 32), ["a", "b"], "one prompt per image, got 1 images"),
+        (torch.full((1, 3, 32, 32), -0.1), ["a"], r"pixels must be in \[0, 1\], found -0.1"),
+        (torch.full((1, 3, 32, 32), float("nan")), ["a cat"], "found nan to nan for the prompt 'a cat'"),
+    ],
+)
+def test_pickscore_refuses_bad_images(pickscore_folder, images, prompts, message):
+    with pytest.raises(RewardError, match=message) as error:
+        PickScoreReward(pickscore_folder)(images, prompts)
+    assert "\n" not in str(error.value)
+
+
+def test_pickscore_refuses_a_checkpoint_with_other_keys(pickscore_folder, tmp_path):
+    """Transformers alone would fill in random weights and go on."""
+    shutil.copytree(pickscore_folder, tmp_path, dirs_exist_ok=True)
+    state = load_file(tmp_path / "model.safetensors")
+    less = {name: w for name, w in state.items() if name != "visual_projection.weight"}
+    save_file(less, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RewardError, match=r"1 weights missing, 0 unexpected, first of them: visual_projection\.weight"):
+        PickScoreReward(str(tmp_path))
+    save_file(state | {"new": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RewardError, match="0 weights missing, 1 unexpected, first of them: new"):
+        PickScoreReward(str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------ from a spec
