@@ -393,9 +393,9 @@ def random_pairs(rng, count):
     for _ in range(count):
         action = random_action(rng)
         scene = random_clip(rng, action)
-        motion_fault = rng.choice((None, *MOTION_FAULTS))
+        motion_fault = rng.choice((*[None] * 4, *MOTION_FAULTS))
         path = spoil_path(rng, scene["path"], motion_fault)
-        quality_fault, strength = rng.choice((None, *QUALITY_FAULTS)), rng.uniform(0.45, 1)
+        quality_fault, strength = rng.choice((*[None] * 4, *QUALITY_FAULTS)), rng.uniform(0.45, 1)
         k = 2 * rng.randrange(len(JUDGE_FRAMES) // 2)
         pair = JUDGE_FRAMES[k : k + 2]
         clip = spoil_frames(rng, draw_clip(scene, path[pair]), motion_fault)
@@ -408,13 +408,13 @@ def random_pairs(rng, count):
         cells.append(near[0] | near[1])
         kinds.append(SHAPES.index(action["class"]) * len(COLORS) + list(COLORS).index(action["color"]))
         change = path[pair[1]] - path[pair[0]]
-        change[3] *= radius[0]
+        change *= torch.tensor([1 / 3, 1 / 3, 1, radius[0] / 3])  # all of about one size
         quality = [strength * (fault == quality_fault) for fault in QUALITY_FAULTS]
-        numbers.append([*(change / 3).tolist(), *quality, motion_fault == "flicker", motion_fault == "tearing"])
+        numbers.append([*change.tolist(), *quality, motion_fault == "flicker", motion_fault == "tearing"])
     return torch.cat(frames), torch.stack(cells), torch.tensor(kinds), torch.tensor(numbers).clamp(-4, 4)
 
 
-def train_eye(visual, seed=0, iterations=700, count=64, learning_rate=4e-3):
+def train_eye(visual, seed=0, iterations=1600, count=64, learning_rate=4e-3):
     """Teaches the vision tower what is to be seen in each cell of a pair of frames."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -432,7 +432,7 @@ def train_eye(visual, seed=0, iterations=700, count=64, learning_rate=4e-3):
         kind, number = (v.repeat_interleave(36, 0)[cells] for v in (kind, number))
         what = F.cross_entropy(name[cells], kind // len(COLORS)) + F.cross_entropy(color[cells], kind % len(COLORS))
         how = F.smooth_l1_loss(measured[cells], number)
-        (F.binary_cross_entropy_with_logits(cover[:, 0], cells.float()) + what + 4 * how).backward()
+        (F.binary_cross_entropy_with_logits(cover[:, 0], cells.float()) + what + 10 * how).backward()
         step(modules, steps)
         right = (name[cells].argmax(-1) == kind // len(COLORS)).float().mean()
         bar.set_postfix(what=f"{what:.3f}", how=f"{how:.3f}", right=f"{right:.2f}", refresh=False)
@@ -467,13 +467,14 @@ def judge_captions(rng, actions):
     return captions, torch.tensor(right).flatten()
 
 
-def another_action(rng, action):
-    """What the clip does not show: mostly another motion, else another colour or shape."""
-    key, values = rng.choice([("motion", MOTIONS)] * 3 + [("color", COLORS), ("class", SHAPES)])
-    values = [value for value in values if value != action[key]]
+def another_action(rng, action, key=None):
+    """What the clip does not show: another "motion", "color" or "class". Without a key mostly another motion."""
+    values = {"motion": list(MOTIONS), "color": list(COLORS), "class": list(SHAPES)}
+    key = key or rng.choice(["motion"] * 5 + ["color", "class"])
+    values[key].remove(action[key])
     if action["class"] == "circle" and action["motion"] == "still" and key == "motion":
-        values.remove("rotate")  # nobody could tell
-    return action | {key: rng.choice(values)}
+        values[key].remove("rotate")  # nobody could tell
+    return action | {key: rng.choice(values[key])}
 
 
 def prefer(good, bad):
@@ -518,7 +519,7 @@ def judge_gaps(scores):
     }
 
 
-def train_judge(seed=0, iterations=1000, scenes=16, stock=2000, learning_rate=2e-3):
+def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-3):
     """VideoAlign's way to train: scores that explain which of two clips, or of two captions, is preferred.
 
     First the vision tower learns to see; then it looks once at a stock of scenes, which the language model learns from.
@@ -566,27 +567,35 @@ def train_judge(seed=0, iterations=1000, scenes=16, stock=2000, learning_rate=2e
 
 
 @torch.no_grad()
-def show_judge(folder, scenes=120, seed=1):
-    """Prints how often VideoAlignReward on this folder is right about unseen pairs.
+def judge_figures(reward, scenes, seed=1):
+    """How good a VideoAlignReward is on so many pairs of each kind, as shares in [0, 1].
 
-    And how far faults of motion leave it cold: the score moves by less than half of what the faults it is meant for
-    move it by (median).
+    {"vq": clean preferred to degraded, "mq": smooth to spoilt, "ta": the right caption to one with a wrong motion,
+    "vq indifferent", "mq indifferent": faults of motion that move the score by less than half of what the faults it
+    is meant for move it by (median)}.
     """
-    from rewards import VideoAlignReward
-
     torch.manual_seed(seed)
-    rng, reward, gaps = random.Random(seed), VideoAlignReward(str(folder)), []
+    rng, gaps = random.Random(seed), []
     for _ in trange(scenes // 4, desc="unseen pairs"):
         actions, clips = judge_clips(rng, 4)
-        captions, _ = judge_captions(rng, actions)
-        scores = reward(clips.transpose(0, 1).flatten(0, 1)[torch.arange(16) % 12], captions, CLIP_FPS)
+        right = [phrase_action(rng, action) for action in actions]
+        wrong = [phrase_action(rng, another_action(rng, action, "motion")) for action in actions]
+        clips = torch.cat([clips.transpose(0, 1).flatten(0, 1), clips[:, 0]])
+        scores = reward(clips, [*right, *right, *right, *wrong], CLIP_FPS)
         gaps.append(judge_gaps(torch.stack([*scores.values()], 1)))
     gaps = {name: torch.cat([gap[name] for gap in gaps]) for name in gaps[0]}
-    for name in ("vq", "mq", "ta"):
-        print(f"{name}: right about {(gaps[name] > 0).float().mean():.1%} of {len(gaps[name])} unseen pairs")
+    figures = {name: (gaps[name] > 0).float().mean().item() for name in ("vq", "mq", "ta")}
     for which, name in (("vq by motion", "vq"), ("mq", "mq")):
-        share = (gaps[which].abs() < gaps[name].median() / 2).float().mean()
-        print(f"{name} is indifferent to {share:.1%} of the faults of motion")
+        figures[f"{name} indifferent"] = (gaps[which].abs() < gaps[name].median() / 2).float().mean().item()
+    return figures
+
+
+def show_judge(scenes=200):
+    """Prints the figures of tiny/videoalign."""
+    from rewards import VideoAlignReward
+
+    figures = judge_figures(VideoAlignReward(str(HERE / "tiny/videoalign")), scenes)
+    print("videoalign  " + "  ".join(f"{name} {share:.1%}" for name, share in figures.items()))
 
 
 def enlarge_patches(weight, large=21):
@@ -632,10 +641,10 @@ def save_judge(model, head, tokenizer, folder, rank=8):
 def make_videoalign():
     """Trains tiny/videoalign, saves it, and prints its figures."""
     save_judge(*train_judge(), HERE / "tiny/videoalign")
-    show_judge(HERE / "tiny/videoalign")
+    show_judge()
 
 
 def report():
     """Prints how often the checker of clips agrees with the renderer, and how good the judge of clips is."""
     show_checker()
-    show_judge(HERE / "tiny/videoalign")
+    show_judge()
