@@ -174,8 +174,8 @@ def test_nothing_to_resume(tmp_path):
 
 def test_resume_with_other_options(tmp_path):
     out = str(a_run(tmp_path / "run"))
-    line = complaint(grpo_flux, "--output-dir", out, "--resume", "--group-size", "8")
-    assert "--group-size is 8, but the run in" in line and "has 12" in line
+    line = complaint(grpo_flux, "--output-dir", out, "--resume", "--group-size", "10")
+    assert "--group-size is 10, but the run in" in line and "has 8" in line
 
 
 def test_resume_takes_the_runs_own_options(tmp_path):
