@@ -96,7 +96,7 @@ def test_the_ratio_is_1_before_the_first_update_and_not_after_it(finished):
     _, out = finished
     for row in metrics(out):
         assert row["ratio_max_deviation_first_update"] <= 1e-6
-        assert 0 < abs(row["ratio_mean"] - 1) < 0.01  # the second update of a rollout is off-policy
+        assert 0 < abs(row["ratio_mean"] - 1) < 0.05  # the second update of a rollout is off-policy
         assert row["approx_kl"] > 0
 
 
@@ -373,7 +373,7 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, tmp_path,
     options = small.options(trainer) | {"iterations": 1}
     train(trainer, tmp_path / "out", **options)
     prompts = runtime.load_prompts("prompts/tiny.txt")
-    order = runtime.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, 42)
+    order = runtime.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, options["seed"])
     images = torch.cat([images for images, _ in scored])
     assert torch.equal(images, torch.cat(decoded[1:-1]))  # the first and the last are sample pictures
     assert [prompt for _, p in scored for prompt in p] == [
