@@ -6,7 +6,9 @@ resume, metrics, pictures. Knows nothing of GRPO, of noise schedules or of rewar
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -38,7 +40,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-PROMPT_SETS = {"hpdv2": ("ymhao/HPDv2", "train.json")}  # name: (data set on the hub, file)
+# name: (data set on the hub, its file, JSON or CSV with a "prompt" in each row)
+PROMPT_SETS = {"hpdv2": ("ymhao/HPDv2", "train.json"), "vidprom": ("WenhaoWang/VidProM", "VidProM_unique.csv")}
 
 
 class RunError(Exception):
@@ -66,8 +69,9 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     """Fill the frozen dataclass from defaults, then the preset, then the command line (each overrides the one before).
 
     Every field becomes an option; its help is the comment that trails it in the source; one of type tuple[str, ...]
-    takes several words. With --resume, where there is such an option, the values come from the run's config.json, and
-    options given on the command line must agree with it.
+    takes several words. A --task that is also the name of a preset chooses it, where no --preset is given. With
+    --resume, where there is such an option, the values come from the run's config.json, and options given on the
+    command line must agree with it.
     Raises RunError on anything that is not as it should be.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
@@ -86,10 +90,11 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     defaults = dataclasses.asdict(config_class())
 
     def values(options: dict) -> dict:
-        preset = options.get("preset", defaults["preset"])
+        of_task = options["task"] if options.get("task") in presets else defaults["preset"]
+        preset = options.get("preset", of_task)
         if preset not in presets:
             raise RunError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
-        return presets[preset] | options
+        return {"preset": preset} | presets[preset] | options
 
     new = config_class(**defaults | values(given))
     if not getattr(new, "resume", False):
@@ -214,14 +219,19 @@ def load_prompts(source: str) -> list[str]:
     prompts = []
     for number, line in enumerate(lines, 1):
         if path.suffix == ".jsonl" and line.strip():
-            try:
-                line = json.loads(line)["prompt"]
-            except (json.JSONDecodeError, KeyError, TypeError) as e:
-                raise RunError(f'{source} line {number} is not {{"prompt": "…"}} ({type(e).__name__}: {e})') from e
-            require(isinstance(line, str), f"{source} line {number}: the prompt must be a string")
+            line = _json_field(line, "prompt", f"{source} line {number}")
         require(bool(line.strip()), f"{source} line {number} is blank; remove it, every line is a prompt")
         prompts.append(line.strip())
     return prompts
+
+
+def _json_field(line: str, name: str, where: str) -> str:
+    try:
+        value = json.loads(line)[name]
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise RunError(f'{where} is not {{"{name}": "…"}} ({type(e).__name__}: {e})') from e
+    require(isinstance(value, str), f"{where}: the {name} must be a string")
+    return value
 
 
 def _fetch_prompt_set(name: str) -> Path:
@@ -231,7 +241,8 @@ def _fetch_prompt_set(name: str) -> Path:
     path = Path(constants.HF_HOME) / "dancegrpo" / f"{name}.txt"
     if not path.is_file():
         try:
-            rows = json.loads(Path(hf_hub_download(repo, file, repo_type="dataset")).read_text(encoding="utf-8"))
+            with Path(hf_hub_download(repo, file, repo_type="dataset")).open(encoding="utf-8", newline="") as text:
+                rows = json.load(text) if file.endswith(".json") else list(csv.DictReader(text))
         except OSError as e:
             raise RunError(
                 f"cannot fetch the prompt set {name} ({file} of {repo}) from the hub; "
@@ -257,6 +268,76 @@ def chunks(items: Sequence, size: int, world: "World", text: str) -> Iterator[Se
     """items[0:size], items[size:2 size], … under a progress bar of its own that disappears when it is done."""
     starts = world.progress(range(0, len(items), size), desc=text, leave=False, mininterval=1.0, delay=2.0)
     return (items[start : start + size] for start in starts)
+
+
+# ------------------------------------------------------------------------------------------------------- first frames
+
+
+def read_picture(path: Path):
+    """A picture file as PIL's RGB image."""
+    from PIL import Image
+
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:
+        raise RunError(f"cannot read the picture {path}: {e}; replace it") from e
+
+
+def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
+    """{prompt: picture} for the prompts of an image-to-video run. Raises RunError if one is missing or broken.
+
+    --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
+    first_frames.jsonl. There --first-frame-model keeps the pictures that it paints, so that each is made once.
+    """
+    source, painter = Path(config.first_frames), config.first_frame_model
+    index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
+    require(
+        not painter or (bool(config.first_frames) and index != source),
+        "--first-frame-model needs a folder for its pictures; name it with --first-frames",
+    )
+    found, missing = {}, {}
+    lines = index.read_text(encoding="utf-8").splitlines() if config.first_frames and index.is_file() else []
+    for number, line in enumerate(lines, 1):
+        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
+        found[prompt.strip()] = index.parent / image
+    batch_size = config.prompts_per_iteration
+    batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in range(config.iterations))
+    visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
+    for prompt in world.progress(list(visited), desc="first frames", delay=2.0):
+        if prompt in found:
+            read_picture(found[prompt])
+            continue
+        require(
+            bool(painter),
+            f"no first frame for {prompt!r} in --first-frames {config.first_frames!r}; add it there (first_frames.jsonl), "
+            "or give --first-frame-model to paint it",
+        )
+        missing[prompt] = source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png"
+    if missing:
+        size = {"height": config.height, "width": config.width}
+        _paint(painter, missing, size | {"num_inference_steps": config.first_frame_steps}, world)
+        if world.is_main:
+            with writing(index), index.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())
+    return found | missing
+
+
+def _paint(painter: str, pictures: dict[str, Path], options: dict, world: "World") -> None:
+    """Make each picture that is not there yet, from noise that is its prompt's own."""
+    from diffusers import AutoPipelineForText2Image
+
+    pipe = load_pretrained(AutoPipelineForText2Image.from_pretrained, painter, "--first-frame-model", dtype=world.dtype)
+    pipe.to(world.device).set_progress_bar_config(disable=True)
+    for prompt, path in world.progress(list(pictures.items())[world.rank :: world.size], desc="painting first frames"):
+        if not path.exists():
+            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            picture = pipe(prompt, generator=generator, **options).images[0]
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_suffix(".part.png")
+                picture.save(part)
+                part.replace(path)
+    world.barrier()
 
 
 # ------------------------------------------------------------------------------------------------ processes and models
@@ -318,9 +399,9 @@ def check_local_or_hub(what: str, path: str) -> None:
     )
 
 
-def load_pretrained(loader, path: str, **options):
+def load_pretrained(loader, path: str, option: str = "--model", **options):
     """Call a `from_pretrained` or `load_config` of diffusers; missing or gated weights become one line of advice."""
-    check_local_or_hub("--model", path)
+    check_local_or_hub(option, path)
     try:
         return loader(path, **options)
     except (OSError, ValueError) as e:  # diffusers' and the hub's errors for files that are missing or not allowed
@@ -328,7 +409,7 @@ def load_pretrained(loader, path: str, **options):
         advice = (
             f"accept its licence at https://huggingface.co/{path} and log in with `hf auth login`"
             if "gated" in f"{type(e.__cause__).__name__} {type(e).__name__} {e}".lower() or "401" in str(e)
-            else "give --model a complete folder in diffusers' layout, or a hub id that this machine can reach"
+            else f"give {option} a complete folder in diffusers' layout, or a hub id that this machine can reach"
         )
         raise RunError(f"cannot load {path}: {reason}; {advice}") from e
 
@@ -689,10 +770,10 @@ def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: 
     """images (N, 3, H, W) in [0, 1] as one PNG, each with its caption below."""
     from PIL import Image, ImageDraw, ImageFont
 
-    zoom = max(1, 192 // images.shape[-1])  # small pictures are shown larger, pixel for pixel
+    zoom = max(1, 192 // images.shape[-2])  # small pictures are shown larger, pixel for pixel
     pixels = (images.float().cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
     height, width = images.shape[-2] * zoom, images.shape[-1] * zoom
-    size = max(12, width // 24)
+    size = max(12, height // 24)
     font, strip, gap = ImageFont.load_default(size), int(size * 3.2), size // 2
     rows = -(-len(pixels) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + strip) + gap), "white")
@@ -707,3 +788,29 @@ def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: 
         part = path.with_name(path.stem + ".part.png")
         sheet.save(part)
         part.replace(path)
+
+
+def save_videos(path: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
+    """videos (N, F, 3, H, W) in [0, 1] as path.png, six frames of each in a row, and path.mp4, side by side.
+
+    One frame is a picture, and becomes path.png only.
+    """
+    frames = videos.shape[1]
+    shown = torch.linspace(0, frames - 1, min(frames, 6)).round().long()
+    rows = torch.cat(videos[:, shown].unbind(1), -1)  # (N, 3, H, 6 W)
+    save_pictures(path.with_suffix(".png"), rows, captions, columns=1 if frames > 1 else 4)
+    if frames == 1:
+        return
+    from imageio_ffmpeg import write_frames
+
+    zoom = max(1, 192 // videos.shape[-2])
+    film = torch.cat(videos.unbind(0), -1).repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)  # (F, 3, H', W')
+    pixels = (film.float().cpu() * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    part = path.with_suffix(".part.mp4")
+    with writing(path.with_suffix(".mp4")):
+        writer = write_frames(str(part), pixels.shape[2:0:-1], fps=fps, quality=8, macro_block_size=2)
+        writer.send(None)  # starts it
+        for frame in pixels:
+            writer.send(frame)
+        writer.close()
+        part.replace(path.with_suffix(".mp4"))

@@ -4,13 +4,17 @@ import re
 from pathlib import Path
 
 import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 import grpo_flux
 import grpo_sd
+import grpo_video
 import runtime
+import small
 from rewards import RewardError
 
-BOTH = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd], ids=lambda trainer: trainer.__name__)
+EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
 
 def complaint(trainer, *words):
@@ -21,17 +25,17 @@ def complaint(trainer, *words):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((runtime.RunError, RewardError)) as caught:
         patch.setattr(trainer, "load_reward", forbidden)
-        for name in ("FluxPipeline", "StableDiffusionPipeline"):
-            if hasattr(trainer, name):
-                patch.setattr(getattr(trainer, name), "from_pretrained", forbidden)
+        patch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
         start = ["--preset", "tiny"]
+        if trainer is grpo_video:
+            start = ["--model", small.random_hunyuan()] + ["--task", "t2i"] * ("--task" not in words)
         trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, [*start, *words]))
     message = str(caught.value)
     assert "\n" not in message
     return message
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize(
     "words, expected",
     [
@@ -93,8 +97,64 @@ def test_options_that_mean_nothing_to_diffusion(words, expected):
     assert expected in complaint(grpo_sd, *words.split())
 
 
-def test_cps_noise_range():
-    assert "--eta must be at most 1 with --sde cps" in complaint(grpo_flux, "--sde", "cps", "--eta", "1.2")
+@pytest.mark.parametrize("trainer", [grpo_flux, grpo_video])
+def test_cps_noise_range(trainer):
+    assert "--eta must be at most 1 with --sde cps" in complaint(trainer, "--sde", "cps", "--eta", "1.2")
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--task v2v", "--task must be one of t2v, t2i, i2v"),
+        ("--task t2v --frames 6", "--frames must be 1 for t2i, else a multiple of 4 and one more, got 6 for t2v"),
+        ("--task t2v --frames 1", "--frames must be 1 for t2i, else a multiple of 4 and one more, got 1 for t2v"),
+        ("--task t2i --frames 5", "--frames must be 1 for t2i"),
+        ("--task t2v --fps 0", "--fps must be above 0"),
+        ("--task t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
+        ("--task t2v --height 24", "--height must be a multiple of 16"),
+        ("--task t2v --transformer SKYREELS", "--task t2v needs another --transformer: this one takes 8 channels"),
+        ("--task i2v --transformer ", "--task i2v needs another --transformer: this one takes 4 channels"),
+        ("--task i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
+        ("--task t2i --reward mq", "reward mq judges video"),
+    ],
+)
+def test_options_of_video(words, expected, tmp_path):
+    words = words.replace("SKYREELS", f"{small.random_hunyuan()}/skyreels").split(" ")
+    assert expected in complaint(grpo_video, *words, "--output-dir", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        (None, "no first frame for 'a red circle' in --first-frames ''"),
+        ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in --first-frames '"),
+        ('{"prompt": "a red circle", "image": "none.png"}', "none.png"),
+        ('{"prompt": "a red circle", "image": "text.png"}', "cannot read the picture "),
+        ('{"prompt": "a red circle", "image": "half.png"}', "cannot read the picture "),
+        ('{"prompt": "a red circle"}', 'first_frames.jsonl line 1 is not {"image": "…"}'),
+        ('{"prompt": "a red circle", "image": 7}', "line 1: the image must be a string"),
+        ("a red circle\tgood.png", "line 1 is not"),
+    ],
+)
+def test_first_frames(rows, expected, tmp_path):
+    Image.effect_noise((48, 32), 90).save(tmp_path / "good.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:500])
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    words = ["--task", "i2v", "--transformer", f"{small.random_hunyuan()}/skyreels"]
+    words += ["--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
+    if rows is not None:
+        (tmp_path / "first_frames.jsonl").write_text(rows + "\n")
+        words += ["--first-frames", str(tmp_path)]
+    assert expected in complaint(grpo_video, *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
+    words = ["--task", "i2v", "--transformer", f"{small.random_hunyuan()}/skyreels", "--prompts", "prompts/tiny.txt"]
+    for more in ([], ["--first-frames", str(tmp_path / "frames.jsonl")]):
+        line = complaint(grpo_video, *words, "--first-frame-model", "tiny/flux", *more)
+        assert "--first-frame-model needs a folder for its pictures" in line
 
 
 @pytest.mark.parametrize(
@@ -139,6 +199,15 @@ def test_a_prompt_set_is_fetched_once_and_kept_as_text(tmp_path, monkeypatch):
     assert runtime.load_prompts("hpdv2") == ["a cat", "a dog"]
     assert runtime.load_prompts("hpdv2") == ["a cat", "a dog"]
     assert calls == [("ymhao/HPDv2", "train.json", "dataset")]
+
+
+def test_a_prompt_set_may_be_a_table(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    (tmp_path / "table.csv").write_text('uuid,prompt,time\n1,"a cat, running",now\n2,"two\nlines",then\n')
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "table.csv"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    assert runtime.load_prompts("vidprom") == ["a cat, running", "two lines"]
 
 
 def test_gated_weights_say_where_to_ask():

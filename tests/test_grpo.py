@@ -9,10 +9,11 @@ import torch
 
 import grpo_flux
 import grpo_sd
+import grpo_video
 import runtime
 from grpo_flux import Config, group_advantages, grpo_loss, sde_window, trained_steps, update_parts
 
-TRAINERS = [grpo_flux, grpo_sd]
+TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 SHARED = ["group_advantages", "grpo_loss", "sde_window", "trained_steps", "update_parts"]
 CONTRACT = """preset model reward prompts output_dir resume seed iterations prompts_per_iteration group_size steps eta
 shift sde sde_window timestep_fraction shared_noise updates_per_rollout micro_batch clip_range advantage_clip kl_weight

@@ -1,9 +1,11 @@
 """Randomness by key, the order of prompts, and the parts of a run that are not the paper's."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import runtime
 from runtime import EMA, keyed_noise, prompt_batch
@@ -73,8 +75,6 @@ def test_help_shows_each_option_with_its_comment_and_default(capsys):
 
 
 def test_captioned_pictures_keep_their_pixels(tmp_path):
-    from PIL import Image
-
     images = torch.zeros(3, 3, 256, 256)
     images[1, 0] = 1.0
     runtime.save_pictures(tmp_path / "a.png", images, ["first", "second", "a long caption " * 20], columns=2)
@@ -82,3 +82,38 @@ def test_captioned_pictures_keep_their_pixels(tmp_path):
     colors = {color: count for count, color in sheet.getcolors(1_000_000)}
     assert colors[(255, 0, 0)] == 256 * 256
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_videos_become_a_film_and_a_sheet_of_frames(tmp_path):
+    from imageio_ffmpeg import read_frames
+
+    videos = torch.zeros(2, 13, 3, 32, 48)
+    videos[1] = 1.0
+    runtime.save_videos(tmp_path / "000010", videos, ["dark", "bright"], fps=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.mp4", "000010.png"]
+    film = read_frames(str(tmp_path / "000010.mp4"))
+    about = next(film)
+    assert about["fps"] == 8 and about["size"] == (2 * 6 * 48, 6 * 32)  # side by side, six times as large
+    frames = [torch.frombuffer(bytearray(frame), dtype=torch.uint8).view(192, 576, 3) for frame in film]
+    assert len(frames) == 13
+    assert frames[5][:, :280].float().mean() < 5 and frames[5][:, 296:].float().mean() > 250
+    assert Image.open(tmp_path / "000010.png").width > 6 * 6 * 48
+
+
+def test_first_frames_are_painted_once_and_kept(tmp_path):
+    folder = tmp_path / "frames"
+    config = SimpleNamespace(
+        first_frames=str(folder), first_frame_model="tiny/flux", first_frame_steps=2, height=64, width=64,
+        num_samples=2, iterations=2, prompts_per_iteration=1, seed=0,
+    )  # fmt: skip
+    prompts = ["a red circle", "a cross", "two squares"]
+    world = runtime.start_world()
+    first = runtime.first_frames(config, prompts, world)
+    assert set(prompts[:2]) <= first.keys()
+    assert all(path.parent == folder and Image.open(path).size == (64, 64) for path in first.values())
+    made = {path: path.stat().st_mtime_ns for path in first.values()}
+    config.first_frame_model, config.iterations = "", 1  # nothing is missing, so nobody has to paint
+    again = runtime.first_frames(config, prompts, world)
+    assert again == {prompt: first[prompt] for prompt in again}
+    assert made == {path: path.stat().st_mtime_ns for path in first.values()}
+    assert len((folder / "first_frames.jsonl").read_text().splitlines()) == len(first)
