@@ -97,7 +97,7 @@ I2V = {"task": "i2v", "transformer": "Skywork/SkyReels-V1-Hunyuan-I2V", "reward"
 I2V |= {"true_guidance": 5.0, "height": 400, "width": 640, "eta": 0.3, "shift": 7.0, "group_size": 8}
 I2V |= {"keep_best_worst": 0, "updates_per_rollout": 1, "iterations": 121}
 TINY = {"model": "tiny/hunyuan", "reward_paths": "hps=tiny/hps,videoalign=tiny/videoalign", "frames": 9, "fps": 2.0}
-TINY |= {"first_frames": "prompts/moving", "gradient_checkpointing": False, "height": 64, "width": 64}
+TINY |= {"first_frames": "prompts/moving", "gradient_checkpointing": False, "height": 32, "width": 32, "shift": 3.0}
 TINY |= {"prompts": "prompts/moving.txt", "max_sequence_length": 24, "steps": 6, "sde_window": 2, "eta": 2.0}
 TINY |= {"clip_range": 1e-3, "learning_rate": 1e-4, "iterations": 30, "micro_batch": 32}
 TINY |= {"prompts_per_iteration": 4, "group_size": 8, "keep_best_worst": 0}
@@ -107,7 +107,7 @@ PRESETS = {
     "i2v": I2V,
     "tiny-t2v": TINY | {"output_dir": "runs/tiny-t2v"},
     "tiny-t2i": T2I | TINY | {"frames": 1, "prompts": "prompts/tiny_single.txt", "output_dir": "runs/tiny-t2i"},
-    "tiny-i2v": I2V | TINY | {"transformer": "tiny/skyreels", "output_dir": "runs/tiny-i2v"},
+    "tiny-i2v": I2V | TINY | {"transformer": "tiny/skyreels", "true_guidance": 2.0, "output_dir": "runs/tiny-i2v"},
 }
 
 

@@ -309,7 +309,7 @@ def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
             continue
         require(
             bool(painter),
-            f"no first frame for {prompt!r} in --first-frames {config.first_frames!r}; add it there (first_frames.jsonl), "
+            f"no first frame for {prompt!r} in --first-frames {config.first_frames!r}; add it to first_frames.jsonl, "
             "or give --first-frame-model to paint it",
         )
         missing[prompt] = source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png"

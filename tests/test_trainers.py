@@ -81,7 +81,7 @@ def stock_drawing(pipe):
         return pipe("a red circle", height=64, width=64, **options).images
     if pipe.transformer.config.in_channels > pipe.transformer.config.out_channels:
         options["image"] = Image.new("RGB", (48, 32), "red")
-    return pipe("a red circle", height=32, width=48, num_frames=5, **options).frames
+    return pipe(prompt="a red circle", height=32, width=48, num_frames=5, **options).frames
 
 
 def distance(a, b):
@@ -185,6 +185,7 @@ def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_kill
 
 
 def torchrun(trainer, output_dir, *more, processes=2, **options):
+    options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
     options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command += [f"{trainer.__name__}.py", *arguments(options), *more]
