@@ -419,8 +419,8 @@ def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(task, guidanc
         more |= {"image": Image.open(pictures[prompt]), "true_cfg_scale": guidance, "negative_prompt": ""}
         pipe.vae.encode = lambda x, encode=pipe.vae.encode: mode_only(encode(x))
     theirs = pipe(
-        prompt, height=cfg.height, width=cfg.width, num_frames=cfg.frames, latents=z, sigmas=sigmas[:-1].tolist(),
-        num_inference_steps=6, guidance_scale=cfg.guidance, max_sequence_length=cfg.max_sequence_length,
+        prompt=prompt, height=cfg.height, width=cfg.width, num_frames=cfg.frames, latents=z, num_inference_steps=6,
+        sigmas=sigmas[:-1].tolist(), guidance_scale=cfg.guidance, max_sequence_length=cfg.max_sequence_length,
         output_type="pt", **more,
     ).frames  # fmt: skip
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
@@ -459,8 +459,8 @@ def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(tmp_path)
     assert len(metrics(out)) == 4
 
 
-@BOTH
-def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, tmp_path, monkeypatch):
+@EVERY
+def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, task, tmp_path, monkeypatch):
     """No JPEG in between, and image i belongs to prompt i: what is scored is what `decode` returned, in its order."""
     decoded, scored = [], []
     decode, load_reward = trainer.decode, trainer.load_reward
@@ -477,15 +477,14 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, tmp_path,
 
     monkeypatch.setattr(trainer, "decode", spy)
     monkeypatch.setattr(trainer, "load_reward", load)
-    options = small.options(trainer) | {"iterations": 1}
+    options = small.options(trainer, **task) | {"iterations": 1}
     train(trainer, tmp_path / "out", **options)
     prompts = runtime.load_prompts("prompts/tiny.txt")
     order = runtime.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, options["seed"])
     images = torch.cat([images for images, _ in scored])
-    assert torch.equal(images, torch.cat(decoded[1:-1]))  # the first and the last are sample pictures
-    assert [prompt for _, p in scored for prompt in p] == [
-        prompts[i] for i in order for _ in range(options["group_size"])
-    ]
+    assert torch.equal(images, torch.cat(decoded[1:-1]).view_as(images))  # the first and the last are sample pictures
+    copies = options["group_size"] * options.get("frames", 1)  # an image reward scores a video frame by frame
+    assert [prompt for _, p in scored for prompt in p] == [prompts[i] for i in order for _ in range(copies)]
 
 
 def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypatch):
