@@ -186,7 +186,6 @@ def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_kill
 
 def torchrun(trainer, output_dir, *more, processes=2, **options):
     options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
-    options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command += [f"{trainer.__name__}.py", *arguments(options), *more]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
