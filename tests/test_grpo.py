@@ -37,6 +37,23 @@ def test_every_option_of_the_contract_is_there_and_read(trainer):
         trainer.Config(**preset)
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], ("t2v", "t2v", 480, 480, 53, 0.25, 5.0, 24, 8, 2, 202, 6.0, 1.0, "vq,mq:0")),
+        (["--task", "t2i"], ("t2i", "t2i", 480, 480, 1, 0.25, 5.0, 24, 8, 2, 202, 6.0, 1.0, "hps")),
+        (["--task", "i2v"], ("i2v", "i2v", 400, 640, 53, 0.3, 7.0, 8, 0, 1, 121, 1.0, 5.0, "mq")),
+        (["--preset", "i2v", "--eta", "0.5"], ("i2v", "i2v", 400, 640, 53, 0.5, 7.0, 8, 0, 1, 121, 1.0, 5.0, "mq")),
+    ],
+)
+def test_a_task_of_video_names_its_official_recipe(words, expected):
+    cfg = runtime.parse_config(grpo_video.Config, grpo_video.PRESETS, words)
+    names = """preset task height width frames eta shift group_size keep_best_worst updates_per_rollout iterations
+    guidance true_guidance reward"""
+    assert tuple(getattr(cfg, name) for name in names.split()) == expected
+    assert (cfg.prompts_per_iteration, cfg.steps, len(trained_steps(cfg, 0, 0, 0))) == (32, 16, 9)
+
+
 # --------------------------------------------------------------------------------------------------------- advantages
 
 
