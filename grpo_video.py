@@ -10,7 +10,7 @@ Algorithm 1 of the paper, which `main` follows block by block:
 
     python grpo_video.py --preset tiny-t2v                              on a laptop, no download; or tiny-t2i, tiny-i2v
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --task t2v   the paper's runs, 32 GPUs of 80 GB
-    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --task i2v --prompts FILE --first-frames DIR_OR_JSONL
+    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --task i2v
 
 Departures from the official code: noise is shared within a prompt's group, and processes draw their own; best-of-N
 keeps the best and worst of each prompt's own group; rewards see the decoded frames, not an MP4.
@@ -50,8 +50,8 @@ class Config:
     transformer: str = ""  # hub id or folder of the transformer alone, if it is not the one in --model
     reward: str = "vq,mq:0"  # NAME[@THRESHOLD][:WEIGHT], comma separated (official); also: ta, hps, clip, pickscore
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
-    prompts: str = "vidprom"  # text file (one a line), JSONL file, or vidprom, hpdv2 (fetched once)
-    first_frames: str = ""  # i2v: JSONL file of {"prompt", "image"}, or a folder with such a first_frames.jsonl
+    prompts: str = "vidprom"  # text file (one a line), JSONL file, or vidprom, consisid, hpdv2 (fetched once)
+    first_frames: str = ""  # i2v: JSONL file of {"prompt", "image"} (if not --prompts), or folder of first_frames.jsonl
     first_frame_model: str = ""  # i2v: text-to-image model (paper: FLUX.1-dev) that paints missing ones into the folder
     first_frame_steps: int = 30  # its sampling steps (official)
     output_dir: str = "runs/video"  # everything the run leaves
@@ -93,14 +93,50 @@ class Config:
 
 
 T2I = {"task": "t2i", "reward": "hps", "prompts": "hpdv2", "frames": 1}
-I2V = {"task": "i2v", "transformer": "Skywork/SkyReels-V1-Hunyuan-I2V", "reward": "mq", "guidance": 1.0}
-I2V |= {"true_guidance": 5.0, "height": 400, "width": 640, "eta": 0.3, "shift": 7.0, "group_size": 8}
-I2V |= {"keep_best_worst": 0, "updates_per_rollout": 1, "iterations": 121}
-TINY = {"model": "tiny/hunyuan", "reward_paths": "hps=tiny/hps,videoalign=tiny/videoalign", "frames": 9, "fps": 2.0}
-TINY |= {"first_frames": "prompts/moving", "gradient_checkpointing": False, "height": 32, "width": 32, "shift": 3.0}
-TINY |= {"prompts": "prompts/moving.txt", "max_sequence_length": 24, "steps": 6, "sde_window": 2, "eta": 2.0}
-TINY |= {"clip_range": 1e-3, "learning_rate": 1e-4, "iterations": 30, "micro_batch": 32}
-TINY |= {"prompts_per_iteration": 4, "group_size": 8, "keep_best_worst": 0}
+I2V = {
+    "task": "i2v",
+    "transformer": "Skywork/SkyReels-V1-Hunyuan-I2V",
+    "reward": "mq",
+    "prompts": "consisid",
+    "first_frames": "runs/first-frames",
+    "first_frame_model": "black-forest-labs/FLUX.1-dev",
+    "iterations": 121,
+    "group_size": 8,
+    "eta": 0.3,
+    "shift": 7.0,
+    "updates_per_rollout": 1,
+    "keep_best_worst": 0,
+    "guidance": 1.0,
+    "true_guidance": 5.0,
+    "height": 400,
+    "width": 640,
+}
+TINY = {
+    "model": "tiny/hunyuan",
+    "reward_paths": "hps=tiny/hps,videoalign=tiny/videoalign",
+    "prompts": "prompts/moving.jsonl",
+    "first_frames": "",
+    "first_frame_model": "",
+    "height": 32,
+    "width": 32,
+    "frames": 9,
+    "fps": 2.0,
+    "max_sequence_length": 24,
+    "iterations": 30,
+    "prompts_per_iteration": 4,
+    "group_size": 8,
+    "steps": 6,
+    "eta": 2.0,
+    "shift": 3.0,
+    "sde_window": 2,  # in so short a run the first two steps, which decide most of the clip, learn fastest
+    "sde_window_every": 1000,  # it stays there
+    "updates_per_rollout": 1,
+    "micro_batch": 32,
+    "clip_range": 1e-3,
+    "keep_best_worst": 0,
+    "learning_rate": 1e-4,
+    "gradient_checkpointing": False,
+}
 PRESETS = {
     "t2v": {},
     "t2i": T2I,

@@ -40,8 +40,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-# name: (data set on the hub, its file, JSON or CSV with a "prompt" in each row)
-PROMPT_SETS = {"hpdv2": ("ymhao/HPDv2", "train.json"), "vidprom": ("WenhaoWang/VidProM", "VidProM_unique.csv")}
+# name: (data set on the hub, its file, JSON or CSV with a "prompt" in each row), or (address, text file)
+PROMPT_SETS = {
+    "hpdv2": ("ymhao/HPDv2", "train.json"),
+    "vidprom": ("WenhaoWang/VidProM", "VidProM_unique.csv"),
+    "consisid": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "consist-id.txt"),
+}
 
 
 class RunError(Exception):
@@ -237,19 +241,29 @@ def _json_field(line: str, name: str, where: str) -> str:
 def _fetch_prompt_set(name: str) -> Path:
     from huggingface_hub import constants, hf_hub_download
 
-    repo, file = PROMPT_SETS[name]
+    source, file = PROMPT_SETS[name]
     path = Path(constants.HF_HOME) / "dancegrpo" / f"{name}.txt"
     if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with Path(hf_hub_download(repo, file, repo_type="dataset")).open(encoding="utf-8", newline="") as text:
-                rows = json.load(text) if file.endswith(".json") else list(csv.DictReader(text))
+            if source.startswith("https://"):
+                fetched = path.with_name(file)
+                torch.hub.download_url_to_file(f"{source}/{file}", str(fetched), progress=False)
+            else:
+                fetched = Path(hf_hub_download(source, file, repo_type="dataset"))
+            with fetched.open(encoding="utf-8", newline="") as text:
+                if file.endswith(".json"):
+                    lines = [row["prompt"] for row in json.load(text)]
+                elif file.endswith(".csv"):
+                    lines = [row["prompt"] for row in csv.DictReader(text)]
+                else:
+                    lines = text.readlines()
         except OSError as e:
             raise RunError(
-                f"cannot fetch the prompt set {name} ({file} of {repo}) from the hub; "
+                f"cannot fetch the prompt set {name} ({file} of {source}); "
                 "give --prompts a text file with one prompt a line"
             ) from e
-        prompts = dict.fromkeys(" ".join(row["prompt"].split()) for row in rows)  # unique, in the file's order
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prompts = dict.fromkeys(" ".join(line.split()) for line in lines)  # unique, in the file's order
         write_atomically(path, "\n".join(prompt for prompt in prompts if prompt) + "\n")
     return path
 
@@ -288,15 +302,17 @@ def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
     first_frames.jsonl. There --first-frame-model keeps the pictures that it paints, so that each is made once.
+    Without --first-frames the images are those in --prompts, if it is such a JSONL file.
     """
-    source, painter = Path(config.first_frames), config.first_frame_model
+    source = Path(config.first_frames or config.prompts)
     index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
+    painter = "" if index == source else config.first_frame_model  # somebody else's file is not added to
     require(
-        not painter or (bool(config.first_frames) and index != source),
+        not painter or bool(config.first_frames),
         "--first-frame-model needs a folder for its pictures; name it with --first-frames",
     )
     found, missing = {}, {}
-    lines = index.read_text(encoding="utf-8").splitlines() if config.first_frames and index.is_file() else []
+    lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
     for number, line in enumerate(lines, 1):
         prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
         found[prompt.strip()] = index.parent / image
@@ -309,8 +325,8 @@ def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
             continue
         require(
             bool(painter),
-            f"no first frame for {prompt!r} in --first-frames {config.first_frames!r}; add it to first_frames.jsonl, "
-            "or give --first-frame-model to paint it",
+            f"no first frame for {prompt!r} in {index}; add it there, or give --first-frames a folder and "
+            "--first-frame-model a text-to-image model that paints it",
         )
         missing[prompt] = source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png"
     if missing:

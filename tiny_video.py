@@ -56,11 +56,14 @@ def short_clip(rng, action, motion_fault=None, pale=0.0):
     return (torch.lerp(clip, clip.mean((0, 2, 3)).view(3, 1, 1), pale) * 255).round().byte()
 
 
-def train_vae(seed=0, clips=2000, iterations=1400, batch=8, learning_rate=1e-2):
-    """AutoencoderKLHunyuanVideo, 9 frames of 32x32 → (16, 3, 8, 8) latents; trained on clips and on single frames."""
+def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2, vae=None):
+    """AutoencoderKLHunyuanVideo, 9 frames of 32x32 → (16, 3, 8, 8) latents; trained on clips and on single frames.
+
+    Pixels that stand out from the clip's mean colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
+    """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    vae = AutoencoderKLHunyuanVideo(
+    vae = vae or AutoencoderKLHunyuanVideo(
         latent_channels=16,
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
         up_block_types=("HunyuanVideoUpBlock3D",) * 3,
@@ -69,7 +72,7 @@ def train_vae(seed=0, clips=2000, iterations=1400, batch=8, learning_rate=1e-2):
         norm_num_groups=4,
         spatial_compression_ratio=4,
     )
-    torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)  # little noise at first, so that there is a signal
+    torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)  # little noise, so that there is a signal
     pool = []
     for _ in trange(clips, desc="drawing clips"):
         pale, fault = rng.choice((0.0, 0.0, rng.uniform(0.2, 0.85))), rng.choice((None, None, "flicker", "jitter"))
@@ -91,7 +94,9 @@ def train_vae(seed=0, clips=2000, iterations=1400, batch=8, learning_rate=1e-2):
         x = (x if i % 4 else x[:, :, torch.randint(FRAMES, (1,))]).float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
         error = vae.decode(posterior.sample()).sample - x
-        loss = error.square().mean() + 0.2 * error.abs().mean() + 1e-5 * posterior.kl().mean() / 64
+        weight = 1 + 4 * (x - x.mean((2, 3, 4), keepdim=True)).abs().mean(1, keepdim=True).clamp(max=1)
+        loss = (weight * (error.square() + 0.2 * error.abs())).mean() + F.avg_pool3d(error, (1, 4, 4)).square().mean()
+        loss = loss + 1e-5 * posterior.kl().mean() / 64
         vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -101,8 +106,6 @@ def train_vae(seed=0, clips=2000, iterations=1400, batch=8, learning_rate=1e-2):
             optimizer.step()
             schedule.step()
         bar.set_postfix(mse=f"{error.square().mean():.4f}", refresh=False)
-        if i % 50 in (0, 1):
-            print("@", i, f"{error.square().mean():.5f}", flush=True)
     with torch.no_grad():
         z = vae.eval().encode(pool[:256].float() / 127.5 - 1).latent_dist.sample()
     vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
@@ -248,8 +251,6 @@ def train(transformer, pipe, iterations, faulty, pale, seed, clips=3000, batch=6
         loss = F.mse_loss(v.float(), noise - data)
         update(loss, [transformer], [average], steps, i)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if i % 25 == 0:
-            print("@", i, f"{loss:.4f}", flush=True)
     return average
 
 
@@ -269,8 +270,8 @@ def animate(transformer):
     return taught
 
 
-def write_prompts(train=48, heldout=24, seed=0):
-    """Prompts of clips, prompts/moving*.txt, with a first frame for each in prompts/moving/, and of single objects.
+def write_prompts(train=48, heldout=48, seed=0):
+    """Prompts of clips, prompts/moving*.jsonl, with first frames in prompts/moving/, and of single objects.
 
     The latter, prompts/tiny_single*.txt, are those of prompts/tiny*.txt that ask for one object.
     """
@@ -279,16 +280,14 @@ def write_prompts(train=48, heldout=24, seed=0):
     while len(captions) < train + heldout:
         action = random_action(rng)
         captions.setdefault(phrase_action(rng, action), action)
-    frames = HERE / "prompts/moving"
-    frames.mkdir(exist_ok=True)
+    (HERE / "prompts/moving").mkdir(exist_ok=True)
     rows = []
     for i, (caption, action) in enumerate(captions.items()):
+        rows.append(json.dumps({"prompt": caption, "image": f"moving/{i:02d}.png"}))
         pixels = short_clip(rng, action)[0].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(frames / f"{i:02d}.png")
-        rows.append(json.dumps({"prompt": caption, "image": f"{i:02d}.png"}))
-    (frames / "first_frames.jsonl").write_text("\n".join(rows) + "\n")
-    for suffix, part in (("", list(captions)[:train]), ("_heldout", list(captions)[train:])):
-        (HERE / f"prompts/moving{suffix}.txt").write_text("\n".join(part) + "\n")
+        Image.fromarray(pixels).save(HERE / f"prompts/moving/{i:02d}.png")
+    for suffix, part in (("", rows[:train]), ("_heldout", rows[train:])):
+        (HERE / f"prompts/moving{suffix}.jsonl").write_text("\n".join(part) + "\n")
         lines = (HERE / f"prompts/tiny{suffix}.txt").read_text().splitlines()
         single = [line for line in lines if parse(line)["tag"] in ("single_object", "colors")]
         (HERE / f"prompts/tiny_single{suffix}.txt").write_text("\n".join(single) + "\n")

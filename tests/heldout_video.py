@@ -70,11 +70,11 @@ def compare(run: Path, iteration: int | None = None, noises: int = 3) -> dict[st
     stored = json.loads((run / "config.json").read_text())
     cfg = grpo_video.Config(**{name: stored[name] for name in grpo_video.Config.__dataclass_fields__})
     weights = sorted(run.glob("checkpoint-??????"))[-1] if iteration is None else run / f"checkpoint-{iteration:06d}"
-    prompts = Path(cfg.prompts.replace(".txt", "_heldout.txt")).read_text().splitlines()
-    pictures = {}
+    file = Path(cfg.prompts)
+    file = file.with_name(f"{file.stem}_heldout{file.suffix}")
+    prompts, pictures = runtime.load_prompts(str(file)), {}
     if cfg.task == "i2v":
-        lines = Path(cfg.first_frames, "first_frames.jsonl").read_text().splitlines()
-        pictures = {row["prompt"]: Path(cfg.first_frames, row["image"]) for row in map(json.loads, lines)}
+        pictures = {row["prompt"]: file.parent / row["image"] for row in map(json.loads, file.read_text().splitlines())}
     base, trained = (
         judge(cfg, draw(cfg, which, prompts, pictures, noises), prompts * noises, pictures) for which in (None, weights)
     )

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -126,8 +127,8 @@ def test_options_of_video(words, expected, tmp_path):
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        (None, "no first frame for 'a red circle' in --first-frames ''"),
-        ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in --first-frames '"),
+        (None, "prompts.txt/first_frames.jsonl; add it there"),
+        ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in "),
         ('{"prompt": "a red circle", "image": "none.png"}', "none.png"),
         ('{"prompt": "a red circle", "image": "text.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle", "image": "half.png"}', "cannot read the picture "),
@@ -143,18 +144,20 @@ def test_first_frames(rows, expected, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     words = ["--task", "i2v", "--transformer", f"{small.random_hunyuan()}/skyreels"]
     words += ["--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
+    words += ["--first-frame-model", "", "--first-frames", "" if rows is None else str(tmp_path)]
     if rows is not None:
         (tmp_path / "first_frames.jsonl").write_text(rows + "\n")
-        words += ["--first-frames", str(tmp_path)]
     assert expected in complaint(grpo_video, *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
     words = ["--task", "i2v", "--transformer", f"{small.random_hunyuan()}/skyreels", "--prompts", "prompts/tiny.txt"]
-    for more in ([], ["--first-frames", str(tmp_path / "frames.jsonl")]):
-        line = complaint(grpo_video, *words, "--first-frame-model", "tiny/flux", *more)
-        assert "--first-frame-model needs a folder for its pictures" in line
+    words += ["--first-frame-model", "tiny/flux", "--first-frames"]
+    assert "--first-frame-model needs a folder for its pictures" in complaint(grpo_video, *words, "")
+    (tmp_path / "frames.jsonl").write_text("")  # a file of the user's own is not added to
+    assert "no first frame for " in complaint(grpo_video, *words, str(tmp_path / "frames.jsonl"))
+    assert (tmp_path / "frames.jsonl").read_text() == ""
 
 
 @pytest.mark.parametrize(
@@ -208,6 +211,18 @@ def test_a_prompt_set_may_be_a_table(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "table.csv"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     assert runtime.load_prompts("vidprom") == ["a cat, running", "two lines"]
+
+
+def test_a_prompt_set_at_an_address(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def download(url, path, progress):
+        assert url.startswith("https://") and url.endswith("/consist-id.txt")
+        Path(path).write_text("a man  walks\na woman sings\na man walks\n")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    assert runtime.load_prompts("consisid") == ["a man walks", "a woman sings"]
 
 
 def test_gated_weights_say_where_to_ask():

@@ -117,3 +117,15 @@ def test_first_frames_are_painted_once_and_kept(tmp_path):
     assert again == {prompt: first[prompt] for prompt in again}
     assert made == {path: path.stat().st_mtime_ns for path in first.values()}
     assert len((folder / "first_frames.jsonl").read_text().splitlines()) == len(first)
+
+
+def test_first_frames_may_stand_beside_their_prompts(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a red circle", "image": "one.png"}\n')
+    config = SimpleNamespace(
+        prompts=str(file), first_frames="", first_frame_model="", num_samples=1, iterations=1, prompts_per_iteration=1,
+        seed=0,
+    )  # fmt: skip
+    pictures = runtime.first_frames(config, runtime.load_prompts(str(file)), runtime.start_world())
+    assert pictures == {"a red circle": tmp_path / "one.png"}
