@@ -64,6 +64,7 @@ PAGE_PROMPTS, SHEET_PROMPTS = 24, 8  # shown in index.html and in compare.png
 class Config:
     preset: str = "paper"  # a named set of option values: paper, tiny
     model: str = ""  # the base: hub id or diffusers folder; empty: the one that the checkpoints' run started from
+    transformer: str = ""  # hub id or folder of the base's transformer, if it is not the one in --model: SkyReels'
     checkpoint: tuple[str, ...] = ()  # RUN/checkpoint-000300, a transformer_ema or LoRA file in it, a diffusers folder
     metrics: str = "hps,clip,pickscore"  # of hps, clip, pickscore, geneval, and for video vq, mq, ta; comma separated
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
@@ -131,21 +132,28 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
         require(ok, message)
     runs = [run_options(checkpoint) for checkpoint in cfg.checkpoint]
     base = cfg.model or next((run["model"] for run in runs if run), "")
+    network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
     require(bool(base), "--model is needed: no --checkpoint lies in the folder of a run, from which it would be known")
     index = runtime.load_pretrained(diffusers.DiffusionPipeline.load_config, base)
     family = index["_class_name"]
     require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component, usual = FAMILIES[family]
+    require(not network or component == "transformer", f"--transformer: {base} has none, it is a {family}")
+    original = component_config(network, None, "--transformer") if network else component_config(base, component)
+    if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
+        family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer is told the first frame too
+        component, usual = FAMILIES[family]
     settings = {}
     for name, value in usual.items():
-        given = {run[name] for run in runs if name in run}
+        key = "true_guidance" if name == "guidance" and "Skyreels" in family else name
+        given = {run[key] for run in runs if key in run}
         require(
             bool(getattr(cfg, name)) or len(given) <= 1,
             f"the checkpoints' runs differ in {name}: {', '.join(map(str, sorted(given)))}; "
             f"say with --{name.replace('_', '-')} what all are to be drawn with",
         )
         settings[name] = getattr(cfg, name) or (given.pop() if given else value)
-    cfg = replace(cfg, model=base, **settings)
+    cfg = replace(cfg, model=base, transformer=network, **settings)
 
     vae = component_config(base, "vae")
     scale = vae.get("spatial_compression_ratio", 2 ** (len(vae["block_out_channels"]) - 1))
@@ -165,9 +173,10 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
             runtime.check_local_or_hub("--detector-clip", cfg.detector_clip)
 
     names = ["/".join(Path(checkpoint).parts[-2:]) for checkpoint in cfg.checkpoint]
-    contestants = [Contestant("base", "base", base, picture_folder(cfg, "base", base))]
+    kind, weights = ("network", network) if network else ("base", base)
+    contestants = [Contestant("base", kind, weights, picture_folder(cfg, "base", weights))]
     for checkpoint, name in zip(cfg.checkpoint, names, strict=True):
-        kind, weights = find_weights(checkpoint, index, component, base)
+        kind, weights = find_weights(checkpoint, index | {"_class_name": family}, component, base, original)
         name = name if names.count(name) == 1 else checkpoint
         contestants.append(Contestant(name, kind, weights, picture_folder(cfg, name, weights)))
     require(len({c.folder for c in contestants}) == len(contestants), "--checkpoint names the same weights twice")
@@ -184,15 +193,16 @@ def run_options(checkpoint: str) -> dict:
     return {}
 
 
-def component_config(model: str, component: str) -> dict:
-    return runtime.load_pretrained(diffusers.AutoencoderKL.load_config, model, subfolder=component)  # any class's
+def component_config(model: str, component: str | None, option: str = "--model") -> dict:
+    loader = diffusers.AutoencoderKL.load_config  # any class's
+    return runtime.load_pretrained(loader, model, option, subfolder=component)
 
 
-def find_weights(checkpoint: str, index: dict, component: str, base: str) -> tuple[str, str]:
+def find_weights(checkpoint: str, index: dict, component: str, base: str, original: dict) -> tuple[str, str]:
     """What lies at a --checkpoint: "pipeline", "network" or "lora", and the path of its weights.
 
-    index: the base's model_index.json; component: the network in it that is trained. Raises RunError if there is
-    nothing, or what is there does not fit the base.
+    index: the base's model_index.json; component: the network in it that is trained; original: that one's config.
+    Raises RunError if there is nothing, or what is there does not fit the base.
     """
     path, family, network_class = Path(checkpoint), index["_class_name"], index[component][1]
     require(path.exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder")
@@ -204,7 +214,6 @@ def find_weights(checkpoint: str, index: dict, component: str, base: str) -> tup
         own = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
         if found := own.get("_class_name"):
             require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
-            original = component_config(base, component)
             for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
                 raise RunError(
                     f"--checkpoint {folder} was not trained from {base}: its {key} is {own[key]}, the base's is "
@@ -343,6 +352,9 @@ def load_pipeline(cfg: Config, family: str, contestant: Contestant, world: World
         options[component] = runtime.load_pretrained(loader, contestant.weights, dtype=world.dtype)
     elif contestant.kind == "pipeline":
         source = contestant.weights
+    elif cfg.transformer:  # a LoRA of it
+        loader = diffusers.HunyuanVideoTransformer3DModel.from_pretrained
+        options[component] = runtime.load_pretrained(loader, cfg.transformer, dtype=world.dtype)
     pipe = runtime.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
     if contestant.kind == "lora":
         file = Path(contestant.weights)
