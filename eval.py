@@ -62,7 +62,7 @@ PAGE_PROMPTS, SHEET_PROMPTS = 24, 8  # shown in index.html and in compare.png
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "paper"  # a named set of option values: paper, tiny
+    preset: str = "paper"  # a named set of option values: paper, tiny, tiny-video
     model: str = ""  # the base: hub id or diffusers folder; empty: the one that the checkpoints' run started from
     transformer: str = ""  # hub id or folder of the base's transformer, if it is not the one in --model: SkyReels'
     checkpoint: tuple[str, ...] = ()  # RUN/checkpoint-000300, a transformer_ema or LoRA file in it, a diffusers folder
@@ -95,6 +95,14 @@ PRESETS = {
         "images_per_prompt": 2,
         "output_dir": "runs/tiny-eval",
         "batch_size": 51,
+    },
+    "tiny-video": {
+        "metrics": "vq,mq,ta",
+        "reward_paths": "videoalign=tiny/videoalign",
+        "prompts": "prompts/moving_heldout.jsonl",
+        "images_per_prompt": 2,
+        "output_dir": "runs/tiny-video-eval",
+        "batch_size": 16,
     },
 }
 # What may change when an evaluation goes on: the pictures and scores that are there do not depend on it.

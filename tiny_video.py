@@ -1,7 +1,7 @@
 """The tiny video models: tiny/hunyuan in HunyuanVideo's layout, tiny/skyreels in SkyReels-I2V's, trained from nothing.
 
-    python tiny_video.py          trains both and saves them
-    python tiny_video.py report   prints how well they draw
+    python tiny_video.py            trains both and saves them, in an hour on one core
+    python tiny_video.py prompts    writes the prompts of the tiny video presets, with first frames
 
 They draw clips of the moving world: 9 frames of 32x32 pixels at 2 frames a second, every other frame of `moving.py`'s,
 half as large. What they are shown last is a web full of pale, flickering and trembling clips, so they have bad habits

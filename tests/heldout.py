@@ -65,10 +65,15 @@ def compare(run: Path, iteration: int | None = None, noises: int = 4) -> dict[st
     prompts = (ROOT / "prompts/tiny_heldout.txt").read_text().splitlines()
     base = judge(draw(config, None, prompts, noises), prompts * noises)
     trained = judge(draw(config, weights, prompts, noises), prompts * noises)
+    return paired(base, trained, len(prompts))
+
+
+def paired(base: dict, trained: dict, prompts: int) -> dict[str, dict[str, float]]:
+    """{score: {base, trained, difference, error}} of scores {name: (noises · prompts,)}; error is that of the mean."""
     result = {}
     for name in base:
-        gain = (trained[name] - base[name]).view(noises, len(prompts)).mean(0)  # of each prompt
-        error = (gain.std() / len(prompts) ** 0.5).item()
+        gain = (trained[name] - base[name]).view(-1, prompts).mean(0)  # of each prompt
+        error = (gain.std() / prompts**0.5).item()
         means = base[name].mean().item(), trained[name].mean().item(), gain.mean().item()
         result[name] = dict(zip(("base", "trained", "difference"), means, strict=True)) | {"error": error}
     return result

@@ -22,6 +22,7 @@ import grpo_video  # noqa: E402
 import moving  # noqa: E402
 import runtime  # noqa: E402
 import tiny  # noqa: E402
+from heldout import paired  # noqa: E402
 from rewards import load_reward, parse_paths  # noqa: E402
 from sampling import flow_sigmas, sample_ode  # noqa: E402
 
@@ -78,14 +79,7 @@ def compare(run: Path, iteration: int | None = None, noises: int = 3) -> dict[st
     base, trained = (
         judge(cfg, draw(cfg, which, prompts, pictures, noises), prompts * noises, pictures) for which in (None, weights)
     )
-    result = {}
-    for name in base:
-        gain = trained[name] - base[name]
-        figures = base[name].mean(), trained[name].mean(), gain.mean(), gain.std() / len(gain) ** 0.5
-        result[name] = {
-            key: v.item() for key, v in zip(("base", "trained", "difference", "error"), figures, strict=True)
-        }
-    return result
+    return paired(base, trained, len(prompts))
 
 
 if __name__ == "__main__":
