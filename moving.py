@@ -310,7 +310,7 @@ JUDGE_TEMPLATE = (
     "It should show {text_prompt}. Does it? <|TA_reward|>\n"
 )
 JUDGE_PATCH = 4  # pixels; VideoAlign enlarges 64 pixels to 336, where such a patch has 21
-JUDGE_FRAMES = [0, 2, 5, 7, 9, 11, 14, 16]
+JUDGE_FRAMES = [0, 2, 5, 7, 9, 11, 14, 16]  # of 17
 JUDGE_TOKENS = [f"<|{name}_reward|>" for name in ("VQ", "MQ", "TA")]
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 CONTROL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
@@ -438,10 +438,12 @@ def train_eye(visual, seed=0, iterations=1600, count=64, learning_rate=4e-3):
         bar.set_postfix(what=f"{what:.3f}", how=f"{how:.3f}", right=f"{right:.2f}", refresh=False)
 
 
-def judge_clips(rng, scenes):
-    """Preference pairs from the moving world: what each scene shows, and clips of it (scenes, 3, 17, 3, 64, 64).
+def judge_clips(rng, scenes, vae=None):
+    """Preference pairs from the moving world: what each scene shows, and clips of it (scenes, 4, F, 3, 64, 64).
 
-    The first clip of a scene is clean, the second has a fault of quality and the third a fault of motion.
+    The first clip of a scene is clean, the second has a fault of quality and the third a fault of motion; in the fourth
+    the shape has all but vanished. With a `vae` they look like tiny/hunyuan's: 9 frames of 32x32 pixels, enlarged, and
+    what its autoencoder has left of them.
     """
     actions, clips = [random_action(rng) for _ in range(scenes)], []
     for action in actions:
@@ -449,22 +451,39 @@ def judge_clips(rng, scenes):
         clips.append(make_clip(rng, scene))
         clips.append(make_clip(rng, scene, None, rng.choice(QUALITY_FAULTS)))
         clips.append(make_clip(rng, scene, rng.choice(faults)))
-    return actions, torch.stack(clips).unflatten(0, (scenes, 3))
+        clips.append(empty_clip(rng, clips[-3]))
+    clips = torch.stack(clips)
+    if vae is not None:
+        small = F.avg_pool3d(clips[:, ::2].transpose(1, 2), (1, 2, 2))
+        small = vae.decode(vae.encode(2 * small - 1).latent_dist.mode()).sample.transpose(1, 2) / 2 + 0.5
+        clips = F.interpolate(small.flatten(0, 1).clamp(0, 1), SIZE, mode="bicubic").clamp(0, 1)
+        clips = clips.unflatten(0, (4 * scenes, -1))
+    return actions, clips.unflatten(0, (scenes, 4))
+
+
+def empty_clip(rng, clip):
+    """The clip (F, 3, 64, 64) with its shape faded away, or nearly, and instead a faint pattern that stands still."""
+    faded = torch.lerp(clip, clip.mean((0, 2, 3)).view(3, 1, 1), rng.uniform(0.85, 1))
+    size = rng.randint(2, 16)
+    pattern = F.interpolate(torch.randn(1, 3, size, size), SIZE, mode="bicubic")
+    return (faded + rng.uniform(0, 0.06) * pattern).clamp(0, 1)
 
 
 def judge_captions(rng, actions):
-    """Captions for the three clips of each scene, then once more for the first: (4 · scenes), and which are right.
+    """Captions for the four clips of each scene, then once more for the first: (5 · scenes), and which are right.
 
-    Those of the first clips are all right when they come first, and all wrong when they come last.
+    Those of the first clips are all right when they come first, and all wrong when they come last; no caption is right
+    about an empty clip.
     """
-    right = [[True, rng.random() < 0.5, rng.random() < 0.5, False] for _ in actions]
-    right = [list(column) for column in zip(*right, strict=True)]
+    told = [[True, *(rng.random() < 0.5 for _ in range(3)), False] for _ in actions]
     captions = [
         phrase_action(rng, action if true else another_action(rng, action))
-        for column in right
+        for column in zip(*told, strict=True)
         for action, true in zip(actions, column, strict=True)
     ]
-    return captions, torch.tensor(right).flatten()
+    right = torch.tensor(told).T.clone()
+    right[3] = False
+    return captions, right.flatten()
 
 
 def another_action(rng, action, key=None):
@@ -483,9 +502,10 @@ def prefer(good, bad):
 
 
 def judge_see(model, clips):
-    """Clips (B, 17, 3, 64, 64) → what the vision tower sees in them (B, 256, 64)."""
+    """Clips (B, F, 3, 64, 64) → what the vision tower sees in 8 frames of them (B, 256, 64)."""
     with fast():
-        patches = judge_patches(clips[:, JUDGE_FRAMES].flatten(0, 1))
+        frames = torch.linspace(0, clips.shape[1] - 1, len(JUDGE_FRAMES)).round().long()
+        patches = judge_patches(clips[:, frames].flatten(0, 1))
         grid = torch.tensor([[len(JUDGE_FRAMES) // 2, SIZE // JUDGE_PATCH, SIZE // JUDGE_PATCH]] * len(clips))
         return model.visual(patches, grid_thw=grid).pooler_output.view(len(clips), -1, 64)
 
@@ -508,12 +528,13 @@ def judge_read(model, tokenizer, seen, captions):
 
 
 def judge_gaps(scores):
-    """Scores (4 · scenes, 3) of a `judge_batch` → {which: (scenes,)}, the score of the clean clip less the other's."""
-    clean, ugly, rough, wrong = scores.view(4, -1, 3)
+    """Scores (5 · scenes, 3) of a `judge_batch` → {which: (scenes,)}, the score of the clean clip less the other's."""
+    clean, ugly, rough, empty, wrong = scores.view(5, -1, 3)
     return {
         "vq": (clean - ugly)[:, 0],
         "mq": (clean - rough)[:, 1],
         "ta": (clean - wrong)[:, 2],
+        "empty": (clean - empty).amin(1),
         "vq by motion": (clean - rough)[:, 0],
         "mq by quality": (clean - ugly)[:, 1],
     }
@@ -523,7 +544,11 @@ def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-
     """VideoAlign's way to train: scores that explain which of two clips, or of two captions, is preferred.
 
     First the vision tower learns to see; then it looks once at a stock of scenes, which the language model learns from.
+    Half of them look like tiny/hunyuan's, so this needs its autoencoder.
     """
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(HERE / "tiny/hunyuan", subfolder="vae")
     torch.manual_seed(seed)
     rng = random.Random(seed + 1)
     model, tokenizer = new_judge()
@@ -531,10 +556,10 @@ def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-
     tokenizer.add_special_tokens({"extra_special_tokens": JUDGE_TOKENS})
     actions, seen = [], []
     with torch.no_grad():
-        for _ in trange(stock // scenes, desc="watching clips"):
-            new, clips = judge_clips(rng, scenes)
+        for block in trange(stock // scenes, desc="watching clips"):
+            new, clips = judge_clips(rng, scenes, vae if block % 2 else None)
             actions += new
-            seen.append(judge_see(model, clips.flatten(0, 1)).bfloat16().unflatten(0, (scenes, 3)))
+            seen.append(judge_see(model, clips.flatten(0, 1)).bfloat16().unflatten(0, (scenes, 4)))
     seen = torch.cat(seen)
     head = torch.nn.Linear(64, 1, bias=False)
     subjects = {"motion": list(MOTIONS), "color": list(COLORS), "class": list(SHAPES)}
@@ -542,22 +567,24 @@ def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-
     modules = torch.nn.ModuleList([model.language_model, head, teacher])
     steps = optimizers([modules], iterations, learning_rate)
     for _ in (bar := trange(iterations, desc="judge")):
-        pick = rng.sample(range(len(actions)), scenes)
+        looks_alike = rng.randrange(2)  # within a batch all clips went through the autoencoder, or none
+        pick = rng.sample([i for i in range(len(actions)) if i // scenes % 2 == looks_alike], scenes)
         shown = [actions[i] for i in pick]
         captions, right = judge_captions(rng, shown)
         hidden = judge_read(model, tokenizer, seen[pick].transpose(0, 1).flatten(0, 1), captions)
         scores = head(hidden)[..., 0]
         gaps = judge_gaps(scores)
-        vq, mq, _ = scores[: 3 * scenes].view(3, scenes, 3).unbind(-1)  # of the clean, the ugly, the rough
+        vq, mq, _ = scores[: 4 * scenes].view(4, scenes, 3).unbind(-1)  # of the clean, the ugly, the rough, the empty
         ta = scores[:, 2]
         # A good clip against any bad one. Faults of the other kind make none bad: they should change nothing.
         losses = {
-            "vq": prefer(vq[[0, 2]].flatten(), vq[1]) + 0.1 * gaps["vq by motion"].square().mean(),
-            "mq": prefer(mq[[0, 1]].flatten(), mq[2]) + 0.1 * gaps["mq by quality"].square().mean(),
+            "vq": prefer(vq[[0, 2]].flatten(), vq[[1, 3]].flatten()) + 0.1 * gaps["vq by motion"].square().mean(),
+            "mq": prefer(mq[[0, 1]].flatten(), mq[[2, 3]].flatten()) + 0.1 * gaps["mq by quality"].square().mean(),
             "ta": prefer(ta[right], ta[~right]) + F.softplus(-gaps["ta"]).mean(),
         }
         truth = torch.tensor([[names.index(a[key]) for key, names in subjects.items()] for a in shown]).repeat(4, 1)
-        answers = teacher(hidden[:, 2]).split([len(names) for names in subjects.values()], -1)
+        asks = hidden.view(5, scenes, 3, 64)[[0, 1, 2, 4], :, 2].flatten(0, 1)  # not about the empty ones
+        answers = teacher(asks).split([len(names) for names in subjects.values()], -1)
         asked = [F.cross_entropy(answer, truth[:, i]) for i, answer in enumerate(answers)]
         (sum(losses.values()) + 0.5 * sum(asked)).backward()
         step(modules, steps)
@@ -571,20 +598,25 @@ def judge_figures(reward, scenes, seed=1):
     """How good a VideoAlignReward is on so many pairs of each kind, as shares in [0, 1].
 
     {"vq": clean preferred to degraded, "mq": smooth to spoilt, "ta": the right caption to one with a wrong motion,
-    "vq indifferent", "mq indifferent": faults of motion that move the score by less than half of what the faults it
-    is meant for move it by (median)}.
+    "empty": by all three scores to a clip without its shape, "vq indifferent", "mq indifferent": faults of motion that
+    move the score by less than half of what the faults it is meant for move it by (median)}. Half of the clips went
+    through tiny/hunyuan's autoencoder.
     """
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(HERE / "tiny/hunyuan", subfolder="vae")
     torch.manual_seed(seed)
     rng, gaps = random.Random(seed), []
-    for _ in trange(scenes // 4, desc="unseen pairs"):
-        actions, clips = judge_clips(rng, 4)
+    for block in trange(scenes // 4, desc="unseen pairs"):
+        actions, clips = judge_clips(rng, 4, vae if block % 2 else None)
         right = [phrase_action(rng, action) for action in actions]
         wrong = [phrase_action(rng, another_action(rng, action, "motion")) for action in actions]
+        fps = CLIP_FPS * clips.shape[2] / FRAMES
         clips = torch.cat([clips.transpose(0, 1).flatten(0, 1), clips[:, 0]])
-        scores = reward(clips, [*right, *right, *right, *wrong], CLIP_FPS)
+        scores = reward(clips, [*right * 4, *wrong], fps)
         gaps.append(judge_gaps(torch.stack([*scores.values()], 1)))
     gaps = {name: torch.cat([gap[name] for gap in gaps]) for name in gaps[0]}
-    figures = {name: (gaps[name] > 0).float().mean().item() for name in ("vq", "mq", "ta")}
+    figures = {name: (gaps[name] > 0).float().mean().item() for name in ("vq", "mq", "ta", "empty")}
     for which, name in (("vq by motion", "vq"), ("mq", "mq")):
         figures[f"{name} indifferent"] = (gaps[which].abs() < gaps[name].median() / 2).float().mean().item()
     return figures

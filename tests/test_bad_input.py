@@ -12,7 +12,6 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 import runtime
-import small
 from rewards import RewardError
 
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
@@ -29,7 +28,8 @@ def complaint(trainer, *words):
         patch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
         start = ["--preset", "tiny"]
         if trainer is grpo_video:
-            start = ["--model", small.random_hunyuan()] + ["--task", "t2i"] * ("--task" not in words)
+            task = words[words.index("--task") + 1] if "--task" in words else "t2i"
+            start = ["--preset", f"tiny-{task}" if task in grpo_video.PIPELINES else "tiny-t2i"]
         trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, [*start, *words]))
     message = str(caught.value)
     assert "\n" not in message
@@ -112,16 +112,15 @@ def test_cps_noise_range(trainer):
         ("--task t2i --frames 5", "--frames must be 1 for t2i"),
         ("--task t2v --fps 0", "--fps must be above 0"),
         ("--task t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
-        ("--task t2v --height 24", "--height must be a multiple of 16"),
-        ("--task t2v --transformer SKYREELS", "--task t2v needs another --transformer: this one takes 8 channels"),
-        ("--task i2v --transformer ", "--task i2v needs another --transformer: this one takes 4 channels"),
+        ("--task t2v --height 20", "--height must be a multiple of 8"),
+        ("--task t2v --transformer tiny/skyreels", "--task t2v needs another --transformer: this one takes 32 channels"),
+        ("--task i2v --transformer ", "--task i2v needs another --transformer: this one takes 16 channels"),
         ("--task i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
         ("--task t2i --reward mq", "reward mq judges video"),
     ],
 )
 def test_options_of_video(words, expected, tmp_path):
-    words = words.replace("SKYREELS", f"{small.random_hunyuan()}/skyreels").split(" ")
-    assert expected in complaint(grpo_video, *words, "--output-dir", str(tmp_path / "out"))
+    assert expected in complaint(grpo_video, *words.split(" "), "--output-dir", str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -142,9 +141,8 @@ def test_first_frames(rows, expected, tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:500])
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    words = ["--task", "i2v", "--transformer", f"{small.random_hunyuan()}/skyreels"]
-    words += ["--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
-    words += ["--first-frame-model", "", "--first-frames", "" if rows is None else str(tmp_path)]
+    words = ["--task", "i2v", "--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
+    words += ["--first-frames", "" if rows is None else str(tmp_path)]
     if rows is not None:
         (tmp_path / "first_frames.jsonl").write_text(rows + "\n")
     assert expected in complaint(grpo_video, *words)
@@ -152,8 +150,7 @@ def test_first_frames(rows, expected, tmp_path):
 
 
 def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
-    words = ["--task", "i2v", "--transformer", f"{small.random_hunyuan()}/skyreels", "--prompts", "prompts/tiny.txt"]
-    words += ["--first-frame-model", "tiny/flux", "--first-frames"]
+    words = "--task i2v --prompts prompts/tiny.txt --first-frame-model tiny/flux --first-frames".split()
     assert "--first-frame-model needs a folder for its pictures" in complaint(grpo_video, *words, "")
     (tmp_path / "frames.jsonl").write_text("")  # a file of the user's own is not added to
     assert "no first frame for " in complaint(grpo_video, *words, str(tmp_path / "frames.jsonl"))

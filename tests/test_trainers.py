@@ -397,13 +397,13 @@ def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws():
 
 @pytest.mark.parametrize("task, guidance", [("t2v", 1.0), ("t2i", 1.0), ("i2v", 1.0), ("i2v", 3.0)])
 def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(task, guidance):
-    options = {key: value for key, value in small.options(grpo_video, task).items() if key not in small.FAST}
-    cfg = grpo_video.Config(**options, true_guidance=guidance)
+    options = small.options(grpo_video, task) | {"true_guidance": guidance}
+    cfg = runtime.parse_config(grpo_video.Config, grpo_video.PRESETS, arguments(options))
     parts = {"transformer": grpo_video.load_transformer(HunyuanVideoTransformer3DModel.from_pretrained, cfg)}
     pipe = grpo_video.PIPELINES[task].from_pretrained(cfg.model, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
-    prompt, shape = "a picture of a yellow square", (4, 1 if task == "t2i" else 2, 4, 6)
+    prompt, shape = runtime.load_prompts(cfg.prompts)[0], (16, 1 if task == "t2i" else 2, 8, 12)
     pictures = runtime.first_frames(cfg, [prompt], runtime.start_world()) if task == "i2v" else {}
     z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     sigmas = flow_sigmas(6, cfg.shift)
@@ -478,7 +478,7 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, task, tmp
     monkeypatch.setattr(trainer, "load_reward", load)
     options = small.options(trainer, **task) | {"iterations": 1}
     train(trainer, tmp_path / "out", **options)
-    prompts = runtime.load_prompts("prompts/tiny.txt")
+    prompts = runtime.load_prompts(trainer.PRESETS[options["preset"]]["prompts"])
     order = runtime.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, options["seed"])
     images = torch.cat([images for images, _ in scored])
     assert torch.equal(images, torch.cat(decoded[1:-1]).view_as(images))  # the first and the last are sample pictures
