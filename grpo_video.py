@@ -122,7 +122,7 @@ TINY = {
     "frames": 9,
     "fps": 2.0,
     "max_sequence_length": 24,
-    "iterations": 30,
+    "iterations": 40,
     "prompts_per_iteration": 4,
     "group_size": 8,
     "steps": 6,
@@ -134,16 +134,20 @@ TINY = {
     "micro_batch": 32,
     "clip_range": 1e-3,
     "keep_best_worst": 0,
-    "learning_rate": 1e-4,
+    "learning_rate": 5e-5,
     "gradient_checkpointing": False,
 }
+TINY_T2V = TINY | {"reward": "vq,mq", "output_dir": "runs/tiny-t2v"}
+TINY_T2I = TINY | {"frames": 1, "prompts": "prompts/tiny_single.txt", "output_dir": "runs/tiny-t2i"}
+TINY_I2V = TINY | {"transformer": "tiny/skyreels", "true_guidance": 2.0, "output_dir": "runs/tiny-i2v"}
+TINY_I2V |= {"iterations": 24}
 PRESETS = {
     "t2v": {},
     "t2i": T2I,
     "i2v": I2V,
-    "tiny-t2v": TINY | {"output_dir": "runs/tiny-t2v"},
-    "tiny-t2i": T2I | TINY | {"frames": 1, "prompts": "prompts/tiny_single.txt", "output_dir": "runs/tiny-t2i"},
-    "tiny-i2v": I2V | TINY | {"transformer": "tiny/skyreels", "true_guidance": 2.0, "output_dir": "runs/tiny-i2v"},
+    "tiny-t2v": TINY_T2V,
+    "tiny-t2i": T2I | TINY_T2I,
+    "tiny-i2v": I2V | TINY_I2V,
 }
 
 

@@ -36,7 +36,6 @@ from tiny import (
     clip_text_encoder,
     fast,
     optimizers,
-    parse,
     phrase,
     random_metadata,
     random_scene,
@@ -270,14 +269,11 @@ def animate(transformer):
     return taught
 
 
-def write_prompts(train=48, heldout=48, seed=0):
-    """Prompts of clips, prompts/moving*.jsonl, with first frames in prompts/moving/, and of single objects.
-
-    The latter, prompts/tiny_single*.txt, are those of prompts/tiny*.txt that ask for one object.
-    """
+def write_prompts(seed=0):
+    """Prompts of clips, prompts/moving*.jsonl, with first frames in prompts/moving/; prompts/tiny_single*.txt."""
     rng = random.Random(seed)
     captions = {}
-    while len(captions) < train + heldout:
+    while len(captions) < 96:
         action = random_action(rng)
         captions.setdefault(phrase_action(rng, action), action)
     (HERE / "prompts/moving").mkdir(exist_ok=True)
@@ -286,11 +282,12 @@ def write_prompts(train=48, heldout=48, seed=0):
         rows.append(json.dumps({"prompt": caption, "image": f"moving/{i:02d}.png"}))
         pixels = short_clip(rng, action)[0].permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(HERE / f"prompts/moving/{i:02d}.png")
-    for suffix, part in (("", rows[:train]), ("_heldout", rows[train:])):
-        (HERE / f"prompts/moving{suffix}.jsonl").write_text("\n".join(part) + "\n")
-        lines = (HERE / f"prompts/tiny{suffix}.txt").read_text().splitlines()
-        single = [line for line in lines if parse(line)["tag"] in ("single_object", "colors")]
-        (HERE / f"prompts/tiny_single{suffix}.txt").write_text("\n".join(single) + "\n")
+    singles = {}
+    while len(singles) < 192:
+        singles[phrase(rng, random_metadata(rng, rng.choice(("single_object", "colors"))))] = None
+    for name, lines, train in (("moving{}.jsonl", rows, 48), ("tiny_single{}.txt", list(singles), 64)):
+        for suffix, part in (("", lines[:train]), ("_heldout", lines[train:])):
+            (HERE / "prompts" / name.format(suffix)).write_text("\n".join(part) + "\n")
 
 
 def main():

@@ -113,7 +113,10 @@ def test_cps_noise_range(trainer):
         ("--task t2v --fps 0", "--fps must be above 0"),
         ("--task t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
         ("--task t2v --height 20", "--height must be a multiple of 8"),
-        ("--task t2v --transformer tiny/skyreels", "--task t2v needs another --transformer: this one takes 32 channels"),
+        (
+            "--task t2v --transformer tiny/skyreels",
+            "--task t2v needs another --transformer: this one takes 32 channels",
+        ),
         ("--task i2v --transformer ", "--task i2v needs another --transformer: this one takes 16 channels"),
         ("--task i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
         ("--task t2i --reward mq", "reward mq judges video"),
