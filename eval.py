@@ -146,8 +146,9 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
     family = index["_class_name"]
     require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component, usual = FAMILIES[family]
-    require(not network or component == "transformer", f"--transformer: {base} has none, it is a {family}")
     original = component_config(network, None, "--transformer") if network else component_config(base, component)
+    found, expected = original["_class_name"], index[component][1]
+    require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer is told the first frame too
         component, usual = FAMILIES[family]

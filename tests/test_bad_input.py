@@ -153,7 +153,7 @@ def test_first_frames(rows, expected, tmp_path):
 
 
 def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
-    words = "--task i2v --prompts prompts/tiny.txt --first-frame-model tiny/flux --first-frames".split()
+    words = ["--task", "i2v", "--prompts", "prompts/tiny.txt", "--first-frame-model", "tiny/flux", "--first-frames"]
     assert "--first-frame-model needs a folder for its pictures" in complaint(grpo_video, *words, "")
     (tmp_path / "frames.jsonl").write_text("")  # a file of the user's own is not added to
     assert "no first frame for " in complaint(grpo_video, *words, str(tmp_path / "frames.jsonl"))

@@ -13,17 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import eval as evaluation
 import grpo_flux
+import grpo_video
 import runtime
+import small
 from rewards import RewardError, load_reward
 from sampling import flow_sigmas, sample_ode
-from test_video_rewards import make_judge
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
 PROMPTS = ["a red circle", "two blue squares", "a cross above a circle", "a green cross and a red square", "a triangle"]
@@ -323,72 +320,51 @@ def test_stable_diffusion_and_a_whole_pipeline_as_checkpoint(stable_diffusion, p
     assert base.shape == (5, 3, 64, 64) and (base - tuned).abs().mean() > 1e-4
 
 
-def hunyuan(folder, image_to_video):
-    """A random HunyuanVideo or SkyReels pipeline in a folder."""
-    torch.manual_seed(0)
-    flux = diffusers.FluxPipeline.from_pretrained("tiny/flux")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"])}
-    letters = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    letters.pre_tokenizer = Whitespace()
-    transformer = diffusers.HunyuanVideoTransformer3DModel(
-        in_channels=8 if image_to_video else 4, out_channels=4, num_attention_heads=2, attention_head_dim=10,
-        num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16,
-        pooled_projection_dim=flux.text_encoder.config.hidden_size, rope_axes_dim=(2, 4, 4),
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4
-    )
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
-            num_attention_heads=2, num_key_value_heads=2, pad_token_id=0,
-        )
-    )  # fmt: skip
-    kind = diffusers.HunyuanSkyreelsImageToVideoPipeline if image_to_video else diffusers.HunyuanVideoPipeline
-    kind(
-        text_encoder=llama,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", unk_token="<unk>"),
-        transformer=transformer,
-        vae=vae,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=flux.text_encoder,
-        tokenizer_2=flux.tokenizer,
-    ).save_pretrained(folder / "base")
-    with torch.no_grad():
-        transformer.proj_out.weight += 0.1
-    transformer.save_pretrained(folder / "checkpoint-000001" / "transformer")
-    return folder
-
-
-@pytest.mark.parametrize("image_to_video", [False, True], ids=["text", "image"])
-def test_video(image_to_video, tmp_path):
-    folder = hunyuan(tmp_path, image_to_video)
-    make_judge(tmp_path / "judge")
-    Image.new("RGB", (40, 40), "red").save(tmp_path / "first.png")
-    rows = [{"prompt": "a red circle moves", "image": "first.png"}, {"prompt": "a cross", "image": "first.png"}]
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_video(task, lora_rank, tmp_path):
+    """A run's model, its transformer where that is another one, and its settings are found in the run's folder."""
+    options = small.options(grpo_video, task) | {
+        "iterations": 1,
+        "lora_rank": lora_rank,
+        "output_dir": tmp_path / "run",
+    }
+    options |= {"learning_rate": 1e-3, "num_samples": 1}
+    grpo_video.main(runtime.parse_config(grpo_video.Config, grpo_video.PRESETS, words(options)))
+    rows = [json.loads(line) for line in Path("prompts/moving_heldout.jsonl").read_text().splitlines()[:2]]
+    rows = [row | {"image": str(Path("prompts", row["image"]).resolve())} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = dict(model=folder / "base", checkpoint=folder / "checkpoint-000001", prompts=tmp_path / "prompts.jsonl")
-    options |= dict(metrics="hps,vq,mq", reward_paths=f"hps=tiny/hps,videoalign={tmp_path / 'judge'}", frames=9, fps=4)
-    options |= dict(height=32, width=48, steps=2, shift=5, images_per_prompt=2, batch_size=2)
+    options = dict(preset="tiny-video", checkpoint=tmp_path / "run/checkpoint-000001", metrics="hps,vq,mq")
+    options |= dict(prompts=tmp_path / "prompts.jsonl", reward_paths="hps=tiny/hps,videoalign=tiny/videoalign")
     out = tmp_path / "out"
-    results = evaluate(out, **options)
+    results = evaluate(out, **options, batch_size=2)
+    settings = results["settings"]
+    assert settings["model"] == "tiny/hunyuan" and settings["transformer"] == ("tiny/skyreels" if task == "i2v" else "")
+    assert settings["guidance"] == (2.0 if task == "i2v" else 6.0) and settings["steps"] == 5
     assert set(results["summary"]) == {"hps", "vq", "vq_raw", "mq", "mq_raw"}
     folders = [out / model["pictures"] for model in results["models"].values()]
     base, tuned = (pictures(folder) for folder in folders)
-    assert base.shape == (4, 3, 9 * 32, 48) and (base - tuned).abs().mean() > 1e-4
-    videos = base.unflatten(2, (9, 32)).transpose(1, 2)
-    reward = load_reward("hps,vq,mq", {"hps": "tiny/hps", "videoalign": str(tmp_path / "judge")})
-    expected = reward(videos[2:], ["a cross"] * 2, 4)
+    assert base.shape == (4, 3, 5 * 32, 48) and (base - tuned).abs().mean() > 1e-4
+    videos = base.unflatten(2, (5, 32)).transpose(1, 2)
+    if task == "i2v":
+        given = torch.stack([first_frame(row["image"]) for row in rows])
+        assert (videos[::2, 0] - given).abs().mean() < 0.05
+    judge = load_reward("hps,vq,mq", {"hps": "tiny/hps", "videoalign": "tiny/videoalign"})
+    expected = judge(videos[2:], [rows[1]["prompt"]] * 2, settings["fps"])
     for name, values in expected.items():
         own = [picture["scores"]["base"][name] for picture in results["pictures"][2:]]
         assert own == pytest.approx(values.tolist(), abs=1e-6)
-    raw = reward.scorers["videoalign"](videos[2:], ["a cross"] * 2, 4, normalize=False)
+    raw = judge.scorers["videoalign"](videos[2:], [rows[1]["prompt"]] * 2, settings["fps"], normalize=False)
     own = [picture["scores"]["base"]["vq_raw"] for picture in results["pictures"][2:]]
     assert own == pytest.approx(raw["vq"].tolist(), abs=1e-5)
     assert "image/webp" in (out / "index.html").read_text()
     assert Image.open(out / "compare.png").width == 200 + 2 * (4 * 256 + 8)
     shutil.rmtree(folders[0])
-    assert evaluate(out, **options) == results  # drawn again from nothing, the first frame's noise included
+    assert evaluate(out, **options, batch_size=2) == results  # drawn again, the first frame's noise included
+
+
+def first_frame(path):
+    return torch.from_numpy(np.array(Image.open(path).resize((48, 32)))).permute(2, 0, 1) / 255
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -406,12 +382,16 @@ def test_video(image_to_video, tmp_path):
         ({"checkpoint": "OTHER"}, "OTHER was not trained from tiny/flux: its num_layers is 7"),
         ({"checkpoint": "LORA", "model": "SD/base"}, "is no LoRA of"),
         ({"checkpoint": "BROKEN.safetensors"}, "--checkpoint: cannot read BROKEN.safetensors"),
+        (
+            {"transformer": "tiny/skyreels"},
+            "is a HunyuanVideoTransformer3DModel, but tiny/flux has a FluxTransformer2DModel",
+        ),
         ({"model": ""}, "--model is needed"),
         ({"model": "tiny/nothing"}, "no folder 'tiny/nothing'"),
         ({"model": "tiny/clip"}, "cannot load tiny/clip"),
-        ({"model": "VIDEO/base", "metrics": "geneval", "frames": 9}, "--metrics geneval judges pictures"),
+        ({"model": "tiny/hunyuan", "metrics": "geneval", "frames": 9}, "--metrics geneval judges pictures"),
         (
-            {"model": "VIDEO/base", "frames": 8, "height": 32, "width": 32},
+            {"model": "tiny/hunyuan", "frames": 8, "height": 32, "width": 32},
             "--frames must be 1 more than a multiple of 4",
         ),
         ({"frames": 9}, "--frames 9: tiny/flux draws pictures"),
@@ -446,10 +426,8 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
     config = json.loads((run / "checkpoint-000002/transformer/config.json").read_text())
     (tmp_path / "OTHER").mkdir()
     (tmp_path / "OTHER/config.json").write_text(json.dumps(config | {"num_layers": 7}))
-    if "VIDEO" in options.get("model", ""):
-        hunyuan(tmp_path / "VIDEO", False)
     places = {"RUN": run / "checkpoint-000002", "LORA": run / "checkpoint-000003", "SD": stable_diffusion}
-    places |= {name: tmp_path / name for name in ("EMPTY", "OTHERS", "METADATA", "UNKNOWN", "BROKEN", "OTHER", "VIDEO")}
+    places |= {name: tmp_path / name for name in ("EMPTY", "OTHERS", "METADATA", "UNKNOWN", "BROKEN", "OTHER")}
 
     def filled(text):
         for name, path in places.items():
@@ -521,9 +499,9 @@ def test_a_picture_that_cannot_be_read_is_named(prompts, tmp_path):
 
 
 def test_a_first_frame_that_cannot_be_read_is_named(tmp_path):
-    folder = hunyuan(tmp_path, True)
     file = tmp_path / "prompts.jsonl"
-    options = dict(model=folder / "base", prompts=file, metrics="hps", frames=9, height=32, width=32)
+    options = dict(model="tiny/hunyuan", transformer="tiny/skyreels", prompts=file, metrics="hps", frames=9)
+    options |= dict(height=32, width=32)
     for row, expected in (
         ({"prompt": "a"}, 'line 1 has no "image"'),
         ({"prompt": "a", "image": "x.png"}, "cannot read"),
