@@ -139,6 +139,7 @@ TINY = {
 }
 TINY_T2V = TINY | {"reward": "vq,mq", "output_dir": "runs/tiny-t2v"}
 TINY_T2I = TINY | {"frames": 1, "prompts": "prompts/tiny_single.txt", "output_dir": "runs/tiny-t2i"}
+TINY_T2I |= {"iterations": 80, "prompts_per_iteration": 8, "micro_batch": 64}
 TINY_I2V = TINY | {"transformer": "tiny/skyreels", "true_guidance": 2.0, "output_dir": "runs/tiny-i2v"}
 TINY_I2V |= {"iterations": 24}
 PRESETS = {
