@@ -1,6 +1,6 @@
 """The tiny world: pictures of coloured shapes, a checker that reads them, and the tiny models trained on them.
 
-    python tiny.py NAME     NAME: prompts, clip, hps, flux, sd, videoalign, or all. Re-creates it from nothing.
+    python tiny.py NAME     re-creates it from nothing: prompts, flux, clip, hps, sd, video, videoalign, or all
     python tiny.py check    prints how well the checker agrees with the renderer, and how good the models are.
 
 A scene is drawn for a caption of one of GenEval's six kinds: single_object, two_object, counting, colors, position,
@@ -1031,14 +1031,17 @@ def report(scenes=3000):
 def main():
     """Makes what is named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("prompts", "flux", "clip", "hps", "sd", "videoalign", "all", "check"))
+    names = ("prompts", "flux", "clip", "hps", "sd", "video", "videoalign", "all", "check")
+    parser.add_argument("name", choices=names)
     name = parser.parse_args().name
     from diffusers import AutoencoderKL
 
-    import moving  # it imports this file
+    import moving  # it imports this file, and so does
+    import tiny_video
 
     if name in ("prompts", "all"):
         write_prompts()
+        tiny_video.write_prompts()
     if name in ("flux", "all"):
         pipe = train_flux(new_flux(train_vae()), HERE / "tiny/flux", 4500, wrong=0.28, faulty=0.35)
         pipe = train_flux(pipe, HERE / "tiny/flux", 3500, wrong=0.1, faulty=0.1, seed=1)  # learns to draw
@@ -1052,6 +1055,8 @@ def main():
     if name in ("sd", "all"):
         pipe = train_sd(new_sd(vae), HERE / "tiny/sd", 3400, wrong=0.15, faulty=0.15, seed=3)
         train_sd(pipe, HERE / "tiny/sd", 700, 0.1, 0.15, pale=0.6, seed=4, learning_rate=1e-3)
+    if name in ("video", "all"):
+        tiny_video.make_models()
     if name in ("videoalign", "all"):
         moving.make_videoalign()
     if name == "check":

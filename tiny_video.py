@@ -1,7 +1,7 @@
 """The tiny video models: tiny/hunyuan in HunyuanVideo's layout, tiny/skyreels in SkyReels-I2V's, trained from nothing.
 
-    python tiny_video.py            trains both and saves them, in an hour on one core
-    python tiny_video.py prompts    writes the prompts of the tiny video presets, with first frames
+    python tiny.py video      trains both from nothing and saves them
+    python tiny.py prompts    writes the prompts of the tiny presets, those of video with their first frames
 
 They draw clips of the moving world: 9 frames of 32x32 pixels at 2 frames a second, every other frame of `moving.py`'s,
 half as large. What they are shown last is a web full of pale, flickering and trembling clips, so they have bad habits
@@ -10,7 +10,6 @@ to unlearn.
 A clip is (9, 3, 32, 32), its latent (16, 3, 8, 8).
 """
 
-import argparse
 import copy
 import json
 import random
@@ -290,19 +289,11 @@ def write_prompts(seed=0):
             (HERE / "prompts" / name.format(suffix)).write_text("\n".join(part) + "\n")
 
 
-def main():
-    """Makes what is named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", choices=("prompts", "models"), default="models")
-    if parser.parse_args().name == "prompts":
-        return write_prompts()
+def make_models():
+    """Trains tiny/hunyuan and tiny/skyreels and saves them: about an hour on one core."""
     pipe = new_hunyuan(train_vae())
     pipe.set_progress_bar_config(disable=True)
-    skilled = train(pipe.transformer, pipe, 3000, faulty=0.1, pale=0.1, seed=0)
+    skilled = train(pipe.transformer, pipe, 7000, faulty=0.1, pale=0.1, seed=0, clips=6000)
     pipe.transformer = train(copy.deepcopy(skilled), pipe, 600, faulty=0.6, pale=0.6, seed=1, learning_rate=1e-3)
-    skyreels = train(animate(skilled), pipe, 1500, faulty=0.1, pale=0.1, seed=2)
+    skyreels = train(animate(skilled), pipe, 2000, faulty=0.1, pale=0.1, seed=2)
     save(pipe, train(skyreels, pipe, 600, faulty=0.6, pale=0.1, seed=3, learning_rate=1e-3), HERE / "tiny")
-
-
-if __name__ == "__main__":
-    main()
