@@ -33,6 +33,8 @@ COMPONENTS = {grpo_flux: "transformer", grpo_sd: "unet", grpo_video: "transforme
 CASES = {"flux": (grpo_flux, {}), "sd": (grpo_sd, {})}  # trainer, and the task if there are several
 CASES |= {task: (grpo_video, {"task": task}) for task in grpo_video.PIPELINES}
 EVERY = pytest.mark.parametrize("trainer, task", CASES.values(), ids=CASES)
+LARGE = {name: case for name, case in CASES.items() if name != "t2i"}  # which is t2v's code, with one frame
+COSTLY = pytest.mark.parametrize("trainer, task", LARGE.values(), ids=LARGE)
 METRICS = """iteration reward_mean reward_std reward_hps advantage_abs loss ratio_mean ratio_max_deviation_first_update
 clip_fraction approx_kl grad_norm zero_variance_groups seconds seconds_rollout seconds_reward seconds_update
 samples_per_second"""
@@ -153,7 +155,7 @@ def test_the_checkpoint_loads_in_stock_diffusers(finished):
 # -------------------------------------------------------------------------------------- guarantees: resume, processes
 
 
-@EVERY
+@COSTLY
 def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_killed(trainer, task, tmp_path):
     options = task | dict(iterations=5, save_every=2, ema_decay=0.5)
     straight = train(trainer, tmp_path / "straight", **options)
@@ -191,7 +193,7 @@ def torchrun(trainer, output_dir, *more, processes=2, **options):
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
-@EVERY
+@COSTLY
 def test_two_processes_do_the_work_of_one(trainer, task, tmp_path):
     options = task | dict(save_every=2, ema_decay=0.5, prompts_per_iteration=2)
     one = train(trainer, tmp_path / "one", **options)
