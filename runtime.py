@@ -308,8 +308,9 @@ def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
     index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
     painter = "" if index == source else config.first_frame_model  # somebody else's file is not added to
     require(
-        not painter or bool(config.first_frames),
-        "--first-frame-model needs a folder for its pictures; name it with --first-frames",
+        index == source or bool(config.first_frames),
+        "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
+        'JSONL file of {"prompt", "image"}',
     )
     found, missing = {}, {}
     lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []

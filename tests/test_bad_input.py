@@ -129,7 +129,7 @@ def test_options_of_video(words, expected, tmp_path):
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        (None, "prompts.txt/first_frames.jsonl; add it there"),
+        (None, "image to video needs first frames: name a folder or a JSONL file with --first-frames"),
         ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in "),
         ('{"prompt": "a red circle", "image": "none.png"}', "none.png"),
         ('{"prompt": "a red circle", "image": "text.png"}', "cannot read the picture "),
@@ -154,7 +154,7 @@ def test_first_frames(rows, expected, tmp_path):
 
 def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
     words = ["--task", "i2v", "--prompts", "prompts/tiny.txt", "--first-frame-model", "tiny/flux", "--first-frames"]
-    assert "--first-frame-model needs a folder for its pictures" in complaint(grpo_video, *words, "")
+    assert "image to video needs first frames: name a folder" in complaint(grpo_video, *words, "")
     (tmp_path / "frames.jsonl").write_text("")  # a file of the user's own is not added to
     assert "no first frame for " in complaint(grpo_video, *words, str(tmp_path / "frames.jsonl"))
     assert (tmp_path / "frames.jsonl").read_text() == ""
