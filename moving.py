@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import trange
 
-from tiny import CLIP_MEAN, CLIP_STD, COLORS, ENDINGS, HERE, SHAPES, SIZE, detect, fast, optimizers, save_zipped
+from tiny import CLIP_MEAN, CLIP_STD, COLORS, ENDINGS, HERE, SHAPES, SIZE, detect, fast, optimizers, save_zipped, step
 
 # ------------------------------------------------------------------------------------------------- the moving world
 # A clip shows one shape that does one thing. What it shows is {"class", "color", "motion", "prompt"}.
@@ -373,15 +373,6 @@ def new_judge():
     return Qwen2VLModel(config), tokenizer
 
 
-def step(modules, steps):
-    """One step of every optimizer, after the backward pass."""
-    torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
-    for optimizer, schedule in steps:
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
 def random_pairs(rng, count):
     """Two frames of a clip each, cut out around the shape, with any faults: what the eye of the judge is taught on.
 
@@ -433,9 +424,16 @@ def train_eye(visual, seed=0, iterations=1600, count=64, learning_rate=4e-3):
         what = F.cross_entropy(name[cells], kind // len(COLORS)) + F.cross_entropy(color[cells], kind % len(COLORS))
         how = F.smooth_l1_loss(measured[cells], number)
         (F.binary_cross_entropy_with_logits(cover[:, 0], cells.float()) + what + 10 * how).backward()
-        step(modules, steps)
+        step([modules], steps)
         right = (name[cells].argmax(-1) == kind // len(COLORS)).float().mean()
         bar.set_postfix(what=f"{what:.3f}", how=f"{how:.3f}", right=f"{right:.2f}", refresh=False)
+
+
+def generator_vae():
+    """tiny/hunyuan's autoencoder, without which the judge would not know how that model's clips look."""
+    from diffusers import AutoencoderKLHunyuanVideo
+
+    return AutoencoderKLHunyuanVideo.from_pretrained(HERE / "tiny/hunyuan", subfolder="vae")
 
 
 def judge_clips(rng, scenes, vae=None):
@@ -528,7 +526,10 @@ def judge_read(model, tokenizer, seen, captions):
 
 
 def judge_gaps(scores):
-    """Scores (5 · scenes, 3) of a `judge_batch` → {which: (scenes,)}, the score of the clean clip less the other's."""
+    """Scores (5 · scenes, 3) → {which: (scenes,)}, the score of the clean clip less the other's.
+
+    The scores are those of the four clips of each scene, and of the clean clip with the wrong caption.
+    """
     clean, ugly, rough, empty, wrong = scores.view(5, -1, 3)
     return {
         "vq": (clean - ugly)[:, 0],
@@ -546,9 +547,7 @@ def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-
     First the vision tower learns to see; then it looks once at a stock of scenes, which the language model learns from.
     Half of them look like tiny/hunyuan's, so this needs its autoencoder.
     """
-    from diffusers import AutoencoderKLHunyuanVideo
-
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(HERE / "tiny/hunyuan", subfolder="vae")
+    vae = generator_vae()
     torch.manual_seed(seed)
     rng = random.Random(seed + 1)
     model, tokenizer = new_judge()
@@ -587,7 +586,7 @@ def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-
         answers = teacher(asks).split([len(names) for names in subjects.values()], -1)
         asked = [F.cross_entropy(answer, truth[:, i]) for i, answer in enumerate(answers)]
         (sum(losses.values()) + 0.5 * sum(asked)).backward()
-        step(modules, steps)
+        step([modules], steps)
         figures = {name: f"{loss.item():.3f} {(gaps[name] > 0).float().mean():.2f}" for name, loss in losses.items()}
         bar.set_postfix(figures | {"asked": " ".join(f"{loss.item():.2f}" for loss in asked)}, refresh=False)
     return model, head, tokenizer
@@ -602,9 +601,7 @@ def judge_figures(reward, scenes, seed=1):
     move the score by less than half of what the faults it is meant for move it by (median)}. Half of the clips went
     through tiny/hunyuan's autoencoder.
     """
-    from diffusers import AutoencoderKLHunyuanVideo
-
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(HERE / "tiny/hunyuan", subfolder="vae")
+    vae = generator_vae()
     torch.manual_seed(seed)
     rng, gaps = random.Random(seed), []
     for block in trange(scenes // 4, desc="unseen pairs"):

@@ -843,15 +843,20 @@ def optimizers(modules, iterations, learning_rate):
     ]
 
 
-def update(loss, modules, averages, steps, i):
-    """One step of every optimizer, then of the running average of the weights (i counts from 0)."""
-    loss.backward()
+def step(modules, steps):
+    """One step of every optimizer, after the backward pass."""
     for module in modules:
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
     for optimizer, schedule in steps:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+
+
+def update(loss, modules, averages, steps, i):
+    """One step of every optimizer, then of the running average of the weights (i counts from 0)."""
+    loss.backward()
+    step(modules, steps)
     with torch.no_grad():
         for old, new in zip(averages, modules, strict=True):
             torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), 1 - min(0.999, (i + 1) / (i + 10)))

@@ -43,7 +43,7 @@ from tiny import (
     update,
 )
 
-FRAMES, FPS, SIDE = 9, 2, 32
+FRAMES = 9
 
 
 def short_clip(rng, action, motion_fault=None, pale=0.0):
@@ -54,14 +54,14 @@ def short_clip(rng, action, motion_fault=None, pale=0.0):
     return (torch.lerp(clip, clip.mean((0, 2, 3)).view(3, 1, 1), pale) * 255).round().byte()
 
 
-def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2, vae=None):
+def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
     """AutoencoderKLHunyuanVideo, 9 frames of 32x32 → (16, 3, 8, 8) latents; trained on clips and on single frames.
 
     Pixels that stand out from the clip's mean colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    vae = vae or AutoencoderKLHunyuanVideo(
+    vae = AutoencoderKLHunyuanVideo(
         latent_channels=16,
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
         up_block_types=("HunyuanVideoUpBlock3D",) * 3,
