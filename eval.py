@@ -40,7 +40,7 @@ from torch import Tensor
 
 import geneval
 import runtime
-from rewards import RewardError, VideoAlignReward, check_reward, load_reward, parse_paths
+from rewards import RewardError, VideoAlignReward, check_reward, first_line, load_reward, parse_paths
 from runtime import RunError, World, require
 from sampling import flow_sigmas
 
@@ -151,10 +151,10 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
     require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer is told the first frame too
-        component, usual = FAMILIES[family]
-    settings = {}
+        usual = FAMILIES[family][1]
+    animates, settings = "ImageToVideo" in family, {}
     for name, value in usual.items():
-        key = "true_guidance" if name == "guidance" and "Skyreels" in family else name
+        key = "true_guidance" if name == "guidance" and animates else name
         given = {run[key] for run in runs if key in run}
         require(
             bool(getattr(cfg, name)) or len(given) <= 1,
@@ -185,11 +185,11 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
     kind, weights = ("network", network) if network else ("base", base)
     contestants = [Contestant("base", kind, weights, picture_folder(cfg, "base", weights))]
     for checkpoint, name in zip(cfg.checkpoint, names, strict=True):
-        kind, weights = find_weights(checkpoint, index | {"_class_name": family}, component, base, original)
+        kind, weights = find_weights(checkpoint, family, component, base, original)
         name = name if names.count(name) == 1 else checkpoint
         contestants.append(Contestant(name, kind, weights, picture_folder(cfg, name, weights)))
     require(len({c.folder for c in contestants}) == len(contestants), "--checkpoint names the same weights twice")
-    return cfg, family, contestants, load_rows(cfg, "geneval" in metrics, "ImageToVideo" in family)
+    return cfg, family, contestants, load_rows(cfg, "geneval" in metrics, animates)
 
 
 def run_options(checkpoint: str) -> dict:
@@ -207,13 +207,13 @@ def component_config(model: str, component: str | None, option: str = "--model")
     return runtime.load_pretrained(loader, model, option, subfolder=component)
 
 
-def find_weights(checkpoint: str, index: dict, component: str, base: str, original: dict) -> tuple[str, str]:
+def find_weights(checkpoint: str, family: str, component: str, base: str, original: dict) -> tuple[str, str]:
     """What lies at a --checkpoint: "pipeline", "network" or "lora", and the path of its weights.
 
-    index: the base's model_index.json; component: the network in it that is trained; original: that one's config.
+    family: the base's pipeline class; component: the network in it that is trained; original: that one's config.
     Raises RunError if there is nothing, or what is there does not fit the base.
     """
-    path, family, network_class = Path(checkpoint), index["_class_name"], index[component][1]
+    path, network_class = Path(checkpoint), original["_class_name"]
     require(path.exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder")
     if (path / "model_index.json").is_file():
         found = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
@@ -274,7 +274,7 @@ def load_rows(cfg: Config, needs_metadata: bool, needs_image: bool) -> list[dict
         for number, row in enumerate(rows, 1):
             require("image" in row, f'{cfg.prompts} line {number} has no "image", which the video is to start from')
             row["image"] = str(file.parent / str(row["image"]))
-            read_pixels(row["image"])
+            runtime.read_picture(row["image"])
     return rows
 
 
@@ -355,22 +355,18 @@ def load_pipeline(cfg: Config, family: str, contestant: Contestant, world: World
     component, source, options = FAMILIES[family][0], cfg.model, {"dtype": world.dtype}
     if component == "unet":
         options |= {"safety_checker": None, "requires_safety_checker": False}  # it blackens pictures
-    if contestant.kind == "network":
-        own = json.loads(Path(contestant.weights, "config.json").read_text(encoding="utf-8"))
-        loader = getattr(diffusers, own["_class_name"]).from_pretrained
-        options[component] = runtime.load_pretrained(loader, contestant.weights, dtype=world.dtype)
-    elif contestant.kind == "pipeline":
+    if contestant.kind == "pipeline":
         source = contestant.weights
-    elif cfg.transformer:  # a LoRA of it
-        loader = diffusers.HunyuanVideoTransformer3DModel.from_pretrained
-        options[component] = runtime.load_pretrained(loader, cfg.transformer, dtype=world.dtype)
+    elif network := contestant.weights if contestant.kind == "network" else cfg.transformer:  # what a LoRA is for
+        loader = getattr(diffusers, component_config(network, None)["_class_name"]).from_pretrained
+        options[component] = runtime.load_pretrained(loader, network, dtype=world.dtype)
     pipe = runtime.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
     if contestant.kind == "lora":
         file = Path(contestant.weights)
         try:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         except (OSError, RuntimeError, ValueError) as e:  # sizes or names that the network does not have
-            raise RunError(f"the LoRA {file} does not fit {cfg.model}: {geneval.first_line(e)}") from e
+            raise RunError(f"the LoRA {file} does not fit {cfg.model}: {first_line(e)}") from e
     if component == "unet":
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     elif cfg.shift:
@@ -403,7 +399,7 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
         options["max_sequence_length"] = cfg.max_sequence_length
     if isinstance(pipe, diffusers.HunyuanSkyreelsImageToVideoPipeline):
         options |= {"guidance_scale": 1.0, "true_cfg_scale": cfg.guidance, "negative_prompt": [""] * len(rows)}
-        options["image"] = [Image.fromarray(read_pixels(row["image"])) for row in rows]
+        options["image"] = [runtime.read_picture(row["image"]) for row in rows]
         seeds = [int(runtime.keyed_rng("first frame", *key).integers(2**31)) for key in keys]  # its VAE draws a sample
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     out = pipe(**options)
@@ -414,28 +410,12 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
 def save_picture(path: Path, picture: Tensor) -> None:
     """(3, H, W), or (F, 3, H, W) with the frames one below the other, as a PNG: 8 bits, and nothing else is lost."""
     pixels = (picture.movedim(-3, -1) * 255).round().byte().cpu().numpy()
-    write_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
-
-
-def write_image(path: Path, image: Image.Image) -> None:
-    part = path.with_suffix(".part.png")
-    with runtime.writing(path):
-        image.save(part)
-        part.replace(path)
-
-
-def read_pixels(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8. Raises RunError if the file is no readable picture."""
-    try:
-        with Image.open(path) as picture:
-            return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
-        raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e
+    runtime.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
 
 
 def read_frames(path: Path, cfg: Config) -> np.ndarray:
     """What `save_picture` wrote: (F, H, W, 3) uint8, F = 1 for a picture."""
-    pixels, expected = read_pixels(path), (cfg.frames * cfg.height, cfg.width, 3)
+    pixels, expected = np.array(runtime.read_picture(path)), (cfg.frames * cfg.height, cfg.width, 3)
     require(pixels.shape == expected, f"the picture {path} has shape {pixels.shape}, not {expected}; delete it")
     return pixels.reshape(cfg.frames, cfg.height, cfg.width, 3)
 
@@ -541,7 +521,7 @@ def report(cfg: Config, contestants: list[Contestant], rows: list[dict]) -> None
     text = "\n".join(["# Evaluation", "", *lines, "", *(f"- {remark}" for remark in remarks), ""])
     runtime.write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
     runtime.write_atomically(out / "results.md", text)
-    write_image(out / "compare.png", make_sheet(cfg, contestants, rows))
+    runtime.save_image(out / "compare.png", make_sheet(cfg, contestants, rows))
     runtime.write_atomically(out / "index.html", make_page(cfg, contestants, rows, table, remarks))
 
 

@@ -10,7 +10,6 @@ their shares of right pictures. Detectors: Mask2Former on COCO's 80 classes, or 
 Legend: H and W the size of a picture in pixels.
 """
 
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import runtime
-from rewards import CLIP_MEAN, CLIP_STD, resize_shortest_and_crop
+from rewards import CLIP_MEAN, CLIP_STD, first_line, normalise, resize_shortest_and_crop
 
 PROMPTS_URL = (
     "https://raw.githubusercontent.com/djghosh13/geneval/d927da8e42fde2b1b5cd743da4df5ff83c1654ff/"
@@ -92,8 +91,7 @@ def fetch_prompts() -> Path:
     path = Path(constants.HF_HOME) / "dancegrpo" / "geneval.jsonl"
     if not path.is_file():
         try:
-            with urllib.request.urlopen(PROMPTS_URL, timeout=60) as response:
-                text = response.read().decode()
+            text = runtime.fetch_text(PROMPTS_URL)
         except OSError as e:
             raise runtime.RunError(f"cannot fetch {PROMPTS_URL}; download it and give --prompts its path") from e
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,11 +220,3 @@ def coco_labels(path: str) -> list[str]:
         raise runtime.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
     other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
     return [other.get(names[i], names[i]) for i in range(len(names))]
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
-
-
-def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    return (pixels - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(std).view(3, 1, 1)

@@ -9,8 +9,7 @@ Algorithm 1 of the paper, which `main` follows block by block:
         climb the clipped objective  min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
     python grpo_video.py --preset tiny-t2v                              on a laptop, no download; or tiny-t2i, tiny-i2v
-    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --task t2v   the paper's runs, 32 GPUs of 80 GB
-    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --task i2v
+    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --task t2v   the paper's run, 32 GPUs of 80 GB; or t2i, i2v
 
 Departures from the official code: noise is shared within a prompt's group, and processes draw their own; best-of-N
 keeps the best and worst of each prompt's own group; rewards see the decoded frames, not an MP4.
@@ -261,6 +260,7 @@ def main(cfg: Config) -> None:
     world = runtime.start_world()
     pictures = runtime.first_frames(cfg, prompts, world) if cfg.task == "i2v" else {}
     runtime.open_output(cfg, world)
+    runtime.paint_first_frames(cfg, pictures, world)
 
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     master = world.dtype if cfg.lora_rank else torch.float32

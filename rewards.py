@@ -69,7 +69,7 @@ class HPSReward:
         try:
             self.model.load_state_dict(state_dict)
         except RuntimeError as e:
-            raise RewardError(f"hps: {weights} does not fit its model config: {_first_line(e)}") from e
+            raise RewardError(f"hps: {weights} does not fit its model config: {first_line(e)}") from e
         self.model.to(device).float().eval().requires_grad_(False)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         self.size = config["vision_cfg"]["image_size"]
@@ -79,7 +79,7 @@ class HPSReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, a cosine."""
         _check_images("hps", images, prompts)
-        pixels = _normalise(resize_longest_and_pad(images.to(self.device).float(), self.size), self.mean, self.std)
+        pixels = normalise(resize_longest_and_pad(images.to(self.device).float(), self.size), self.mean, self.std)
         return _clip_cosine(self.model, pixels, self.tokenizer(list(prompts)).to(self.device))
 
 
@@ -114,7 +114,7 @@ class CLIPReward:
         size = self.preprocess["size"]
         size = size if isinstance(size, int) else size[0]
         pixels = resize(images.to(self.device).float(), size)
-        pixels = _normalise(pixels, self.preprocess["mean"], self.preprocess["std"])
+        pixels = normalise(pixels, self.preprocess["mean"], self.preprocess["std"])
         return _clip_cosine(self.model, pixels, self.tokenizer(list(prompts)).to(self.device))
 
 
@@ -149,7 +149,7 @@ class PickScoreReward:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, a cosine (not multiplied by 100)."""
         _check_images("pickscore", images, prompts)
         pixels = resize_shortest_and_crop(images.to(self.device).float(), self.size)
-        pixels = _normalise(pixels, CLIP_MEAN, CLIP_STD)
+        pixels = normalise(pixels, CLIP_MEAN, CLIP_STD)
         text = self.tokenizer(
             list(prompts), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.device)
@@ -188,7 +188,7 @@ def _resize(images: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(images, (height, width), mode="bicubic", antialias=True)
 
 
-def _normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     mean, std = (torch.tensor(x, device=images.device).view(3, 1, 1) for x in (mean, std))
     return (images - mean) / std
 
@@ -291,7 +291,7 @@ class VideoAlignReward:
         frames = (video[frame_indices(len(video), fps)].to(self.device).float() * 255).round()
         # Bytes before and after the resize, as from the authors' video reader.
         frames = _resize(frames, *smart_resize(*frames.shape[-2:], factor=p * m)).round().clamp(0, 255)
-        frames = _normalise(frames / 255, CLIP_MEAN, CLIP_STD)
+        frames = normalise(frames / 255, CLIP_MEAN, CLIP_STD)
         t, h, w = len(frames) // tp, frames.shape[2] // p, frames.shape[3] // p
         frames = frames.reshape(t, tp, 3, h // m, m, p, w // m, m, p)
         return frames.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(t * h * w, -1), (t, h, w)
@@ -520,12 +520,12 @@ def _one_file(
 
 def _not_loadable(name: str, path: str, what: str, error: Exception) -> str:
     return (
-        f"{name}: could not load {path!r} ({type(error).__name__}: {_first_line(error)}); "
+        f"{name}: could not load {path!r} ({type(error).__name__}: {first_line(error)}); "
         f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 

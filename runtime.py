@@ -19,6 +19,7 @@ import sys
 import textwrap
 import time
 import typing
+import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -244,28 +245,28 @@ def _fetch_prompt_set(name: str) -> Path:
     source, file = PROMPT_SETS[name]
     path = Path(constants.HF_HOME) / "dancegrpo" / f"{name}.txt"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if source.startswith("https://"):
-                fetched = path.with_name(file)
-                torch.hub.download_url_to_file(f"{source}/{file}", str(fetched), progress=False)
+                lines = fetch_text(f"{source}/{file}").splitlines()
             else:
-                fetched = Path(hf_hub_download(source, file, repo_type="dataset"))
-            with fetched.open(encoding="utf-8", newline="") as text:
-                if file.endswith(".json"):
-                    lines = [row["prompt"] for row in json.load(text)]
-                elif file.endswith(".csv"):
-                    lines = [row["prompt"] for row in csv.DictReader(text)]
-                else:
-                    lines = text.readlines()
+                with open(hf_hub_download(source, file, repo_type="dataset"), encoding="utf-8", newline="") as text:
+                    rows = json.load(text) if file.endswith(".json") else csv.DictReader(text)
+                    lines = [row["prompt"] for row in rows]
         except OSError as e:
             raise RunError(
                 f"cannot fetch the prompt set {name} ({file} of {source}); "
                 "give --prompts a text file with one prompt a line"
             ) from e
         prompts = dict.fromkeys(" ".join(line.split()) for line in lines)  # unique, in the file's order
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "\n".join(prompt for prompt in prompts if prompt) + "\n")
     return path
+
+
+def fetch_text(address: str) -> str:
+    """What stands at an address. Raises OSError."""
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return response.read().decode()
 
 
 def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -> list[int]:
@@ -287,74 +288,74 @@ def chunks(items: Sequence, size: int, world: "World", text: str) -> Iterator[Se
 # ------------------------------------------------------------------------------------------------------- first frames
 
 
-def read_picture(path: Path):
-    """A picture file as PIL's RGB image."""
-    from PIL import Image
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:
-        raise RunError(f"cannot read the picture {path}: {e}; replace it") from e
-
-
 def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
-    """{prompt: picture} for the prompts of an image-to-video run. Raises RunError if one is missing or broken.
+    """{prompt: picture} for all prompts that an image-to-video run will visit; checked before any model is loaded.
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
-    first_frames.jsonl. There --first-frame-model keeps the pictures that it paints, so that each is made once.
-    Without --first-frames the images are those in --prompts, if it is such a JSONL file.
+    first_frames.jsonl; without it the images are those in --prompts, if that is such a JSONL file. A picture that is
+    not in a folder's list gets a name there, for `paint_first_frames`, if there is a --first-frame-model.
+    Raises RunError if one is missing or broken.
     """
-    source = Path(config.first_frames or config.prompts)
-    index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
+    source, index = Path(config.first_frames or config.prompts), _first_frame_index(config)
     painter = "" if index == source else config.first_frame_model  # somebody else's file is not added to
     require(
         index == source or bool(config.first_frames),
         "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
         'JSONL file of {"prompt", "image"}',
     )
-    found, missing = {}, {}
-    lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
-    for number, line in enumerate(lines, 1):
-        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
-        found[prompt.strip()] = index.parent / image
+    listed = _listed_first_frames(index)
     batch_size = config.prompts_per_iteration
     batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in range(config.iterations))
     visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
     for prompt in world.progress(list(visited), desc="first frames", delay=2.0):
-        if prompt in found:
-            read_picture(found[prompt])
-            continue
+        visited[prompt] = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
+        if prompt in listed:
+            read_picture(listed[prompt])
         require(
-            bool(painter),
+            prompt in listed or bool(painter),
             f"no first frame for {prompt!r} in {index}; add it there, or give --first-frames a folder and "
             "--first-frame-model a text-to-image model that paints it",
         )
-        missing[prompt] = source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png"
-    if missing:
-        size = {"height": config.height, "width": config.width}
-        _paint(painter, missing, size | {"num_inference_steps": config.first_frame_steps}, world)
-        if world.is_main:
-            with writing(index), index.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())
-    return found | missing
+    return visited
 
 
-def _paint(painter: str, pictures: dict[str, Path], options: dict, world: "World") -> None:
-    """Make each picture that is not there yet, from noise that is its prompt's own."""
+def _first_frame_index(config) -> Path:
+    source = Path(config.first_frames or config.prompts)
+    return source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
+
+
+def _listed_first_frames(index: Path) -> dict[str, Path]:
+    listed = {}
+    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines() if index.is_file() else [], 1):
+        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
+        listed[prompt.strip()] = index.parent / image
+    return listed
+
+
+def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> None:
+    """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
     from diffusers import AutoPipelineForText2Image
 
-    pipe = load_pretrained(AutoPipelineForText2Image.from_pretrained, painter, "--first-frame-model", dtype=world.dtype)
+    index = _first_frame_index(config)
+    listed = _listed_first_frames(index) if pictures else {}
+    missing = {prompt: path for prompt, path in pictures.items() if prompt not in listed}
+    if not missing:
+        return
+    pipe = load_pretrained(
+        AutoPipelineForText2Image.from_pretrained, config.first_frame_model, "--first-frame-model", dtype=world.dtype
+    )
     pipe.to(world.device).set_progress_bar_config(disable=True)
-    for prompt, path in world.progress(list(pictures.items())[world.rank :: world.size], desc="painting first frames"):
+    options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
+    for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
         if not path.exists():
             generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            picture = pipe(prompt, generator=generator, **options).images[0]
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_suffix(".part.png")
-                picture.save(part)
-                part.replace(path)
+            save_image(path, pipe(prompt, generator=generator, **options).images[0])
     world.barrier()
+    if world.is_main:
+        with writing(index), index.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())
 
 
 # ------------------------------------------------------------------------------------------------ processes and models
@@ -801,10 +802,26 @@ def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: 
         line_length = max(8, int(width / (0.55 * size)))
         lines = textwrap.wrap(caption, line_length)[:2]
         draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font)
+    save_image(path, sheet)
+
+
+def save_image(path: Path, image) -> None:
+    """A PIL image as a PNG file, which is whole or not there."""
+    part = path.with_suffix(".part.png")
     with writing(path):
-        part = path.with_name(path.stem + ".part.png")
-        sheet.save(part)
+        image.save(part)
         part.replace(path)
+
+
+def read_picture(path: str | Path):
+    """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
+        raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e
 
 
 def save_videos(path: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:

@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -216,11 +215,11 @@ def test_a_prompt_set_may_be_a_table(tmp_path, monkeypatch):
 def test_a_prompt_set_at_an_address(tmp_path, monkeypatch):
     import huggingface_hub
 
-    def download(url, path, progress):
+    def fetch(url):
         assert url.startswith("https://") and url.endswith("/consist-id.txt")
-        Path(path).write_text("a man  walks\na woman sings\na man walks\n")
+        return "a man  walks\na woman sings\na man walks\n"
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    monkeypatch.setattr(runtime, "fetch_text", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     assert runtime.load_prompts("consisid") == ["a man walks", "a woman sings"]
 

@@ -363,6 +363,25 @@ def test_video(task, lora_rank, tmp_path):
     assert evaluate(out, **options, batch_size=2) == results  # drawn again, the first frame's noise included
 
 
+def test_a_transformer_may_be_a_hub_id(tmp_path, monkeypatch):
+    """As SkyReels' is: then there is no config.json to open."""
+    load = runtime.load_pretrained
+
+    def from_hub(loader, path, *args, **options):
+        return load(loader, "tiny/skyreels" if path == "some/skyreels" else path, *args, **options)
+
+    monkeypatch.setattr(runtime, "load_pretrained", from_hub)
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"prompt": "a red circle growing", "image": str(Path("prompts/moving/00.png").resolve())}) + "\n"
+    )
+    options = dict(preset="tiny-video", model="tiny/hunyuan", prompts=tmp_path / "prompts.jsonl", metrics="mq", steps=2)
+    options |= dict(frames=5, height=32, width=32, guidance=2.0, max_sequence_length=24, images_per_prompt=1)
+    named, local = (
+        evaluate(tmp_path / name, transformer=f"{name}/skyreels", **options)["summary"] for name in ("some", "tiny")
+    )
+    assert named == local
+
+
 def first_frame(path):
     return torch.from_numpy(np.array(Image.open(path).resize((48, 32)))).permute(2, 0, 1) / 255
 

@@ -109,11 +109,14 @@ def test_first_frames_are_painted_once_and_kept(tmp_path):
     prompts = ["a red circle", "a cross", "two squares"]
     world = runtime.start_world()
     first = runtime.first_frames(config, prompts, world)
+    assert not folder.exists()  # nothing is painted before the run has its folder
+    runtime.paint_first_frames(config, first, world)
     assert set(prompts[:2]) <= first.keys()
     assert all(path.parent == folder and Image.open(path).size == (64, 64) for path in first.values())
     made = {path: path.stat().st_mtime_ns for path in first.values()}
     config.first_frame_model, config.iterations = "", 1  # nothing is missing, so nobody has to paint
     again = runtime.first_frames(config, prompts, world)
+    runtime.paint_first_frames(config, again, world)
     assert again == {prompt: first[prompt] for prompt in again}
     assert made == {path: path.stat().st_mtime_ns for path in first.values()}
     assert len((folder / "first_frames.jsonl").read_text().splitlines()) == len(first)
