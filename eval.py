@@ -39,9 +39,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import geneval
-import runtime
 from rewards import RewardError, VideoAlignReward, check_reward, first_line, load_reward, parse_paths
-from runtime import RunError, World, require
+from runtime import cli, data, distributed, output
 from sampling import flow_sigmas
 
 # Class in model_index.json → the network that training changes, and the model's usual settings. Shift 0 leaves the
@@ -137,18 +136,20 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
         (len(set(metrics)) == len(metrics), f"--metrics names one twice: {cfg.metrics}"),
         (not re.search("[@:]", cfg.metrics), f"--metrics takes names only, without threshold or weight: {cfg.metrics}"),
     ):
-        require(ok, message)
+        cli.require(ok, message)
     runs = [run_options(checkpoint) for checkpoint in cfg.checkpoint]
     base = cfg.model or next((run["model"] for run in runs if run), "")
     network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
-    require(bool(base), "--model is needed: no --checkpoint lies in the folder of a run, from which it would be known")
-    index = runtime.load_pretrained(diffusers.DiffusionPipeline.load_config, base)
+    cli.require(
+        bool(base), "--model is needed: no --checkpoint lies in the folder of a run, from which it would be known"
+    )
+    index = distributed.load_pretrained(diffusers.DiffusionPipeline.load_config, base)
     family = index["_class_name"]
-    require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
+    cli.require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component, usual = FAMILIES[family]
     original = component_config(network, None, "--transformer") if network else component_config(base, component)
     found, expected = original["_class_name"], index[component][1]
-    require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
+    cli.require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer is told the first frame too
         usual = FAMILIES[family][1]
@@ -156,7 +157,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
     for name, value in usual.items():
         key = "true_guidance" if name == "guidance" and animates else name
         given = {run[key] for run in runs if key in run}
-        require(
+        cli.require(
             bool(getattr(cfg, name)) or len(given) <= 1,
             f"the checkpoints' runs differ in {name}: {', '.join(map(str, sorted(given)))}; "
             f"say with --{name.replace('_', '-')} what all are to be drawn with",
@@ -168,18 +169,22 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
     scale = vae.get("spatial_compression_ratio", 2 ** (len(vae["block_out_channels"]) - 1))
     scale *= 1 if component == "unet" else 2  # a token of a transformer is a patch of 2 x 2 latents
     makes_video = "temporal_compression_ratio" in vae
-    runtime.check_size(cfg, math.lcm(16, scale) if makes_video else scale)  # 16: those pipelines' own rule
+    cli.check_size(cfg, math.lcm(16, scale) if makes_video else scale)  # 16: those pipelines' own rule
     between = vae.get("temporal_compression_ratio", 1)
-    require(makes_video or cfg.frames == 1, f"--frames {cfg.frames}: {base} draws pictures, leave it out")
-    require((cfg.frames - 1) % between == 0, f"--frames must be 1 more than a multiple of {between}, got {cfg.frames}")
-    require(cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model")
+    cli.require(makes_video or cfg.frames == 1, f"--frames {cfg.frames}: {base} draws pictures, leave it out")
+    cli.require(
+        (cfg.frames - 1) % between == 0, f"--frames must be 1 more than a multiple of {between}, got {cfg.frames}"
+    )
+    cli.require(
+        cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model"
+    )
     if rewards := [name for name in metrics if name != "geneval"]:
         check_reward(",".join(rewards), cfg.reward_paths, cfg.frames > 1)
     if "geneval" in metrics:
-        require(cfg.frames == 1, "--metrics geneval judges pictures, not video")
+        cli.require(cfg.frames == 1, "--metrics geneval judges pictures, not video")
         if cfg.detector != "tiny":
-            runtime.check_local_or_hub("--detector", cfg.detector)
-            runtime.check_local_or_hub("--detector-clip", cfg.detector_clip)
+            distributed.check_local_or_hub("--detector", cfg.detector)
+            distributed.check_local_or_hub("--detector-clip", cfg.detector_clip)
 
     names = ["/".join(Path(checkpoint).parts[-2:]) for checkpoint in cfg.checkpoint]
     kind, weights = ("network", network) if network else ("base", base)
@@ -188,7 +193,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Contestant], list[dict]]:
         kind, weights = find_weights(checkpoint, family, component, base, original)
         name = name if names.count(name) == 1 else checkpoint
         contestants.append(Contestant(name, kind, weights, picture_folder(cfg, name, weights)))
-    require(len({c.folder for c in contestants}) == len(contestants), "--checkpoint names the same weights twice")
+    cli.require(len({c.folder for c in contestants}) == len(contestants), "--checkpoint names the same weights twice")
     return cfg, family, contestants, load_rows(cfg, "geneval" in metrics, animates)
 
 
@@ -204,27 +209,29 @@ def run_options(checkpoint: str) -> dict:
 
 def component_config(model: str, component: str | None, option: str = "--model") -> dict:
     loader = diffusers.AutoencoderKL.load_config  # any class's
-    return runtime.load_pretrained(loader, model, option, subfolder=component)
+    return distributed.load_pretrained(loader, model, option, subfolder=component)
 
 
 def find_weights(checkpoint: str, family: str, component: str, base: str, original: dict) -> tuple[str, str]:
     """What lies at a --checkpoint: "pipeline", "network" or "lora", and the path of its weights.
 
     family: the base's pipeline class; component: the network in it that is trained; original: that one's config.
-    Raises RunError if there is nothing, or what is there does not fit the base.
+    Raises cli.RunError if there is nothing, or what is there does not fit the base.
     """
     path, network_class = Path(checkpoint), original["_class_name"]
-    require(path.exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder")
+    cli.require(
+        path.exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder"
+    )
     if (path / "model_index.json").is_file():
         found = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-        require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
+        cli.require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
         return "pipeline", checkpoint
     for folder in (path / component, path):
         own = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
         if found := own.get("_class_name"):
-            require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
+            cli.require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
             for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
-                raise RunError(
+                raise cli.RunError(
                     f"--checkpoint {folder} was not trained from {base}: its {key} is {own[key]}, the base's is "
                     f"{original[key]}; name the right --model"
                 )
@@ -237,11 +244,11 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
             with safe_open(lora, "pt") as file:
                 keys = list(file.keys())
         except (OSError, SafetensorError) as e:
-            raise RunError(f"--checkpoint: cannot read {lora}: {e}") from e
+            raise cli.RunError(f"--checkpoint: cannot read {lora}: {e}") from e
         fits = all(key.startswith(f"{component}.") for key in keys)
-        require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
+        cli.require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
         return "lora", str(lora)
-    raise RunError(
+    raise cli.RunError(
         f"--checkpoint {checkpoint} has neither a {component} folder, nor pytorch_lora_weights.safetensors, nor "
         f"model_index.json; {base}, a {family}, needs one of these"
     )
@@ -259,8 +266,10 @@ def load_rows(cfg: Config, needs_metadata: bool, needs_image: bool) -> list[dict
     if cfg.prompts == "hpsv2":
         rows = [{"prompt": prompt, "style": style} for style in HPS_STYLES for prompt in fetch_hps_prompts(style)]
     else:
-        require(file.is_file(), f"no prompt file {cfg.prompts!r}; give a text or JSONL file, or one of: hpsv2, geneval")
-        rows = [{"prompt": prompt} for prompt in runtime.load_prompts(str(file))]
+        cli.require(
+            file.is_file(), f"no prompt file {cfg.prompts!r}; give a text or JSONL file, or one of: hpsv2, geneval"
+        )
+        rows = [{"prompt": prompt} for prompt in data.load_prompts(str(file))]
     if file.suffix == ".jsonl":
         lines = file.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) | row for line, row in zip(lines, rows, strict=True)]
@@ -272,9 +281,9 @@ def load_rows(cfg: Config, needs_metadata: bool, needs_image: bool) -> list[dict
             geneval.check_metadata(row, classes, f"{cfg.prompts} line {number}")
     if needs_image:
         for number, row in enumerate(rows, 1):
-            require("image" in row, f'{cfg.prompts} line {number} has no "image", which the video is to start from')
+            cli.require("image" in row, f'{cfg.prompts} line {number} has no "image", which the video is to start from')
             row["image"] = str(file.parent / str(row["image"]))
-            runtime.read_picture(row["image"])
+            output.read_picture(row["image"])
     return rows
 
 
@@ -286,10 +295,10 @@ def fetch_hps_prompts(style: str) -> list[str]:
     try:
         return json.loads(Path(hf_hub_download(HPS_REPO, file, repo_type="dataset")).read_text(encoding="utf-8"))
     except OSError as e:  # every error of the hub's own is one
-        raise RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
+        raise cli.RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
 
 
-def open_output(cfg: Config, contestants: list[Contestant], rows: list[dict], world: World) -> None:
+def open_output(cfg: Config, contestants: list[Contestant], rows: list[dict], world: distributed.World) -> None:
     """Write config.json; refuse a folder whose pictures and scores come from other settings, prompts or weights."""
     path = Path(cfg.output_dir, "config.json")
     if world.is_main:
@@ -297,7 +306,7 @@ def open_output(cfg: Config, contestants: list[Contestant], rows: list[dict], wo
         new = {"script": "eval.py"} | asdict(cfg) | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}
         stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
         for name in new.keys() - FREE:
-            require(
+            cli.require(
                 stored.get(name) == new[name],
                 f"{cfg.output_dir} holds something with {name} = {stored.get(name)!r}, this evaluation has "
                 f"{new[name]!r}; take another --output-dir",
@@ -305,15 +314,15 @@ def open_output(cfg: Config, contestants: list[Contestant], rows: list[dict], wo
         weights = dict(stored.get("weights", {}))
         for c in contestants:
             found = fingerprint(c.weights)
-            require(
+            cli.require(
                 weights.setdefault(c.folder.name, found) == found,
                 f"{c.weights} has changed since its pictures in {c.folder} were drawn; take another --output-dir",
             )
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
         new |= {"versions": {name: importlib.metadata.version(name) for name in packages}, "weights": weights}
-        with runtime.writing(path):
+        with output.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        runtime.write_atomically(path, json.dumps(new, indent=2) + "\n")
+        output.write_atomically(path, json.dumps(new, indent=2) + "\n")
     world.barrier()
 
 
@@ -326,7 +335,9 @@ def fingerprint(weights: str) -> list:
 # --------------------------------------------------------------------------------------------------- drawing pictures
 
 
-def generate(cfg: Config, family: str, contestants: list[Contestant], rows: list[dict], world: World) -> None:
+def generate(
+    cfg: Config, family: str, contestants: list[Contestant], rows: list[dict], world: distributed.World
+) -> None:
     """Draw what is not there yet. A batch of which a part is missing is drawn as a whole, so it comes out the same."""
     for contestant in contestants:
         todo = [b for b in batches(cfg, rows, world) if not all(p.is_file() for p in pictures_of(contestant, b))]
@@ -340,7 +351,7 @@ def generate(cfg: Config, family: str, contestants: list[Contestant], rows: list
                 save_picture(path, picture)
 
 
-def batches(cfg: Config, rows: list[dict], world: World) -> list[list[tuple[int, int]]]:
+def batches(cfg: Config, rows: list[dict], world: distributed.World) -> list[list[tuple[int, int]]]:
     """This process's share of all (prompt, number of its picture). A batch is the same on any number of processes."""
     items = [(prompt, number) for prompt in range(len(rows)) for number in range(cfg.images_per_prompt)]
     return [items[i : i + cfg.batch_size] for i in range(0, len(items), cfg.batch_size)][world.rank :: world.size]
@@ -350,7 +361,7 @@ def pictures_of(contestant: Contestant, batch: list[tuple[int, int]]) -> list[Pa
     return [contestant.folder / f"{prompt:05d}-{number}.png" for prompt, number in batch]
 
 
-def load_pipeline(cfg: Config, family: str, contestant: Contestant, world: World):
+def load_pipeline(cfg: Config, family: str, contestant: Contestant, world: distributed.World):
     """The stock pipeline with the contestant's weights, and a sampler that adds no noise."""
     component, source, options = FAMILIES[family][0], cfg.model, {"dtype": world.dtype}
     if component == "unet":
@@ -359,14 +370,14 @@ def load_pipeline(cfg: Config, family: str, contestant: Contestant, world: World
         source = contestant.weights
     elif network := contestant.weights if contestant.kind == "network" else cfg.transformer:  # what a LoRA is for
         loader = getattr(diffusers, component_config(network, None)["_class_name"]).from_pretrained
-        options[component] = runtime.load_pretrained(loader, network, dtype=world.dtype)
-    pipe = runtime.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
+        options[component] = distributed.load_pretrained(loader, network, dtype=world.dtype)
+    pipe = distributed.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
     if contestant.kind == "lora":
         file = Path(contestant.weights)
         try:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         except (OSError, RuntimeError, ValueError) as e:  # sizes or names that the network does not have
-            raise RunError(f"the LoRA {file} does not fit {cfg.model}: {first_line(e)}") from e
+            raise cli.RunError(f"the LoRA {file} does not fit {cfg.model}: {first_line(e)}") from e
     if component == "unet":
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     elif cfg.shift:
@@ -391,7 +402,7 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
     else:
         shape = pipe.vae.config.latent_channels, (cfg.frames - 1) // pipe.vae_scale_factor_temporal + 1, h, w
         options["num_frames"] = cfg.frames
-    z = runtime.keyed_noise(shape, keys, "evaluation", device)
+    z = data.keyed_noise(shape, keys, "evaluation", device)
     options["latents"] = z.to(pipe.unet.dtype) if is_diffusion else z
     if cfg.shift and not is_diffusion:
         options["sigmas"] = flow_sigmas(cfg.steps, cfg.shift)[:-1].tolist()
@@ -399,8 +410,8 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
         options["max_sequence_length"] = cfg.max_sequence_length
     if isinstance(pipe, diffusers.HunyuanSkyreelsImageToVideoPipeline):
         options |= {"guidance_scale": 1.0, "true_cfg_scale": cfg.guidance, "negative_prompt": [""] * len(rows)}
-        options["image"] = [runtime.read_picture(row["image"]) for row in rows]
-        seeds = [int(runtime.keyed_rng("first frame", *key).integers(2**31)) for key in keys]  # its VAE draws a sample
+        options["image"] = [output.read_picture(row["image"]) for row in rows]
+        seeds = [int(data.keyed_rng("first frame", *key).integers(2**31)) for key in keys]  # its VAE draws a sample
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     out = pipe(**options)
     pictures = (out.images if is_diffusion or is_flux else out.frames).float().clamp(0, 1)
@@ -410,20 +421,20 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
 def save_picture(path: Path, picture: Tensor) -> None:
     """(3, H, W), or (F, 3, H, W) with the frames one below the other, as a PNG: 8 bits, and nothing else is lost."""
     pixels = (picture.movedim(-3, -1) * 255).round().byte().cpu().numpy()
-    runtime.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
+    output.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
 
 
 def read_frames(path: Path, cfg: Config) -> np.ndarray:
     """What `save_picture` wrote: (F, H, W, 3) uint8, F = 1 for a picture."""
-    pixels, expected = np.array(runtime.read_picture(path)), (cfg.frames * cfg.height, cfg.width, 3)
-    require(pixels.shape == expected, f"the picture {path} has shape {pixels.shape}, not {expected}; delete it")
+    pixels, expected = np.array(output.read_picture(path)), (cfg.frames * cfg.height, cfg.width, 3)
+    cli.require(pixels.shape == expected, f"the picture {path} has shape {pixels.shape}, not {expected}; delete it")
     return pixels.reshape(cfg.frames, cfg.height, cfg.width, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
-def score(cfg: Config, contestants: list[Contestant], rows: list[dict], world: World) -> None:
+def score(cfg: Config, contestants: list[Contestant], rows: list[dict], world: distributed.World) -> None:
     """Give every picture the scores that it lacks; those of 00012-0.png stand in 00012-0.json."""
     work = []
     for batch, contestant in [(b, c) for c in contestants for b in batches(cfg, rows, world)]:
@@ -459,7 +470,7 @@ def score(cfg: Config, contestants: list[Contestant], rows: list[dict], world: W
                 correct, own["wrong"] = geneval.judge(detector(picture), rows[p], partial(detector.colors, picture))
                 own["geneval"] = float(correct)
         for path, old, own in zip(paths, stored, new, strict=True):
-            runtime.write_atomically(path.with_suffix(".json"), json.dumps(old | own) + "\n")
+            output.write_atomically(path.with_suffix(".json"), json.dumps(old | own) + "\n")
 
 
 def read_scores(path: Path) -> dict:
@@ -519,10 +530,10 @@ def report(cfg: Config, contestants: list[Contestant], rows: list[dict]) -> None
     }
     lines = ["| " + " | ".join(line) + " |" for line in [table[0], ["---"] * len(table[0]), *table[1:]]]
     text = "\n".join(["# Evaluation", "", *lines, "", *(f"- {remark}" for remark in remarks), ""])
-    runtime.write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
-    runtime.write_atomically(out / "results.md", text)
-    runtime.save_image(out / "compare.png", make_sheet(cfg, contestants, rows))
-    runtime.write_atomically(out / "index.html", make_page(cfg, contestants, rows, table, remarks))
+    output.write_atomically(out / "results.json", json.dumps(results, indent=1) + "\n")
+    output.write_atomically(out / "results.md", text)
+    output.save_image(out / "compare.png", make_sheet(cfg, contestants, rows))
+    output.write_atomically(out / "index.html", make_page(cfg, contestants, rows, table, remarks))
 
 
 def make_remarks(cfg: Config, rows: list[dict]) -> list[str]:
@@ -641,7 +652,7 @@ def data_uri(path: Path, cfg: Config) -> str:
 
 def main(cfg: Config) -> None:
     cfg, family, contestants, rows = plan(cfg)
-    world = runtime.start_world()
+    world = distributed.start_world()
     open_output(cfg, contestants, rows, world)
     generate(cfg, family, contestants, rows, world)
     score(cfg, contestants, rows, world)
@@ -652,5 +663,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors(RewardError):
-        main(runtime.parse_config(Config, PRESETS))
+    with cli.one_line_errors(RewardError):
+        main(cli.parse_config(Config, PRESETS))

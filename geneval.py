@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import runtime
 from rewards import CLIP_MEAN, CLIP_STD, first_line, normalise, resize_shortest_and_crop
+from runtime import cli, data, output
 
 PROMPTS_URL = (
     "https://raw.githubusercontent.com/djghosh13/geneval/d927da8e42fde2b1b5cd743da4df5ff83c1654ff/"
@@ -91,11 +91,11 @@ def fetch_prompts() -> Path:
     path = Path(constants.HF_HOME) / "dancegrpo" / "geneval.jsonl"
     if not path.is_file():
         try:
-            text = runtime.fetch_text(PROMPTS_URL)
+            text = data.fetch_text(PROMPTS_URL)
         except OSError as e:
-            raise runtime.RunError(f"cannot fetch {PROMPTS_URL}; download it and give --prompts its path") from e
+            raise cli.RunError(f"cannot fetch {PROMPTS_URL}; download it and give --prompts its path") from e
         path.parent.mkdir(parents=True, exist_ok=True)
-        runtime.write_atomically(path, text)
+        output.write_atomically(path, text)
     return path
 
 
@@ -110,8 +110,8 @@ def check_metadata(row: dict, classes: set[str], where: str) -> None:
         unknown = {x["class"] for x in things} - classes
     except (KeyError, TypeError, ValueError, AttributeError):
         fine, unknown = False, ()
-    runtime.require(fine, f"{where} lacks GenEval's tag, include and exclude; take --prompts geneval, or leave it out")
-    runtime.require(not unknown, f"{where}: the detector does not know {', '.join(map(str, unknown))}")
+    cli.require(fine, f"{where} lacks GenEval's tag, include and exclude; take --prompts geneval, or leave it out")
+    cli.require(not unknown, f"{where}: the detector does not know {', '.join(map(str, unknown))}")
 
 
 # ------------------------------------------------------------------------------------------------------- the detectors
@@ -138,7 +138,7 @@ class Mask2FormerDetector:
             self.clip = CLIPModel.from_pretrained(clip_path).to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(clip_path)
         except (OSError, ValueError) as e:
-            raise runtime.RunError(f"cannot load GenEval's {path} with {clip_path}: {first_line(e)}") from e
+            raise cli.RunError(f"cannot load GenEval's {path} with {clip_path}: {first_line(e)}") from e
 
     @torch.no_grad()
     def __call__(self, picture: Tensor) -> dict[str, list[Found]]:
@@ -192,7 +192,7 @@ class TinyDetector:
         try:
             return self.tiny.parse(prompt)
         except ValueError as e:
-            raise runtime.RunError(f"--detector tiny: {e}") from e
+            raise cli.RunError(f"--detector tiny: {e}") from e
 
     def __call__(self, picture: Tensor) -> dict[str, list[Found]]:
         found = {}
@@ -217,6 +217,6 @@ def coco_labels(path: str) -> list[str]:
     try:
         names = Mask2FormerConfig.from_pretrained(path).id2label
     except (OSError, ValueError) as e:
-        raise runtime.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
+        raise cli.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
     other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
     return [other.get(names[i], names[i]) for i in range(len(names))]

@@ -29,8 +29,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from einops import rearrange
 from torch import Tensor
 
-import runtime
 from rewards import RewardError, check_reward, load_reward, parse_paths
+from runtime import cli, data, distributed, output
 from sampling import ddim_sde_step, rollout, sample_ode
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
@@ -145,7 +145,7 @@ def trained_steps(cfg, iteration: int, prompt: int, sample: int) -> list[int]:
     if cfg.sde_window:
         return list(sde_window(cfg, iteration))
     count = int((cfg.steps - 1) * cfg.timestep_fraction)
-    rng = runtime.keyed_rng("timesteps", cfg.seed, iteration, prompt, sample)
+    rng = data.keyed_rng("timesteps", cfg.seed, iteration, prompt, sample)
     return rng.permutation(cfg.steps - 1)[:count].tolist()
 
 
@@ -159,7 +159,7 @@ def update_parts(cfg, advantages: Tensor, iteration: int, prompt: int) -> list[l
     if cfg.keep_best_worst:
         order = advantages.argsort(stable=True).tolist()
         samples = order[: cfg.keep_best_worst] + order[-cfg.keep_best_worst :]
-    samples = runtime.keyed_rng("updates", cfg.seed, iteration, prompt).permutation(samples).tolist()
+    samples = data.keyed_rng("updates", cfg.seed, iteration, prompt).permutation(samples).tolist()
     return [samples[u :: cfg.updates_per_rollout] for u in range(cfg.updates_per_rollout)]
 
 
@@ -208,25 +208,25 @@ def ddim_levels(scheduler: DDIMScheduler, num_steps: int, device) -> tuple[Tenso
 
 def check(cfg: Config) -> None:
     """Everything that can be wrong with the options is found here, before any model is loaded."""
-    runtime.check_options(cfg)
-    runtime.require(cfg.sde == "dance", f"--sde {cfg.sde} is for rectified flow; diffusion has the paper's only: dance")
-    runtime.require(cfg.shift == 1, f"--shift is for rectified flow; diffusion has its own levels, got {cfg.shift}")
-    runtime.require(cfg.eta <= 1, f"--eta must be at most 1 for the DDIM SDE, got {cfg.eta}")
-    runtime.require(cfg.guidance >= 1, f"--guidance must be at least 1 (off), got {cfg.guidance}")
+    cli.check_options(cfg)
+    cli.require(cfg.sde == "dance", f"--sde {cfg.sde} is for rectified flow; diffusion has the paper's only: dance")
+    cli.require(cfg.shift == 1, f"--shift is for rectified flow; diffusion has its own levels, got {cfg.shift}")
+    cli.require(cfg.eta <= 1, f"--eta must be at most 1 for the DDIM SDE, got {cfg.eta}")
+    cli.require(cfg.guidance >= 1, f"--guidance must be at least 1 (off), got {cfg.guidance}")
     check_reward(cfg.reward, cfg.reward_paths)
-    vae = runtime.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
-    runtime.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
+    vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
+    cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
 
 
 def main(cfg: Config) -> None:
     check(cfg)
-    prompts = runtime.load_prompts(cfg.prompts)
-    world = runtime.start_world()
-    runtime.open_output(cfg, world)
+    prompts = data.load_prompts(cfg.prompts)
+    world = distributed.start_world()
+    output.open_output(cfg, world)
 
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     master = world.dtype if cfg.lora_rank else torch.float32
-    pipe = runtime.load_pretrained(
+    pipe = distributed.load_pretrained(
         StableDiffusionPipeline.from_pretrained,
         cfg.model,
         dtype={"unet": master, "default": world.dtype},
@@ -236,18 +236,18 @@ def main(cfg: Config) -> None:
     pipe.set_progress_bar_config(disable=True)
     for frozen in (pipe.vae, pipe.text_encoder):
         frozen.to(world.device).requires_grad_(False)
-    unet = runtime.prepare_network(
+    unet = distributed.prepare_network(
         pipe.unet, world, cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile
     )
     reference = unet  # the policy started from: with LoRA the UNet without it, else a frozen copy
     if cfg.kl_weight and not cfg.lora_rank:
         reference = UNet2DConditionModel.from_pretrained(cfg.model, subfolder="unet", dtype=world.dtype)
-        reference = runtime.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
-    optimizer = torch.optim.AdamW(runtime.trainable(unet), lr=cfg.learning_rate, weight_decay=1e-4)  # official
-    ema = runtime.EMA(unet, cfg.ema_decay)
-    checkpoints = runtime.Checkpoints(pipe, "unet", optimizer, ema, world)
+        reference = distributed.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
+    optimizer = torch.optim.AdamW(distributed.trainable(unet), lr=cfg.learning_rate, weight_decay=1e-4)  # official
+    ema = distributed.EMA(unet, cfg.ema_decay)
+    checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world)
     done = checkpoints.restore(cfg.output_dir) if cfg.resume else 0
-    metrics = runtime.Metrics(cfg.output_dir, world, done)
+    metrics = output.Metrics(cfg.output_dir, world, done)
 
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     timesteps, alpha_bars = ddim_levels(scheduler, cfg.steps, world.device)  # (T,), (T+1,)
@@ -264,21 +264,21 @@ def main(cfg: Config) -> None:
         captions = prompts[: cfg.num_samples]
         text = encode_prompts(pipe, captions, cfg, world.device)
         keys = [(cfg.seed, i) for i in range(len(captions))]
-        z = runtime.keyed_noise(latent_shape, keys, "sample pictures", world.device)
+        z = data.keyed_noise(latent_shape, keys, "sample pictures", world.device)
         with torch.no_grad():
             z0 = sample_ode(lambda z, i: policy(unet, z, timesteps[i].expand(len(z)), text), z, alpha_bars, step)
         if world.is_main:
             path = Path(cfg.output_dir, "samples", f"{iteration:06d}.png")
-            runtime.save_pictures(path, decode(pipe.vae, z0), captions)
+            output.save_pictures(path, decode(pipe.vae, z0), captions)
 
     if not done:
         draw_samples(0)
     bar = world.progress(range(done, cfg.iterations), initial=done, total=cfg.iterations, desc="GRPO")
     for iteration in bar:
-        clock = runtime.Stopwatch(world)
+        clock = output.Stopwatch(world)
 
         # Algorithm 1: sample a batch of prompts.
-        batch = runtime.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
+        batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
         embeddings = encode_prompts(pipe, captions, cfg, world.device)  # (P, 1 or 2, L, D)
 
@@ -286,7 +286,7 @@ def main(cfg: Config) -> None:
         window = sde_window(cfg, iteration)
         who = torch.cartesian_prod(torch.arange(P), torch.arange(G)).tolist()  # (prompt, sample) of each of the B
         trajectories, log_probs, images = [], [], []
-        for part in runtime.chunks(who, cfg.micro_batch, world, "rollout"):
+        for part in world.chunks(who, cfg.micro_batch, "rollout"):
             p = [prompt for prompt, _ in part]
             keys = [(cfg.seed, iteration, first + prompt, sample) for prompt, sample in part]
             shared = [(*key[:3], 0) if cfg.shared_noise else key for key in keys]
@@ -294,13 +294,11 @@ def main(cfg: Config) -> None:
             with torch.no_grad():
                 trajectory, log_prob, z0 = rollout(
                     lambda z, i: policy(unet, z, timesteps[i].expand(len(z)), text),
-                    runtime.keyed_noise(latent_shape, shared, "initial noise", world.device),
+                    data.keyed_noise(latent_shape, shared, "initial noise", world.device),
                     alpha_bars,
                     cfg.eta,
                     step,
-                    lambda i: runtime.keyed_noise(
-                        latent_shape, [(*key, i) for key in keys], "step noise", world.device
-                    ),
+                    lambda i: data.keyed_noise(latent_shape, [(*key, i) for key in keys], "step noise", world.device),
                     window,
                 )
             trajectories.append(trajectory)
@@ -326,21 +324,21 @@ def main(cfg: Config) -> None:
             pairs = [(p * G + g, t) for p in range(P) for g in parts[p][update] for t in steps[p * G + g]]
             optimizer.zero_grad()
             ratios.append([])
-            for part in runtime.chunks(pairs, cfg.micro_batch, world, f"update {update + 1}"):
-                runtime.reduce_gradients(unet, now=part[-1] == pairs[-1])
+            for part in world.chunks(pairs, cfg.micro_batch, f"update {update + 1}"):
+                distributed.reduce_gradients(unet, now=part[-1] == pairs[-1])
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, text = trajectories[s, t], trajectories[s, t + 1], embeddings[s // G]
                 eps = policy(unet, z, timesteps[t], text)
                 _, log_prob, _ = step(eps, z, alpha_bars[t], alpha_bars[t + 1], cfg.eta, z_next=z_next)
                 loss, rho = grpo_loss(log_prob, old_log_probs[s, t], advantages[s], cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), runtime.without_adapter(reference):
+                    with torch.no_grad(), distributed.without_adapter(reference):
                         eps_ref = policy(reference, z, timesteps[t], text)
                     loss = loss + cfg.kl_weight * ((eps - eps_ref) ** 2).mean()
                 (loss * len(part) / len(pairs)).backward()
                 ratios[-1].append(rho)
                 losses.append(loss.detach() * len(part) / len(pairs))
-            grad_norms.append(runtime.clip_gradients(unet, cfg.max_grad_norm, iteration))
+            grad_norms.append(distributed.clip_gradients(unet, cfg.max_grad_norm, iteration))
             optimizer.step()
             ema.update()
         clock.lap("update")
@@ -358,5 +356,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors(RewardError):
-        main(runtime.parse_config(Config, PRESETS))
+    with cli.one_line_errors(RewardError):
+        main(cli.parse_config(Config, PRESETS))

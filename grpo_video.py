@@ -32,8 +32,8 @@ from diffusers import (
 from einops import rearrange
 from torch import Tensor
 
-import runtime
 from rewards import RewardError, check_reward, load_reward, parse_paths
+from runtime import cli, data, distributed, output
 from sampling import cps_step, flow_grpo_sde_step, flow_sde_step, flow_sigmas, rollout, sample_ode
 
 SDE_STEPS = {"dance": flow_sde_step, "flow": flow_grpo_sde_step, "cps": cps_step}
@@ -153,7 +153,7 @@ def trained_steps(cfg, iteration: int, prompt: int, sample: int) -> list[int]:
     if cfg.sde_window:
         return list(sde_window(cfg, iteration))
     count = int((cfg.steps - 1) * cfg.timestep_fraction)
-    rng = runtime.keyed_rng("timesteps", cfg.seed, iteration, prompt, sample)
+    rng = data.keyed_rng("timesteps", cfg.seed, iteration, prompt, sample)
     return rng.permutation(cfg.steps - 1)[:count].tolist()
 
 
@@ -167,7 +167,7 @@ def update_parts(cfg, advantages: Tensor, iteration: int, prompt: int) -> list[l
     if cfg.keep_best_worst:
         order = advantages.argsort(stable=True).tolist()
         samples = order[: cfg.keep_best_worst] + order[-cfg.keep_best_worst :]
-    samples = runtime.keyed_rng("updates", cfg.seed, iteration, prompt).permutation(samples).tolist()
+    samples = data.keyed_rng("updates", cfg.seed, iteration, prompt).permutation(samples).tolist()
     return [samples[u :: cfg.updates_per_rollout] for u in range(cfg.updates_per_rollout)]
 
 
@@ -177,8 +177,8 @@ def update_parts(cfg, advantages: Tensor, iteration: int, prompt: int) -> list[l
 def load_transformer(loader, cfg: Config, **options):
     """Call a loader of HunyuanVideoTransformer3DModel on --transformer, or else on the one in --model."""
     if cfg.transformer:
-        return runtime.load_pretrained(loader, cfg.transformer, "--transformer", **options)
-    return runtime.load_pretrained(loader, cfg.model, subfolder="transformer", **options)
+        return distributed.load_pretrained(loader, cfg.transformer, "--transformer", **options)
+    return distributed.load_pretrained(loader, cfg.model, subfolder="transformer", **options)
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def encode(pipe, prompts: list[str], pictures: dict[str, Path], latent_shape, cf
     text = [rearrange(x, "(p n) ... -> p n ...", p=len(prompts)) for x in (tokens, mask.to(tokens), pooled)]
     frames = torch.zeros(len(prompts), latent_shape[0] if pictures else 0, *latent_shape[1:], device=device)
     for frame, prompt in zip(frames, prompts if pictures else [], strict=False):
-        pixels = pipe.video_processor.preprocess(runtime.read_picture(pictures[prompt]), cfg.height, cfg.width)
+        pixels = pipe.video_processor.preprocess(output.read_picture(pictures[prompt]), cfg.height, cfg.width)
         # The mode, where the stock pipeline draws: this is a condition, and no part of the policy's randomness.
         latent = pipe.vae.encode(pixels[:, :, None].to(device, pipe.vae.dtype)).latent_dist.mode()[0]  # (C, 1, h, w)
         frame[:, :1] = latent * pipe.vae.config.scaling_factor
@@ -232,23 +232,23 @@ def decode(vae: AutoencoderKLHunyuanVideo, z0: Tensor) -> Tensor:
 
 def check(cfg: Config) -> None:
     """Everything that can be wrong with the options is found here, before any model is loaded."""
-    runtime.check_options(cfg)
-    runtime.require(cfg.task in PIPELINES, f"--task must be one of {', '.join(PIPELINES)}, got {cfg.task!r}")
-    runtime.require(cfg.sde in SDE_STEPS, f"--sde must be one of {', '.join(SDE_STEPS)}, got {cfg.sde!r}")
-    runtime.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
-    runtime.require(cfg.shift > 0, f"--shift must be above 0, got {cfg.shift}")
-    runtime.require(cfg.true_guidance >= 1, f"--true-guidance must be at least 1 (off), got {cfg.true_guidance}")
-    runtime.require(cfg.fps > 0, f"--fps must be above 0, got {cfg.fps}")
+    cli.check_options(cfg)
+    cli.require(cfg.task in PIPELINES, f"--task must be one of {', '.join(PIPELINES)}, got {cfg.task!r}")
+    cli.require(cfg.sde in SDE_STEPS, f"--sde must be one of {', '.join(SDE_STEPS)}, got {cfg.sde!r}")
+    cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
+    cli.require(cfg.shift > 0, f"--shift must be above 0, got {cfg.shift}")
+    cli.require(cfg.true_guidance >= 1, f"--true-guidance must be at least 1 (off), got {cfg.true_guidance}")
+    cli.require(cfg.fps > 0, f"--fps must be above 0, got {cfg.fps}")
     check_reward(cfg.reward, cfg.reward_paths, video=cfg.task != "t2i")
-    vae = runtime.load_pretrained(AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
+    vae = distributed.load_pretrained(AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
     network = load_transformer(HunyuanVideoTransformer3DModel.load_config, cfg)
-    runtime.check_size(cfg, vae["spatial_compression_ratio"] * network["patch_size"])
+    cli.check_size(cfg, vae["spatial_compression_ratio"] * network["patch_size"])
     stride = vae["temporal_compression_ratio"]
-    runtime.require(
+    cli.require(
         cfg.frames == 1 if cfg.task == "t2i" else cfg.frames > 1 and cfg.frames % stride == 1,
         f"--frames must be 1 for t2i, else a multiple of {stride} and one more, got {cfg.frames} for {cfg.task}",
     )
-    runtime.require(
+    cli.require(
         network["in_channels"] == (2 if cfg.task == "i2v" else 1) * network["out_channels"],  # z and the first frame
         f"--task {cfg.task} needs another --transformer: this one takes {network['in_channels']} channels",
     )
@@ -256,15 +256,15 @@ def check(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     check(cfg)
-    prompts = runtime.load_prompts(cfg.prompts)
-    world = runtime.start_world()
-    pictures = runtime.first_frames(cfg, prompts, world) if cfg.task == "i2v" else {}
-    runtime.open_output(cfg, world)
-    runtime.paint_first_frames(cfg, pictures, world)
+    prompts = data.load_prompts(cfg.prompts)
+    world = distributed.start_world()
+    pictures = data.first_frames(cfg, prompts, world) if cfg.task == "i2v" else {}
+    output.open_output(cfg, world)
+    data.paint_first_frames(cfg, pictures, world)
 
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     master = world.dtype if cfg.lora_rank else torch.float32
-    pipe = runtime.load_pretrained(
+    pipe = distributed.load_pretrained(
         PIPELINES[cfg.task].from_pretrained,
         cfg.model,
         transformer=load_transformer(HunyuanVideoTransformer3DModel.from_pretrained, cfg, dtype=master),
@@ -273,18 +273,20 @@ def main(cfg: Config) -> None:
     pipe.set_progress_bar_config(disable=True)
     for frozen in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         frozen.to(world.device).requires_grad_(False)
-    transformer = runtime.prepare_network(
+    transformer = distributed.prepare_network(
         pipe.transformer, world, cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile
     )
     reference = transformer  # the policy started from: with LoRA the transformer without it, else a frozen copy
     if cfg.kl_weight and not cfg.lora_rank:
         reference = load_transformer(HunyuanVideoTransformer3DModel.from_pretrained, cfg, dtype=world.dtype)
-        reference = runtime.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
-    optimizer = torch.optim.AdamW(runtime.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4)  # official
-    ema = runtime.EMA(transformer, cfg.ema_decay)
-    checkpoints = runtime.Checkpoints(pipe, "transformer", optimizer, ema, world)
+        reference = distributed.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4
+    )  # official
+    ema = distributed.EMA(transformer, cfg.ema_decay)
+    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
     done = checkpoints.restore(cfg.output_dir) if cfg.resume else 0
-    metrics = runtime.Metrics(cfg.output_dir, world, done)
+    metrics = output.Metrics(cfg.output_dir, world, done)
 
     step = SDE_STEPS[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
@@ -302,21 +304,21 @@ def main(cfg: Config) -> None:
         captions = prompts[: cfg.num_samples]
         condition = encode(pipe, captions, pictures, latent_shape, cfg, world.device)
         keys = [(cfg.seed, i) for i in range(len(captions))]
-        z = runtime.keyed_noise(latent_shape, keys, "sample pictures", world.device)
+        z = data.keyed_noise(latent_shape, keys, "sample pictures", world.device)
         with torch.no_grad():
             z0 = sample_ode(lambda z, i: policy(transformer, z, sigmas[i].expand(len(z)), condition), z, sigmas)
         if world.is_main:
             path = Path(cfg.output_dir, "samples", f"{iteration:06d}")
-            runtime.save_videos(path, decode(pipe.vae, z0), captions, cfg.fps)
+            output.save_videos(path, decode(pipe.vae, z0), captions, cfg.fps)
 
     if not done:
         draw_samples(0)
     bar = world.progress(range(done, cfg.iterations), initial=done, total=cfg.iterations, desc="GRPO")
     for iteration in bar:
-        clock = runtime.Stopwatch(world)
+        clock = output.Stopwatch(world)
 
         # Algorithm 1: sample a batch of prompts.
-        batch = runtime.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
+        batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
         conditions = encode(pipe, captions, pictures, latent_shape, cfg, world.device)  # (P, …) each
 
@@ -324,7 +326,7 @@ def main(cfg: Config) -> None:
         window = sde_window(cfg, iteration)
         who = torch.cartesian_prod(torch.arange(P), torch.arange(G)).tolist()  # (prompt, sample) of each of the B
         trajectories, log_probs, videos = [], [], []
-        for part in runtime.chunks(who, cfg.micro_batch, world, "rollout"):
+        for part in world.chunks(who, cfg.micro_batch, "rollout"):
             p = [prompt for prompt, _ in part]
             keys = [(cfg.seed, iteration, first + prompt, sample) for prompt, sample in part]
             shared = [(*key[:3], 0) if cfg.shared_noise else key for key in keys]
@@ -332,13 +334,11 @@ def main(cfg: Config) -> None:
             with torch.no_grad():
                 trajectory, log_prob, z0 = rollout(
                     lambda z, i: policy(transformer, z, sigmas[i].expand(len(z)), condition),
-                    runtime.keyed_noise(latent_shape, shared, "initial noise", world.device),
+                    data.keyed_noise(latent_shape, shared, "initial noise", world.device),
                     sigmas,
                     cfg.eta,
                     step,
-                    lambda i: runtime.keyed_noise(
-                        latent_shape, [(*key, i) for key in keys], "step noise", world.device
-                    ),
+                    lambda i: data.keyed_noise(latent_shape, [(*key, i) for key in keys], "step noise", world.device),
                     window,
                 )
             trajectories.append(trajectory)
@@ -364,21 +364,21 @@ def main(cfg: Config) -> None:
             pairs = [(p * G + g, t) for p in range(P) for g in parts[p][update] for t in steps[p * G + g]]
             optimizer.zero_grad()
             ratios.append([])
-            for part in runtime.chunks(pairs, cfg.micro_batch, world, f"update {update + 1}"):
-                runtime.reduce_gradients(transformer, now=part[-1] == pairs[-1])
+            for part in world.chunks(pairs, cfg.micro_batch, f"update {update + 1}"):
+                distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, sigma, condition = trajectories[s, t], sigmas[t], [x[s // G] for x in conditions]
                 v = policy(transformer, z, sigma, condition)
                 _, log_prob, _ = step(v, z, sigma, sigmas[t + 1], cfg.eta, z_next=trajectories[s, t + 1])
                 loss, rho = grpo_loss(log_prob, old_log_probs[s, t], advantages[s], cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), runtime.without_adapter(reference):
+                    with torch.no_grad(), distributed.without_adapter(reference):
                         v_ref = policy(reference, z, sigma, condition)
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
                 (loss * len(part) / len(pairs)).backward()
                 ratios[-1].append(rho)
                 losses.append(loss.detach() * len(part) / len(pairs))
-            grad_norms.append(runtime.clip_gradients(transformer, cfg.max_grad_norm, iteration))
+            grad_norms.append(distributed.clip_gradients(transformer, cfg.max_grad_norm, iteration))
             optimizer.step()
             ema.update()
         clock.lap("update")
@@ -396,5 +396,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with runtime.one_line_errors(RewardError):
-        main(runtime.parse_config(Config, PRESETS))
+    with cli.one_line_errors(RewardError):
+        main(cli.parse_config(Config, PRESETS))

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import grpo_video  # noqa: E402
 import moving  # noqa: E402
-import runtime  # noqa: E402
 import tiny  # noqa: E402
 from heldout import paired  # noqa: E402
 from rewards import load_reward, parse_paths  # noqa: E402
+from runtime import data, output  # noqa: E402
 from sampling import flow_sigmas, sample_ode  # noqa: E402
 
 
@@ -61,7 +61,7 @@ def judge(cfg, videos: torch.Tensor, prompts: list[str], pictures: dict) -> dict
     if pictures:
         from torchvision.transforms.functional import pil_to_tensor
 
-        firsts = torch.stack([pil_to_tensor(runtime.read_picture(pictures[prompt])) for prompt in prompts]) / 255
+        firsts = torch.stack([pil_to_tensor(output.read_picture(pictures[prompt])) for prompt in prompts]) / 255
         scores["psnr"] = -10 * (videos[:, 0] - firsts).square().mean((1, 2, 3)).log10()
     return scores
 
@@ -73,7 +73,7 @@ def compare(run: Path, iteration: int | None = None, noises: int = 3) -> dict[st
     weights = sorted(run.glob("checkpoint-??????"))[-1] if iteration is None else run / f"checkpoint-{iteration:06d}"
     file = Path(cfg.prompts)
     file = file.with_name(f"{file.stem}_heldout{file.suffix}")
-    prompts, pictures = runtime.load_prompts(str(file)), {}
+    prompts, pictures = data.load_prompts(str(file)), {}
     if cfg.task == "i2v":
         pictures = {row["prompt"]: file.parent / row["image"] for row in map(json.loads, file.read_text().splitlines())}
     base, trained = (

@@ -10,8 +10,8 @@ from PIL import Image
 import grpo_flux
 import grpo_sd
 import grpo_video
-import runtime
 from rewards import RewardError
+from runtime import cli, data, distributed
 
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
@@ -22,14 +22,14 @@ def complaint(trainer, *words):
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded before the options were checked")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((runtime.RunError, RewardError)) as caught:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((cli.RunError, RewardError)) as caught:
         patch.setattr(trainer, "load_reward", forbidden)
         patch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
         start = ["--preset", "tiny"]
         if trainer is grpo_video:
             task = words[words.index("--task") + 1] if "--task" in words else "t2i"
             start = ["--preset", f"tiny-{task}" if task in grpo_video.PIPELINES else "tiny-t2i"]
-        trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, [*start, *words]))
+        trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, [*start, *words]))
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -183,7 +183,7 @@ def test_prompt_files_that_are_fine(tmp_path):
     (tmp_path / "a.txt").write_text("a red circle\ntwo crosses")
     (tmp_path / "b.jsonl").write_text('{"prompt": "a red circle", "image": "x.png"}\n{"prompt": "two crosses"}\n')
     for name in ("a.txt", "b.jsonl"):
-        assert runtime.load_prompts(str(tmp_path / name)) == ["a red circle", "two crosses"]
+        assert data.load_prompts(str(tmp_path / name)) == ["a red circle", "two crosses"]
 
 
 def test_a_prompt_set_is_fetched_once_and_kept_as_text(tmp_path, monkeypatch):
@@ -198,8 +198,8 @@ def test_a_prompt_set_is_fetched_once_and_kept_as_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    assert runtime.load_prompts("hpdv2") == ["a cat", "a dog"]
-    assert runtime.load_prompts("hpdv2") == ["a cat", "a dog"]
+    assert data.load_prompts("hpdv2") == ["a cat", "a dog"]
+    assert data.load_prompts("hpdv2") == ["a cat", "a dog"]
     assert calls == [("ymhao/HPDv2", "train.json", "dataset")]
 
 
@@ -209,7 +209,7 @@ def test_a_prompt_set_may_be_a_table(tmp_path, monkeypatch):
     (tmp_path / "table.csv").write_text('uuid,prompt,time\n1,"a cat, running",now\n2,"two\nlines",then\n')
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "table.csv"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    assert runtime.load_prompts("vidprom") == ["a cat, running", "two lines"]
+    assert data.load_prompts("vidprom") == ["a cat, running", "two lines"]
 
 
 def test_a_prompt_set_at_an_address(tmp_path, monkeypatch):
@@ -219,9 +219,9 @@ def test_a_prompt_set_at_an_address(tmp_path, monkeypatch):
         assert url.startswith("https://") and url.endswith("/consist-id.txt")
         return "a man  walks\na woman sings\na man walks\n"
 
-    monkeypatch.setattr(runtime, "fetch_text", fetch)
+    monkeypatch.setattr(data, "fetch_text", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    assert runtime.load_prompts("consisid") == ["a man walks", "a woman sings"]
+    assert data.load_prompts("consisid") == ["a man walks", "a woman sings"]
 
 
 def test_gated_weights_say_where_to_ask():
@@ -230,8 +230,8 @@ def test_gated_weights_say_where_to_ask():
     def loader(path):
         raise GatedRepoError.__new__(GatedRepoError, "401 Client Error: gated repo")
 
-    with pytest.raises(runtime.RunError, match=r"accept its licence at https://huggingface.co/a/b and log in"):
-        runtime.load_pretrained(loader, "a/b")
+    with pytest.raises(cli.RunError, match=r"accept its licence at https://huggingface.co/a/b and log in"):
+        distributed.load_pretrained(loader, "a/b")
 
 
 # ------------------------------------------------------------------------------------------------------ output folder
@@ -265,7 +265,7 @@ def test_resume_takes_the_runs_own_options(tmp_path):
     out = a_run(tmp_path / "run", group_size=6, learning_rate=5e-5)
     words = ["--output-dir", str(out), "--resume", "--iterations", "99"]
     for more in ([], ["--preset", "tiny"], ["--group-size", "6"]):
-        cfg = runtime.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words + more)
+        cfg = cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words + more)
         assert (cfg.preset, cfg.group_size, cfg.learning_rate, cfg.iterations) == ("tiny", 6, 5e-5, 99)
 
 

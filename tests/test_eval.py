@@ -17,9 +17,9 @@ from PIL import Image
 import eval as evaluation
 import grpo_flux
 import grpo_video
-import runtime
 import small
 from rewards import RewardError, load_reward
+from runtime import cli, data, distributed, output
 from sampling import flow_sigmas, sample_ode
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
@@ -36,7 +36,7 @@ def words(options):
 def evaluate(output_dir, **options):
     """Run it in this process, as its command line would. Returns results.json."""
     options = {"preset": "tiny", "output_dir": output_dir} | options
-    evaluation.main(runtime.parse_config(evaluation.Config, evaluation.PRESETS, words(options)))
+    evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, words(options)))
     return json.loads((Path(output_dir) / "results.json").read_text())
 
 
@@ -65,10 +65,10 @@ def run(tmp_path_factory):
     transformer.save_pretrained(checkpoint / "transformer")
     (folder / "config.json").write_text(json.dumps({"script": "grpo_flux.py", "model": "tiny/flux"} | SMALL))
     network = diffusers.FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
-    world = runtime.World(0, 1, torch.device("cpu"), torch.float32)
-    network = runtime.prepare_network(network, world, 2, grpo_flux.LORA_TARGETS, False, False)
+    world = distributed.World(0, 1, torch.device("cpu"), torch.float32)
+    network = distributed.prepare_network(network, world, 2, grpo_flux.LORA_TARGETS, False, False)
     with torch.no_grad():
-        for parameter in runtime.trainable(network):
+        for parameter in distributed.trainable(network):
             parameter += 0.1
     from peft import get_peft_model_state_dict
 
@@ -138,7 +138,7 @@ def test_pictures_are_those_of_the_trainers_ode_sampler(finished):
     )
     text = grpo_flux.encode_prompts(pipe, PROMPTS, cfg, "cpu")
     sigmas = flow_sigmas(2, 3.0)
-    z = runtime.keyed_noise(shape, [(42, i, 1) for i in range(len(PROMPTS))], "evaluation", "cpu")
+    z = data.keyed_noise(shape, [(42, i, 1) for i in range(len(PROMPTS))], "evaluation", "cpu")
     z0 = sample_ode(
         lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i].expand(len(z)), text, cfg, scale), z, sigmas
     )
@@ -210,11 +210,11 @@ def test_settings_come_from_the_run_and_can_be_overridden(finished, run, prompts
     _, results = finished
     assert {name: results["settings"][name] for name in SMALL} == SMALL
     options = dict(checkpoint=run / "checkpoint-000002", prompts=prompts, output_dir=tmp_path, steps=7)
-    cfg = runtime.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny"} | options))
+    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny"} | options))
     cfg, family, contestants, rows = evaluation.plan(cfg)
     assert (cfg.steps, cfg.guidance, cfg.model, family) == (7, 3.5, "tiny/flux", "FluxPipeline")
     assert [c.kind for c in contestants] == ["base", "network"] and len(rows) == 5
-    cfg = runtime.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny", "model": "tiny/flux"}))
+    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny", "model": "tiny/flux"}))
     assert evaluation.plan(cfg)[0].steps == 28
 
 
@@ -243,7 +243,7 @@ def test_stopped_and_started_again_it_redoes_nothing_and_ends_the_same(finished,
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-*.png")}
     assert len(before) == 10 + 8 and len(drawn) == 5
     monkeypatch.setattr(evaluation, "draw", stop_after(99))
-    write, written = runtime.write_atomically, []
+    write, written = output.write_atomically, []
 
     def stop_scoring(path, text):
         written.append(path)
@@ -251,12 +251,12 @@ def test_stopped_and_started_again_it_redoes_nothing_and_ends_the_same(finished,
             raise KeyboardInterrupt
         write(path, text)
 
-    monkeypatch.setattr(runtime, "write_atomically", stop_scoring)
+    monkeypatch.setattr(output, "write_atomically", stop_scoring)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "out", **options)
     assert len(drawn) == 4 * 3
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    monkeypatch.setattr(runtime, "write_atomically", write)
+    monkeypatch.setattr(output, "write_atomically", write)
     again = evaluate(tmp_path / "out", **options)
     assert again == results
     assert (tmp_path / "out/results.json").read_bytes() == (out / "results.json").read_bytes()
@@ -330,7 +330,7 @@ def test_video(task, lora_rank, tmp_path):
         "output_dir": tmp_path / "run",
     }
     options |= {"learning_rate": 1e-3, "num_samples": 1}
-    grpo_video.main(runtime.parse_config(grpo_video.Config, grpo_video.PRESETS, words(options)))
+    grpo_video.main(cli.parse_config(grpo_video.Config, grpo_video.PRESETS, words(options)))
     rows = [json.loads(line) for line in Path("prompts/moving_heldout.jsonl").read_text().splitlines()[:2]]
     rows = [row | {"image": str(Path("prompts", row["image"]).resolve())} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -365,12 +365,12 @@ def test_video(task, lora_rank, tmp_path):
 
 def test_a_transformer_may_be_a_hub_id(tmp_path, monkeypatch):
     """As SkyReels' is: then there is no config.json to open."""
-    load = runtime.load_pretrained
+    load = distributed.load_pretrained
 
     def from_hub(loader, path, *args, **options):
         return load(loader, "tiny/skyreels" if path == "some/skyreels" else path, *args, **options)
 
-    monkeypatch.setattr(runtime, "load_pretrained", from_hub)
+    monkeypatch.setattr(distributed, "load_pretrained", from_hub)
     (tmp_path / "prompts.jsonl").write_text(
         json.dumps({"prompt": "a red circle growing", "image": str(Path("prompts/moving/00.png").resolve())}) + "\n"
     )
@@ -469,7 +469,7 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
         else value
         for key, value in options.items()
     }
-    with pytest.raises((runtime.RunError, RewardError)) as caught:
+    with pytest.raises((cli.RunError, RewardError)) as caught:
         evaluate(tmp_path / "out", **options)
     assert filled(expected) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -484,7 +484,7 @@ def test_an_output_folder_with_other_settings_is_refused(prompts, tmp_path):
         ({"prompts": "prompts/tiny.txt"}, "prompts_sha256"),
         ({"reward_paths": "hps=tiny/hps"}, "reward_paths"),
     ):
-        with pytest.raises(runtime.RunError, match=expected):
+        with pytest.raises(cli.RunError, match=expected):
             evaluate(tmp_path, **options | other)
 
 
@@ -496,7 +496,7 @@ def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
     )
     evaluate(tmp_path / "out", **options)
     os.utime(checkpoint / "transformer/diffusion_pytorch_model.safetensors", ns=(1, 1))
-    with pytest.raises(runtime.RunError, match="has changed since its pictures in"):
+    with pytest.raises(cli.RunError, match="has changed since its pictures in"):
         evaluate(tmp_path / "out", **options)
 
 
@@ -508,10 +508,10 @@ def test_a_picture_that_cannot_be_read_is_named(prompts, tmp_path):
     path.with_suffix(".json").unlink()
     for broken in (b"", whole[: len(whole) // 2], b"no picture"):
         path.write_bytes(broken)
-        with pytest.raises(runtime.RunError, match=r"cannot read the picture .*00003-0\.png"):
+        with pytest.raises(cli.RunError, match=r"cannot read the picture .*00003-0\.png"):
             evaluate(tmp_path, **options)
     Image.new("RGB", (32, 32)).save(path)
-    with pytest.raises(runtime.RunError, match=r"00003-0\.png has shape"):
+    with pytest.raises(cli.RunError, match=r"00003-0\.png has shape"):
         evaluate(tmp_path, **options)
     path.unlink()
     assert evaluate(tmp_path, **options) == results
@@ -527,5 +527,5 @@ def test_a_first_frame_that_cannot_be_read_is_named(tmp_path):
     ):
         (tmp_path / "x.png").write_text("no picture")
         file.write_text(json.dumps(row) + "\n")
-        with pytest.raises(runtime.RunError, match=expected):
+        with pytest.raises(cli.RunError, match=expected):
             evaluate(tmp_path / "out", **options)

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig
 import geneval
 import tiny
 from geneval import COLORS, Mask2FormerDetector, TinyDetector, judge, relations
-from runtime import RunError
+from runtime.cli import RunError
 
 
 def at(x=0.0, y=0.0, size=10.0, score=0.95, color="red"):

@@ -10,8 +10,8 @@ import torch
 import grpo_flux
 import grpo_sd
 import grpo_video
-import runtime
 from grpo_flux import Config, group_advantages, grpo_loss, sde_window, trained_steps, update_parts
+from runtime import cli, data, distributed, output
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 SHARED = ["group_advantages", "grpo_loss", "sde_window", "trained_steps", "update_parts"]
@@ -30,7 +30,7 @@ def test_the_grpo_functions_are_identical_in_every_trainer(name):
 def test_every_option_of_the_contract_is_there_and_read(trainer):
     names = [field.name for field in dataclasses.fields(trainer.Config)]
     assert set(CONTRACT.split()) <= set(names)
-    source = inspect.getsource(trainer) + inspect.getsource(runtime)
+    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (cli, data, distributed, output)))
     unread = [name for name in names if f"cfg.{name}" not in source and f"config.{name}" not in source]
     assert set(unread) <= {"preset"}  # which parse_config reads, before there is a config
     for preset in trainer.PRESETS.values():
@@ -47,7 +47,7 @@ def test_every_option_of_the_contract_is_there_and_read(trainer):
     ],
 )
 def test_a_task_of_video_names_its_official_recipe(words, expected):
-    cfg = runtime.parse_config(grpo_video.Config, grpo_video.PRESETS, words)
+    cfg = cli.parse_config(grpo_video.Config, grpo_video.PRESETS, words)
     names = """preset task height width frames eta shift group_size keep_best_worst updates_per_rollout iterations
     guidance true_guidance reward"""
     assert tuple(getattr(cfg, name) for name in names.split()) == expected

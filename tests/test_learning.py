@@ -9,13 +9,13 @@ import grpo_sd
 import grpo_video
 import heldout
 import heldout_video
-import runtime
+from runtime import cli
 
 
 def run(trainer, preset, out):
     """A run of the preset with seed 0. Returns the rows of its metrics."""
     words = ["--preset", preset, "--seed", "0", "--output-dir", str(out)]
-    trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, words))
+    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["ratio_max_deviation_first_update"] for row in rows) <= 1e-6
     return rows

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-import runtime
-from runtime import EMA, keyed_noise, prompt_batch
+from runtime import cli, data, distributed, output
+from runtime.data import keyed_noise, prompt_batch
+from runtime.distributed import EMA
 
 
 def test_noise_is_a_function_of_its_key_alone():
@@ -61,14 +62,14 @@ class Options:
 
 def test_the_command_line_overrides_the_preset_and_the_preset_the_default():
     presets = {"a": {}, "b": {"size": 5, "on": False}}
-    assert runtime.parse_config(Options, presets, []).size == 3
-    assert runtime.parse_config(Options, presets, ["--preset", "b"]) == Options("b", 5, False)
-    assert runtime.parse_config(Options, presets, ["--preset", "b", "--size", "7", "--on"]) == Options("b", 7, True)
+    assert cli.parse_config(Options, presets, []).size == 3
+    assert cli.parse_config(Options, presets, ["--preset", "b"]) == Options("b", 5, False)
+    assert cli.parse_config(Options, presets, ["--preset", "b", "--size", "7", "--on"]) == Options("b", 7, True)
 
 
 def test_help_shows_each_option_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        runtime.parse_config(Options, {"a": {}}, ["--help"])
+        cli.parse_config(Options, {"a": {}}, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--size SIZE of something, in pixels (default: 3)" in text
     assert "--on, --no-on a switch (default: True)" in text
@@ -77,7 +78,7 @@ def test_help_shows_each_option_with_its_comment_and_default(capsys):
 def test_captioned_pictures_keep_their_pixels(tmp_path):
     images = torch.zeros(3, 3, 256, 256)
     images[1, 0] = 1.0
-    runtime.save_pictures(tmp_path / "a.png", images, ["first", "second", "a long caption " * 20], columns=2)
+    output.save_pictures(tmp_path / "a.png", images, ["first", "second", "a long caption " * 20], columns=2)
     sheet = Image.open(tmp_path / "a.png")
     colors = {color: count for count, color in sheet.getcolors(1_000_000)}
     assert colors[(255, 0, 0)] == 256 * 256
@@ -89,7 +90,7 @@ def test_videos_become_a_film_and_a_sheet_of_frames(tmp_path):
 
     videos = torch.zeros(2, 13, 3, 32, 48)
     videos[1] = 1.0
-    runtime.save_videos(tmp_path / "000010", videos, ["dark", "bright"], fps=8)
+    output.save_videos(tmp_path / "000010", videos, ["dark", "bright"], fps=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.mp4", "000010.png"]
     film = read_frames(str(tmp_path / "000010.mp4"))
     about = next(film)
@@ -107,16 +108,16 @@ def test_first_frames_are_painted_once_and_kept(tmp_path):
         num_samples=2, iterations=2, prompts_per_iteration=1, seed=0,
     )  # fmt: skip
     prompts = ["a red circle", "a cross", "two squares"]
-    world = runtime.start_world()
-    first = runtime.first_frames(config, prompts, world)
+    world = distributed.start_world()
+    first = data.first_frames(config, prompts, world)
     assert not folder.exists()  # nothing is painted before the run has its folder
-    runtime.paint_first_frames(config, first, world)
+    data.paint_first_frames(config, first, world)
     assert set(prompts[:2]) <= first.keys()
     assert all(path.parent == folder and Image.open(path).size == (64, 64) for path in first.values())
     made = {path: path.stat().st_mtime_ns for path in first.values()}
     config.first_frame_model, config.iterations = "", 1  # nothing is missing, so nobody has to paint
-    again = runtime.first_frames(config, prompts, world)
-    runtime.paint_first_frames(config, again, world)
+    again = data.first_frames(config, prompts, world)
+    data.paint_first_frames(config, again, world)
     assert again == {prompt: first[prompt] for prompt in again}
     assert made == {path: path.stat().st_mtime_ns for path in first.values()}
     assert len((folder / "first_frames.jsonl").read_text().splitlines()) == len(first)
@@ -130,5 +131,5 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
         prompts=str(file), first_frames="", first_frame_model="", num_samples=1, iterations=1, prompts_per_iteration=1,
         seed=0,
     )  # fmt: skip
-    pictures = runtime.first_frames(config, runtime.load_prompts(str(file)), runtime.start_world())
+    pictures = data.first_frames(config, data.load_prompts(str(file)), distributed.start_world())
     assert pictures == {"a red circle": tmp_path / "one.png"}

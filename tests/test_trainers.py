@@ -24,9 +24,9 @@ from safetensors.torch import load_file
 import grpo_flux
 import grpo_sd
 import grpo_video
-import runtime
 import small
 from rewards import RewardError
+from runtime import cli, data, distributed
 from sampling import flow_sigmas, sample_ode
 
 COMPONENTS = {grpo_flux: "transformer", grpo_sd: "unet", grpo_video: "transformer"}
@@ -49,7 +49,7 @@ def arguments(options):
 def train(trainer, output_dir, **options):
     """Run the trainer in this process, as its command line would. Returns its output folder."""
     options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
-    trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, arguments(options)))
+    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, arguments(options)))
     return output_dir
 
 
@@ -179,7 +179,7 @@ def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_kill
     (killed / "checkpoint-000004.part").mkdir(exist_ok=True)  # as if killed while saving
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "rew')  # and while writing a line
-    trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(killed), "--resume"]))
+    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(killed), "--resume"]))
     assert metrics(killed) == metrics(straight)
     for suffix in ("", "_ema"):
         a, b = (weights(trainer, out, 5, suffix) for out in (killed, straight))
@@ -345,7 +345,7 @@ def test_initial_noise_is_shared_within_a_group_and_differs_between_prompts(trai
     assert not torch.equal(first[0], second[0])
     starts.clear()
     options = small.options(trainer, **task) | {"output_dir": tmp_path / "own", "iterations": 1, "micro_batch": 8}
-    trainer.main(runtime.parse_config(trainer.Config, trainer.PRESETS, [*arguments(options), "--no-shared-noise"]))
+    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, [*arguments(options), "--no-shared-noise"]))
     own = starts[0].view(8, -1)
     assert len(own.unique(dim=0)) == 8
 
@@ -400,13 +400,13 @@ def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws():
 @pytest.mark.parametrize("task, guidance", [("t2v", 1.0), ("t2i", 1.0), ("i2v", 1.0), ("i2v", 3.0)])
 def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(task, guidance):
     options = small.options(grpo_video, task) | {"true_guidance": guidance}
-    cfg = runtime.parse_config(grpo_video.Config, grpo_video.PRESETS, arguments(options))
+    cfg = cli.parse_config(grpo_video.Config, grpo_video.PRESETS, arguments(options))
     parts = {"transformer": grpo_video.load_transformer(HunyuanVideoTransformer3DModel.from_pretrained, cfg)}
     pipe = grpo_video.PIPELINES[task].from_pretrained(cfg.model, **parts)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
-    prompt, shape = runtime.load_prompts(cfg.prompts)[0], (16, 1 if task == "t2i" else 2, 8, 12)
-    pictures = runtime.first_frames(cfg, [prompt], runtime.start_world()) if task == "i2v" else {}
+    prompt, shape = data.load_prompts(cfg.prompts)[0], (16, 1 if task == "t2i" else 2, 8, 12)
+    pictures = data.first_frames(cfg, [prompt], distributed.start_world()) if task == "i2v" else {}
     z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     sigmas = flow_sigmas(6, cfg.shift)
     condition = grpo_video.encode(pipe, [prompt], pictures, shape, cfg, "cpu")
@@ -480,8 +480,8 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, task, tmp
     monkeypatch.setattr(trainer, "load_reward", load)
     options = small.options(trainer, **task) | {"iterations": 1}
     train(trainer, tmp_path / "out", **options)
-    prompts = runtime.load_prompts(trainer.PRESETS[options["preset"]]["prompts"])
-    order = runtime.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, options["seed"])
+    prompts = data.load_prompts(trainer.PRESETS[options["preset"]]["prompts"])
+    order = data.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, options["seed"])
     images = torch.cat([images for images, _ in scored])
     assert torch.equal(images, torch.cat(decoded[1:-1]).view_as(images))  # the first and the last are sample pictures
     copies = options["group_size"] * options.get("frames", 1)  # an image reward scores a video frame by frame
@@ -508,7 +508,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(t
 
 
 def test_a_loss_that_is_not_a_number_stops_before_it_touches_the_weights(tmp_path):
-    with pytest.raises(runtime.RunError, match="lower --learning-rate"):
+    with pytest.raises(cli.RunError, match="lower --learning-rate"):
         train(grpo_flux, tmp_path / "out", learning_rate=1e30)
 
 

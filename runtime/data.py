@@ -1,0 +1,186 @@
+"""What goes into a run: keyed noise, prompts, first frames. Random numbers are functions of their key alone."""
+
+import csv
+import hashlib
+import json
+import urllib.request
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cli import RunError, require
+from .distributed import World, load_pretrained
+from .output import read_picture, save_image, write_atomically, writing
+
+# name: (data set on the hub, its file, JSON or CSV with a "prompt" in each row), or (address, text file)
+PROMPT_SETS = {
+    "hpdv2": ("ymhao/HPDv2", "train.json"),
+    "vidprom": ("WenhaoWang/VidProM", "VidProM_unique.csv"),
+    "consisid": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "consist-id.txt"),
+}
+
+
+# --------------------------------------------------------------------------------------------------------- randomness
+
+
+def keyed_rng(purpose: str, *key: int) -> np.random.Generator:
+    """A generator that is a function of its key alone: same on any process, before and after a resume."""
+    return np.random.default_rng([zlib.crc32(purpose.encode()), *key])
+
+
+def keyed_noise(shape: Sequence[int], keys: Iterable[Sequence[int]], purpose: str, device) -> Tensor:
+    """Standard normal (len(keys), *shape) float32; each sample drawn from its own key."""
+    rows = [keyed_rng(purpose, *key).standard_normal(shape, dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows)).to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+
+
+def load_prompts(source: str) -> list[str]:
+    """Prompts from a text file (one a line), a JSONL file ({"prompt": …}), or a public set named in PROMPT_SETS.
+
+    A public set is fetched from the hub once and kept as a text file in the hub's cache folder.
+    """
+    path = _fetch_prompt_set(source) if source in PROMPT_SETS else Path(source)
+    require(
+        path.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: {', '.join(PROMPT_SETS)}"
+    )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise RunError(f"cannot read the prompt file {source}: {e}; it must be UTF-8 text") from e
+    require(bool(lines), f"the prompt file {source} is empty; write one prompt a line")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if path.suffix == ".jsonl" and line.strip():
+            line = _json_field(line, "prompt", f"{source} line {number}")
+        require(bool(line.strip()), f"{source} line {number} is blank; remove it, every line is a prompt")
+        prompts.append(line.strip())
+    return prompts
+
+
+def _json_field(line: str, name: str, where: str) -> str:
+    try:
+        value = json.loads(line)[name]
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise RunError(f'{where} is not {{"{name}": "…"}} ({type(e).__name__}: {e})') from e
+    require(isinstance(value, str), f"{where}: the {name} must be a string")
+    return value
+
+
+def _fetch_prompt_set(name: str) -> Path:
+    from huggingface_hub import constants, hf_hub_download
+
+    source, file = PROMPT_SETS[name]
+    path = Path(constants.HF_HOME) / "dancegrpo" / f"{name}.txt"
+    if not path.is_file():
+        try:
+            if source.startswith("https://"):
+                lines = fetch_text(f"{source}/{file}").splitlines()
+            else:
+                with open(hf_hub_download(source, file, repo_type="dataset"), encoding="utf-8", newline="") as text:
+                    rows = json.load(text) if file.endswith(".json") else csv.DictReader(text)
+                    lines = [row["prompt"] for row in rows]
+        except OSError as e:
+            raise RunError(
+                f"cannot fetch the prompt set {name} ({file} of {source}); "
+                "give --prompts a text file with one prompt a line"
+            ) from e
+        prompts = dict.fromkeys(" ".join(line.split()) for line in lines)  # unique, in the file's order
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "\n".join(prompt for prompt in prompts if prompt) + "\n")
+    return path
+
+
+def fetch_text(address: str) -> str:
+    """What stands at an address. Raises OSError."""
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return response.read().decode()
+
+
+def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -> list[int]:
+    """Indices of an iteration's prompts: epochs of a shuffled list, one after the other, without a gap."""
+    positions = range(iteration * batch_size, (iteration + 1) * batch_size)
+    order = {
+        epoch: keyed_rng("prompts", seed, epoch).permutation(num_prompts)
+        for epoch in {p // num_prompts for p in positions}
+    }
+    return [int(order[p // num_prompts][p % num_prompts]) for p in positions]
+
+
+# ------------------------------------------------------------------------------------------------------- first frames
+
+
+def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
+    """{prompt: picture} for all prompts that an image-to-video run will visit; checked before any model is loaded.
+
+    --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
+    first_frames.jsonl; without it the images are those in --prompts, if that is such a JSONL file. A picture that is
+    not in a folder's list gets a name there, for `paint_first_frames`, if there is a --first-frame-model.
+    Raises RunError if one is missing or broken.
+    """
+    source, index = Path(config.first_frames or config.prompts), _first_frame_index(config)
+    painter = "" if index == source else config.first_frame_model  # somebody else's file is not added to
+    require(
+        index == source or bool(config.first_frames),
+        "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
+        'JSONL file of {"prompt", "image"}',
+    )
+    listed = _listed_first_frames(index)
+    batch_size = config.prompts_per_iteration
+    batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in range(config.iterations))
+    visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
+    for prompt in world.progress(list(visited), desc="first frames", delay=2.0):
+        visited[prompt] = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
+        if prompt in listed:
+            read_picture(listed[prompt])
+        require(
+            prompt in listed or bool(painter),
+            f"no first frame for {prompt!r} in {index}; add it there, or give --first-frames a folder and "
+            "--first-frame-model a text-to-image model that paints it",
+        )
+    return visited
+
+
+def _first_frame_index(config) -> Path:
+    source = Path(config.first_frames or config.prompts)
+    return source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
+
+
+def _listed_first_frames(index: Path) -> dict[str, Path]:
+    listed = {}
+    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines() if index.is_file() else [], 1):
+        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
+        listed[prompt.strip()] = index.parent / image
+    return listed
+
+
+def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> None:
+    """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
+    from diffusers import AutoPipelineForText2Image
+
+    index = _first_frame_index(config)
+    listed = _listed_first_frames(index) if pictures else {}
+    missing = {prompt: path for prompt, path in pictures.items() if prompt not in listed}
+    if not missing:
+        return
+    pipe = load_pretrained(
+        AutoPipelineForText2Image.from_pretrained, config.first_frame_model, "--first-frame-model", dtype=world.dtype
+    )
+    pipe.to(world.device).set_progress_bar_config(disable=True)
+    options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
+    for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
+        if not path.exists():
+            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(path, pipe(prompt, generator=generator, **options).images[0])
+    world.barrier()
+    if world.is_main:
+        with writing(index), index.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())

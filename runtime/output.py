@@ -1,0 +1,324 @@
+"""What a run leaves: its folder, checkpoints, metrics, pictures."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import inspect
+import json
+import shutil
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .cli import RunError, latest_checkpoint
+from .distributed import EMA, World
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into one line of advice."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:
+        # torch and safetensors report a full disk as errors of their own
+        reason = str(e).strip().splitlines()[-1]
+        raise RunError(
+            f"could not write {path}: {reason}; make room or take another --output-dir; "
+            "checkpoints already there are complete, --resume goes on from the newest"
+        ) from e
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def open_output(config, world: World) -> None:
+    """Create --output-dir and write config.json; refuse a folder that holds a run, unless it is to be resumed."""
+    output_dir = Path(config.output_dir)
+    if world.is_main and not config.resume:
+        if (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir):
+            raise RunError(
+                f"{output_dir} already holds a run; add --resume to continue it, or take another --output-dir"
+            )
+        with writing(output_dir):
+            (output_dir / "samples").mkdir(parents=True, exist_ok=True)
+        packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        content = (
+            {"script": Path(inspect.getfile(type(config))).name}
+            | dataclasses.asdict(config)
+            | {"versions": versions, "processes": world.size}
+        )
+        write_atomically(output_dir / "config.json", json.dumps(content, indent=2) + "\n")
+    world.barrier()
+
+
+class Checkpoints:
+    """Saves and restores network, optimizer and EMA, whatever the number of processes.
+
+    A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
+    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume.
+    """
+
+    def __init__(self, pipeline, component: str, optimizer: torch.optim.Optimizer, ema: EMA, world: World):
+        self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
+        self.optimizer, self.ema, self.world = optimizer, ema, world
+        self.is_lora = bool(getattr(self.network, "peft_config", None))
+
+    def _state(self) -> dict:
+        options = StateDictOptions(ignore_frozen_params=True)
+        return {
+            "network": get_model_state_dict(self.network, options=options),
+            "optimizer": get_optimizer_state_dict(self.network, self.optimizer, options=options),
+            "ema": {str(i): average for i, average in enumerate(self.ema.average)},
+        }
+
+    def save(self, output_dir: str, iteration: int) -> None:
+        """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete."""
+        final = Path(output_dir) / f"checkpoint-{iteration:06d}"
+        part = final.with_name(final.name + ".part")
+        if self.world.is_main:
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+        self.world.barrier()
+        with writing(final), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
+            dcp.save(self._state(), checkpoint_id=part / "state", no_dist=self.world.size == 1)
+            self._save_public(part, "")
+            if self.ema.average:
+                with self.ema.swapped_in():
+                    self._save_public(part, "_ema")
+            self.world.barrier()
+            if self.world.is_main:
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+            self.world.barrier()
+
+    def _save_public(self, folder: Path, suffix: str) -> None:
+        from huggingface_hub import save_torch_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.is_lora)
+        weights = get_model_state_dict(self.network, options=options)  # gathered on rank 0 only
+        if not self.world.is_main:
+            return
+        if not self.is_lora:
+            target = folder / f"{self.component}{suffix}"
+            target.mkdir(parents=True)
+            weights = {name: weight.to(self.world.dtype) for name, weight in weights.items()}
+            save_torch_state_dict(weights, target, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+            self.network.save_config(target)
+            return
+        from peft import get_peft_model_state_dict
+
+        self.pipeline.save_lora_weights(
+            folder,
+            weight_name=f"pytorch_lora_weights{suffix}.safetensors",
+            **{
+                f"{self.component}_lora_layers": get_peft_model_state_dict(self.network, weights),
+                f"{self.component}_lora_adapter_metadata": self.network.peft_config["default"].to_dict(),  # has alpha
+            },
+        )
+
+    def restore(self, output_dir: str) -> int:
+        """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
+        path, state = latest_checkpoint(Path(output_dir)), self._state()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
+        set_model_state_dict(self.network, state["network"], options=StateDictOptions(strict=False))
+        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+        return int(path.name.split("-")[1])
+
+
+class Metrics:
+    """metrics.jsonl, a line per iteration, and reward.png, its curves. On rank 0; elsewhere it does nothing."""
+
+    REDRAW_SECONDS = 10.0
+
+    def __init__(self, output_dir: str, world: World, done: int):
+        self.path, self.world, self.drawn = Path(output_dir) / "metrics.jsonl", world, 0.0
+        self.rows = []
+        if done and world.is_main:  # resumed: lines after the checkpoint belong to iterations that are run again
+            lines = self.path.read_text(encoding="utf-8").splitlines()[:done]
+            self.rows = [json.loads(line) for line in lines]
+            write_atomically(self.path, "".join(line + "\n" for line in lines))
+
+    def write(
+        self,
+        iteration: int,
+        rewards: dict[str, Tensor],
+        weights: dict[str, float],
+        advantages: Tensor,
+        group_size: int,
+        losses: list[Tensor],
+        ratios: list[list[Tensor]],
+        clip_range: float,
+        grad_norms: list[float],
+        clock: "Stopwatch",
+    ) -> dict:
+        """Add an iteration's line, over the samples of all processes. `ratios`: of each update, of each micro-batch.
+
+        Calls a collective: every process must get here. Returns the line.
+        """
+        rewards = {name: self.world.gather(r) for name, r in rewards.items()}
+        total = sum(weights[name] * r for name, r in rewards.items())
+        advantages = self.world.gather(advantages)
+        deviation = [self.world.gather(torch.cat(update)).double() - 1 for update in ratios]  # rho - 1, of each update
+        every = torch.cat(deviation)
+        row = {
+            "iteration": iteration,
+            "reward_mean": total.mean().item(),
+            "reward_std": total.std().item(),
+            **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
+            "advantage_abs": advantages.abs().mean().item(),
+            "loss": self.world.gather(torch.stack(losses).sum().view(1) / len(ratios)).mean().item(),
+            "ratio_mean": 1 + every.mean().item(),
+            "ratio_max_deviation_first_update": deviation[0].abs().max().item(),
+            "clip_fraction": (every.abs() > clip_range).double().mean().item(),
+            "approx_kl": (every - torch.log1p(every)).mean().item(),  # the k3 estimator, of the mean-log-prob ratio
+            "grad_norm": sum(grad_norms) / len(grad_norms),
+            "zero_variance_groups": int((advantages.view(-1, group_size).abs().amax(1) == 0).sum()),
+            "seconds": sum(clock.seconds.values()),
+            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
+            "samples_per_second": len(advantages) / sum(clock.seconds.values()),
+        }
+        if self.world.is_main:
+            self.rows.append(row)
+            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            if time.monotonic() - self.drawn > self.REDRAW_SECONDS:
+                self.draw()
+                self.drawn = time.monotonic()
+        return row
+
+    def draw(self) -> None:
+        """Redraw reward.png."""
+        if not self.rows:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        names = [key for key in self.rows[-1] if key.startswith("reward_") and key not in ("reward_mean", "reward_std")]
+        panels = {
+            "reward": names if len(names) == 1 else ["reward_mean", *names],
+            "spread of rewards": ["reward_std"],
+            "share of ratios clipped": ["clip_fraction"],
+            "gradient norm": ["grad_norm"],
+        }
+        figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+        steps = np.array([row["iteration"] for row in self.rows])
+        for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
+            for key in keys:
+                values = np.array([row[key] for row in self.rows])
+                (line,) = axis.plot(steps, values, alpha=0.3)
+                last_ten = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
+                axis.plot(steps, last_ten, color=line.get_color(), label=f"{key}, mean of 10")
+            axis.set(title=title, xlabel="iteration")
+            axis.legend()
+            axis.grid(alpha=0.3)
+        part = self.path.with_name("reward.part.png")
+        with writing(part):
+            figure.savefig(part, dpi=110)
+            part.replace(self.path.with_name("reward.png"))
+        plt.close(figure)
+
+
+class Stopwatch:
+    """Seconds spent in each part of an iteration; waits for the device so that they are true on CUDA."""
+
+    def __init__(self, world: World):
+        self.world, self.seconds, self.last = world, {}, time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Book the time since the last lap under `part`."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: int = 4) -> None:
+    """images (N, 3, H, W) in [0, 1] as one PNG, each with its caption below."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    zoom = max(1, 192 // images.shape[-2])  # small pictures are shown larger, pixel for pixel
+    pixels = (images.float().cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    height, width = images.shape[-2] * zoom, images.shape[-1] * zoom
+    size = max(12, height // 24)
+    font, strip, gap = ImageFont.load_default(size), int(size * 3.2), size // 2
+    rows = -(-len(pixels) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + strip) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + strip)
+        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        line_length = max(8, int(width / (0.55 * size)))
+        lines = textwrap.wrap(caption, line_length)[:2]
+        draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font)
+    save_image(path, sheet)
+
+
+def save_image(path: Path, image) -> None:
+    """A PIL image as a PNG file, which is whole or not there."""
+    part = path.with_suffix(".part.png")
+    with writing(path):
+        image.save(part)
+        part.replace(path)
+
+
+def read_picture(path: str | Path):
+    """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
+        raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e
+
+
+def save_videos(path: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
+    """videos (N, F, 3, H, W) in [0, 1] as path.png, six frames of each in a row, and path.mp4, side by side.
+
+    One frame is a picture, and becomes path.png only.
+    """
+    frames = videos.shape[1]
+    shown = torch.linspace(0, frames - 1, min(frames, 6)).round().long()
+    rows = torch.cat(videos[:, shown].unbind(1), -1)  # (N, 3, H, 6 W)
+    save_pictures(path.with_suffix(".png"), rows, captions, columns=1 if frames > 1 else 4)
+    if frames == 1:
+        return
+    from imageio_ffmpeg import write_frames
+
+    zoom = max(1, 192 // videos.shape[-2])
+    film = torch.cat(videos.unbind(0), -1).repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)  # (F, 3, H', W')
+    pixels = (film.float().cpu() * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    part = path.with_suffix(".part.mp4")
+    with writing(path.with_suffix(".mp4")):
+        writer = write_frames(str(part), pixels.shape[2:0:-1], fps=fps, quality=8, macro_block_size=2)
+        writer.send(None)  # starts it
+        for frame in pixels:
+            writer.send(frame)
+        writer.close()
+        part.replace(path.with_suffix(".mp4"))
