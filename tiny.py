@@ -387,6 +387,31 @@ def check(images, prompts):
     return torch.tensor(verdicts)
 
 
+class Detector:
+    """The checker as a detector for GenEval, `--detector tiny.py:Detector`; see evaluation/geneval.py."""
+
+    NOTE = "GenEval's six kinds of prompt with the tiny world's shapes, seen by its own checker."
+    classes = frozenset(SHAPES)
+
+    def load(self, device):
+        """There is nothing to load."""
+
+    def metadata(self, prompt):
+        """What a caption of the tiny world asks for."""
+        return parse(prompt)
+
+    def __call__(self, picture):
+        """(3, H, W) in [0, 1] → {class: [(box, score, colour)]}; the largest object has the highest score."""
+        found = {}
+        for i, thing in enumerate(detect(F.interpolate(picture[None], SIZE, mode="bilinear"))[0]):
+            if thing["class"] is not None:
+                found.setdefault(thing["class"], []).append((thing["box"], 1 - 1e-4 * i, thing["color"]))
+        return found
+
+    def colors(self, picture, name, objects):
+        return [color for _, _, color in objects]
+
+
 @contextlib.contextmanager
 def fast():
     """bfloat16, and attention written out: on a CPU its backward pass is four times faster than the fused kernel's."""

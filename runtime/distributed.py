@@ -2,11 +2,9 @@
 
 import contextlib
 import os
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
+
+from rewards import is_folder_or_hub_id
 
 from .cli import RunError, require
 
@@ -70,18 +70,9 @@ def start_world() -> World:
     return World(rank, size, device, torch.bfloat16 if cuda else torch.float32)
 
 
-def check_local_or_hub(what: str, path: str) -> None:
-    """Raise RunError if `path` is neither a folder here nor looks like a hub id (OWNER/NAME)."""
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).parent.is_dir()
-    require(
-        Path(path).is_dir() or bool(is_hub_id),
-        f"{what}: no folder {path!r}; give a local folder or a hub id (OWNER/NAME)",
-    )
-
-
 def load_pretrained(loader, path: str, option: str = "--model", **options):
     """Call a `from_pretrained` or `load_config` of diffusers; missing or gated weights become one line of advice."""
-    check_local_or_hub(option, path)
+    require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; give a local folder or a hub id (OWNER/NAME)")
     try:
         return loader(path, **options)
     except (OSError, ValueError) as e:  # diffusers' and the hub's errors for files that are missing or not allowed

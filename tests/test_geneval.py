@@ -1,4 +1,4 @@
-"""GenEval's rules on a table of made-up detections, and the two detectors behind one interface."""
+"""GenEval's rules on a table of made-up detections, and the detectors behind one interface."""
 
 import json
 import random
@@ -8,11 +8,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-import geneval
+import rewards
 import tiny
-from geneval import COLORS, Mask2FormerDetector, TinyDetector, judge, relations
+from evaluation.geneval import (
+    COLORS,
+    Mask2FormerDetector,
+    find_detector,
+    find_metadata,
+    judge,
+    relations,
+)
+from rewards import RewardError
 from runtime.cli import RunError
 
 
@@ -124,10 +133,6 @@ def test_rules(found, asked, expected):
     assert correct is expected and bool(wrong) is not expected
 
 
-def test_there_are_at_least_forty_cases():
-    assert len(CASES) >= 40
-
-
 @pytest.mark.parametrize(
     "way, expected",
     [
@@ -173,10 +178,10 @@ def test_what_is_wrong_is_said():
 
 
 def test_metadata_are_checked():
-    classes = {"dog", "cat"}
-    for found, (tag, include, *exclude), _ in CASES.values():
+    detector = SimpleNamespace(classes={"dog", "cat", "car"})
+    for _, (tag, include, *exclude), _ in CASES.values():
         row = {"tag": tag, "include": include} | ({"exclude": exclude[0]} if exclude else {})
-        geneval.check_metadata(row, classes | {"car"} | found.keys(), "here")
+        assert find_metadata("a dog", row, detector) == row
     for row in (
         {},
         {"tag": "counting"},
@@ -187,25 +192,58 @@ def test_metadata_are_checked():
         {"tag": "position", "include": [one(position=["left of", 0])]},
         {"tag": "position", "include": [one("cat"), one(position=["beside", 0])]},
     ):
-        with pytest.raises(RunError, match="here lacks GenEval's tag"):
-            geneval.check_metadata(row, classes, "here")
+        with pytest.raises(RunError, match="cannot judge the prompt 'a dog': it lacks GenEval's tag"):
+            find_metadata("a dog", row, detector)
     with pytest.raises(RunError, match="does not know unicorn"):
-        geneval.check_metadata({"tag": "single_object", "include": [one("unicorn")]}, classes, "here")
+        find_metadata("a unicorn", {"tag": "single_object", "include": [one("unicorn")]}, detector)
+
+
+def test_metadata_of_the_prompt_file_come_before_the_detectors_own():
+    read = {"tag": "single_object", "include": [one("cat")]}
+    given = {"tag": "counting", "include": [one(count=2)], "exclude": [one(count=3)]}
+    detector = SimpleNamespace(classes={"dog", "cat"}, metadata=lambda prompt: read)
+    assert find_metadata("x", {"prompt": "x"}, detector) == read
+    assert find_metadata("x", {"prompt": "x"} | given, detector) == {"prompt": "x"} | given
 
 
 # ------------------------------------------------------------------------------------------------------- the detectors
 
 
-def test_the_tiny_detector_judges_all_six_tags_as_the_tiny_world_does():
+def test_a_detector_is_found_by_its_file_and_class():
+    detector = find_detector("tiny.py:Detector")
+    assert detector.classes == set(tiny.SHAPES)
+    assert detector.metadata("two red circles") == tiny.parse("two red circles")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere.py:Detector", "there is no file 'nowhere.py'"),
+        ("tiny.py:Eye", "tiny.py has no function or class 'Eye'"),
+        ("tiny.py:SHAPES", "tiny.py has no function or class 'SHAPES'"),
+        ("tiny.py", "there is no file ''; write FILE.py:NAME"),
+        ("EMPTY:Blind", r"Blind is no detector: it lacks classes, load, __call__, colors, NOTE"),
+        ("tiny/nothing", "--detector: no folder 'tiny/nothing'"),
+    ],
+)
+def test_a_detector_that_is_not_there_is_one_line(name, message, tmp_path):
+    (tmp_path / "empty.py").write_text("class Blind: pass\n")
+    with pytest.raises((RunError, RewardError), match=message) as caught:
+        find_detector(name.replace("EMPTY", f"{tmp_path}/empty.py"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_tiny_detector_judges_all_six_tags():
     rng, agree, seen = random.Random(3), [], set()
     torch.manual_seed(3)
     wanted = [tiny.random_metadata(rng, tiny.TAGS[i % 6]) for i in range(60)]
     pictures = tiny.render([tiny.random_scene(rng, metadata) for metadata in wanted])
-    detector = TinyDetector()
+    detector = find_detector("tiny.py:Detector")
+    detector.load("cpu")
     for picture, metadata in zip(pictures, wanted, strict=True):
         found = detector(picture)
         for asked in (metadata, rng.choice(tiny.hard_negatives(metadata))):
-            own, _ = judge(found, asked, lambda name, objects: detector.colors(picture, name, objects))
+            own, _ = judge(found, asked, lambda name, objects: detector.colors(None, name, objects))
             agree.append(own == (asked is metadata))
             seen.add((asked["tag"], own))
     assert np.mean(agree) >= 0.98
@@ -213,7 +251,15 @@ def test_the_tiny_detector_judges_all_six_tags_as_the_tiny_world_does():
 
 
 @pytest.fixture(scope="module")
-def mask2former(tmp_path_factory):
+def mask2former(mask2former_folders):
+    detector = find_detector(*mask2former_folders)
+    assert detector.classes == {"person", "computer mouse", "dog"}
+    detector.load("cpu")
+    return detector
+
+
+@pytest.fixture(scope="module")
+def mask2former_folders(tmp_path_factory):
     """A small random Mask2Former and CLIP, in folders as on the hub."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("detector")
@@ -243,8 +289,8 @@ def mask2former(tmp_path_factory):
 
 
 def test_mask2former_finds_objects_by_their_masks(mask2former, monkeypatch):
-    detector = Mask2FormerDetector(*mask2former, "cpu")
-    monkeypatch.setattr(detector, "SHORTEST", 64)
+    detector = mask2former
+    monkeypatch.setattr(detector, "SHORTEST", 64, raising=False)
     picture = torch.rand(3, 48, 80)
     found = detector(picture)
     assert found and found.keys() <= {"person", "computer mouse", "dog"}
@@ -259,7 +305,7 @@ def test_mask2former_finds_objects_by_their_masks(mask2former, monkeypatch):
 
 
 def test_mask2former_scores_are_class_probability_times_mean_mask_probability(mask2former, monkeypatch):
-    detector = Mask2FormerDetector(*mask2former, "cpu")
+    detector = mask2former
     classes = torch.full((1, 5, 4), -30.0)
     classes[0, :, 3] = 30.0  # nothing, but for the first two queries
     classes[0, 0] = torch.tensor([0.0, 0.0, 2.0, 0.0])
@@ -278,7 +324,7 @@ def test_mask2former_scores_are_class_probability_times_mean_mask_probability(ma
 
 def test_a_colour_is_read_off_the_object_alone(mask2former, monkeypatch):
     """What lies beside the object, inside its box or not, does not reach CLIP; grey does."""
-    detector, seen = Mask2FormerDetector(*mask2former, "cpu"), []
+    detector, seen = mask2former, []
     forward = detector.clip.forward
     monkeypatch.setattr(detector.clip, "forward", lambda **kw: seen.append(kw["pixel_values"]) or forward(**kw))
     inside = torch.zeros(40, 40, dtype=torch.bool)
@@ -290,12 +336,13 @@ def test_a_colour_is_read_off_the_object_alone(mask2former, monkeypatch):
     assert torch.equal(*seen) and seen[0].shape == (1, 3, 32, 32)
     square = torch.where(inside, 0.5, 0x99 / 255)[10:30, 10:30].expand(1, 3, 20, 20)
     square = F.interpolate(square, (32, 32), mode="bicubic", antialias=True)
-    torch.testing.assert_close(seen[0], geneval.normalise(square, geneval.CLIP_MEAN, geneval.CLIP_STD))
+    torch.testing.assert_close(seen[0], normalize(square, rewards.CLIP_MEAN, rewards.CLIP_STD))
 
 
-def test_a_detector_that_is_not_there_is_one_line(tmp_path):
+def test_a_detector_without_weights_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="cannot read the config of"):
+        Mask2FormerDetector(str(tmp_path / "nothing"), str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
-    for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(RunError) as caught:
-            Mask2FormerDetector(str(path), str(path), "cpu")
-        assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match="cannot load GenEval's") as caught:
+        Mask2FormerDetector(str(tmp_path), str(tmp_path)).load("cpu")
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The rewards against the packages they come from, and what they refuse."""
+"""The image rewards against the packages they come from, rewards of one's own, and what is refused."""
 
 import gzip
 import shutil
@@ -10,10 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import CLIPReward, HPSReward, RewardError, load_reward, parse_paths, parse_spec
+from rewards import CLIPReward, HPSReward, RewardError, check_reward, load_object, load_reward, parse_paths, parse_spec
+from runtime.cli import RunError
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "hps"
+GOLDEN = Path(__file__).resolve().parent / "golden" / "hps"  # scores by the hpsv2 package, of a small random model
 TINY = {"hps": "tiny/hps", "clip": "tiny/clip"}
+
+
+@pytest.fixture(scope="module")
+def tiny_reward():
+    return load_reward("hps,clip", TINY)
 
 
 def picture(height, width, seed=0):
@@ -30,7 +36,6 @@ def tensor(array):
 # ---------------------------------------------------------------------------------------------------------------- hps
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference folder ../shared/golden is not beside this checkout")
 def test_hps_matches_the_reference_scores():
     cases, reward = np.load(GOLDEN / "cases.npz"), HPSReward(str(GOLDEN))
     for i, score in enumerate(cases["scores"]):
@@ -86,29 +91,38 @@ def test_clip_equals_open_clips_own_pipeline(height, width):
 # ----------------------------------------------------------------------------------------------------------- together
 
 
-def test_each_image_is_scored_against_its_own_prompt():
+def test_each_image_is_scored_against_its_own_prompt(tiny_reward):
     """The official PickScore compares every image with the first prompt."""
     images = torch.cat([tensor(picture(64, 64, seed)) for seed in range(3)])
     prompts = ["a red circle", "three blue squares", "a green cross"]
-    reward = load_reward("hps,clip", TINY)
-    together = reward(images, prompts)
+    together = tiny_reward(images, prompts)
     for name, scores in together.items():
-        alone = torch.cat([reward(images[i, None], [prompts[i]])[name] for i in range(3)])
+        alone = torch.cat([tiny_reward(images[i, None], [prompts[i]])[name] for i in range(3)])
         torch.testing.assert_close(scores, alone, rtol=1e-5, atol=1e-6)
         assert scores.dtype == torch.float32
         assert scores.std() > 0
 
 
-def test_specs_weights_and_thresholds():
+def test_specs_weights_and_thresholds(tiny_reward):
     images, prompts = torch.cat([tensor(picture(64, 64, seed)) for seed in range(6)]), ["a red circle"] * 6
-    raw = load_reward("hps", TINY)(images, prompts)["hps"]
+    raw = tiny_reward(images, prompts)["hps"]
     threshold = raw.sort().values[2:4].mean().item()
     reward = load_reward(f"hps@{threshold}:0.7,clip:1.4", TINY)
     scores = reward(images, prompts)
     assert reward.weights == {"hps": 0.7, "clip": 1.4}
     assert scores["hps"].tolist() == (raw > threshold).float().tolist()
     assert scores["hps"].sum() == 3
-    assert parse_paths("hps=a, clip=b/c") == {"hps": "a", "clip": "b/c"}
+    assert parse_paths("hps=a/b, clip=tiny/clip") == {"hps": "a/b", "clip": "tiny/clip"}
+
+
+def test_the_grammar_of_a_spec():
+    (own,) = parse_spec("some/my.py:f@0.3:2")
+    assert tuple(own) == ("f", "some/my.py:f", 0.3, 2.0)
+    terms = parse_spec("vq,mq:0, ta@-1.5:-2e-1,my_rewards.py:sharpness:0.5")  # a weight of 0 only logs a reward
+    assert [term.name for term in terms] == ["vq", "mq", "ta", "sharpness"]
+    assert [term.model for term in terms] == ["videoalign"] * 3 + ["my_rewards.py:sharpness"]
+    assert [term.threshold for term in terms] == [None, None, -1.5, None]
+    assert [term.weight for term in terms] == [1.0, 0.0, -0.2, 0.5]
 
 
 @pytest.mark.parametrize(
@@ -119,19 +133,46 @@ def test_specs_weights_and_thresholds():
         ("hps:", "unknown reward 'hps:'"),
         ("hps@high", "must be numbers"),
         ("hps:much", "must be numbers"),
-        ("hps,hps@0.2", "given twice"),
+        ("hps@nan", "must be numbers"),
+        ("hps:nan", "must be numbers"),
+        ("hps:inf", "must be numbers"),
+        ("hps@-inf", "must be numbers"),
+        ("hps:1e999", "must be numbers"),
+        ("hps:0", "every weight in 'hps:0' is 0"),
+        ("hps:0,clip:0.0", "every weight in .* is 0"),
+        ("hps,hps@0.2", "'hps' is given twice"),
+        ("a.py:f,b.py:f", "'f' is given twice"),
+        ("hps,my.py:hps", "'hps' is given twice"),
+        ("my.py:mean", "must not be called mean"),
+        ("my.py", "unknown reward 'my.py'"),
+        ("my.py:", "unknown reward 'my.py:'"),
     ],
 )
 def test_bad_specs_are_refused(spec, message):
-    with pytest.raises(RewardError, match=message):
+    with pytest.raises(RewardError, match=message) as error:
         parse_spec(spec)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "paths, message",
+    [
+        ("hps=", r"reward path hps=: no folder"),
+        ("hps", r"reward path hps=: no folder"),
+        ("beauty=tiny/hps", "'beauty' is no reward model; known: hps, "),
+        ("hps=tiny/nothing", "no folder 'tiny/nothing' here"),
+    ],
+)
+def test_bad_paths_are_refused(paths, message):
+    with pytest.raises(RewardError, match=message):
+        parse_paths(paths)
 
 
 @pytest.mark.parametrize(
     "images, prompts, message",
     [
-        (torch.zeros(2, 64, 64, 3), ["a", "b"], r"must be \(B, 3, H, W\)"),
-        (torch.zeros(3, 64, 64), ["a"], r"must be \(B, 3, H, W\)"),
+        (torch.zeros(2, 64, 64, 3), ["a", "b"], r"each must be \(3, H, W\), got \(64, 64, 3\)"),
+        (torch.zeros(1, 64, 64), ["a"], r"each must be \(3, H, W\), got \(64, 64\)"),
         (torch.zeros(2, 3, 64, 64), ["a"], "one prompt per image"),
         (torch.zeros(1, 3, 64, 64), ["a", "b"], "one prompt per image"),
         (torch.zeros(1, 3, 64, 64), "a", "one prompt per image"),
@@ -139,10 +180,10 @@ def test_bad_specs_are_refused(spec, message):
         (torch.full((1, 3, 64, 64), float("nan")), ["a cat"], "for the prompt 'a cat'"),
     ],
 )
-@pytest.mark.parametrize("name", ["hps", "clip"])
-def test_bad_images_are_refused(name, images, prompts, message):
-    with pytest.raises(RewardError, match=message):
-        load_reward(name, TINY)(images, prompts)
+def test_bad_images_are_refused(tiny_reward, images, prompts, message):
+    for call in (tiny_reward, *tiny_reward.scorers.values()):
+        with pytest.raises(RewardError, match=message):
+            call(images, prompts)
 
 
 def test_a_score_that_is_not_a_number_names_prompt_and_reward(monkeypatch):
@@ -160,12 +201,12 @@ def test_folders_that_are_not_as_they_should_be(tmp_path):
         load_reward("hps", {"hps": str(tmp_path)})
     with pytest.raises(RewardError, match="clip: could not load"):
         load_reward("clip", {"clip": str(tmp_path)})
-    with pytest.raises(RewardError, match="which is no reward"):
+    with pytest.raises(RewardError, match="'beauty' is no reward model"):
         load_reward("hps", {"beauty": str(tmp_path)})
     torch.save({"state_dict": {"logit_scale": torch.zeros(())}}, tmp_path / "a.pt")
     config = next(Path("tiny/hps").glob("*.json"))
     (tmp_path / "model.json").write_text(config.read_text())
-    with pytest.raises(RewardError, match="does not fit its model config"):
+    with pytest.raises(RewardError, match=r"does not fit its config: \d+ weights missing, 0 unexpected"):
         load_reward("hps", {"hps": str(tmp_path)})
 
 
@@ -182,3 +223,154 @@ def test_checkpoints_with_missing_or_unexpected_keys_are_refused(tmp_path, name,
         with pytest.raises(RewardError) as error:
             load_reward(name, {name: str(tmp_path)})
         assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- one's own
+
+OWN = """import torch
+
+def sharpness(images, prompts):
+    assert not torch.is_grad_enabled()
+    return (images.diff(dim=-1).abs().flatten(1).mean(1) > 0.01).long()
+
+def length(images, prompts):
+    return torch.tensor([len(prompt) / 10 for prompt in prompts])
+
+def fails(images, prompts):
+    return helper(images)
+
+def helper(images):
+    raise KeyError("no such thing\\nand more")
+
+def column(images, prompts):
+    return torch.zeros(len(prompts), 1)
+
+def number(images, prompts):
+    return 0.5
+
+def nan(images, prompts):
+    return torch.tensor([0.0, float("nan")])
+
+def one_argument(images):
+    return torch.zeros(len(images))
+
+def shape(videos, prompts):
+    return torch.tensor([float(videos.shape[1])] * len(prompts))
+
+constant = 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The path of a file with rewards of one's own."""
+    (tmp_path / "own.py").write_text(OWN)
+    return str(tmp_path / "own.py")
+
+
+def test_a_function_of_ones_own_is_a_reward(own, tiny_reward):
+    images, prompts = torch.stack([torch.zeros(3, 64, 64), torch.rand(3, 64, 64)]), ["a", "bcd"]
+    reward = load_reward(f"{own}:sharpness:0.5,{own}:length@0.2:2,hps", TINY)
+    scores = reward(images, prompts)
+    assert reward.weights == {"sharpness": 0.5, "length": 2.0, "hps": 1.0}
+    assert scores["sharpness"].tolist() == [0.0, 1.0] and scores["sharpness"].dtype == torch.float32
+    assert scores["length"].tolist() == [0.0, 1.0]
+    assert torch.equal(scores["hps"], tiny_reward(images, prompts)["hps"])
+    check_reward(f"{own}:sharpness", "", video=True)
+
+
+def test_a_function_of_ones_own_gets_videos_as_they_are(own):
+    assert load_reward(f"{own}:shape")(torch.rand(2, 9, 3, 8, 8), ["a", "b"])["shape"].tolist() == [9.0, 9.0]
+
+
+def test_a_file_is_executed_once(tmp_path):
+    (tmp_path / "once.py").write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('x')\ndef f(i, p): pass\n")
+    for _ in range(2):
+        load_object(f"{tmp_path}/once.py:f")
+    assert (tmp_path / "log").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("fails", r"reward fails: .*own\.py, line 14: KeyError: 'no such thing"),
+        ("column", r"reward column: .*own\.py must return a tensor of shape \(2,\), it returned one of shape \(2, 1\)"),
+        ("number", r"reward number: .*own\.py must return a tensor of shape \(2,\), it returned a float"),
+        ("nan", "reward nan gave nan for the prompt 'b'; the run stops here"),
+        (
+            "one_argument",
+            r"reward one_argument: .*own\.py: TypeError: one_argument\(\) takes 1 positional argument but 2",
+        ),
+    ],
+)
+def test_a_function_that_fails_ends_in_one_line(own, name, message):
+    reward = load_reward(f"{own}:{name}")
+    with pytest.raises(RewardError, match=message) as error:
+        reward(torch.rand(2, 3, 8, 8), ["a", "b"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ("nowhere.py:f", "there is no file 'nowhere.py'"),
+        ("OWN:nothing", r"own\.py has no function or class 'nothing'"),
+        ("OWN:constant", r"own\.py has no function or class 'constant'"),
+        ("BROKEN:f", r"broken\.py, line 2: ZeroDivisionError"),
+        ("SYNTAX:f", r"syntax\.py: SyntaxError: .*line 1"),
+    ],
+)
+def test_a_function_that_is_not_there_is_named_before_anything_is_loaded(own, tmp_path, place, message):
+    (tmp_path / "broken.py").write_text("x = 1\ny = x / 0\n")
+    (tmp_path / "syntax.py").write_text("def f(:\n")
+    for name, file in (("OWN", own), ("BROKEN", f"{tmp_path}/broken.py"), ("SYNTAX", f"{tmp_path}/syntax.py")):
+        place = place.replace(name, file)
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(RewardError, match=message) as error:
+            check_reward(place, "")
+        assert "\n" not in str(error.value)
+    with pytest.raises(RewardError, match=message):
+        load_reward(place)
+
+
+# ------------------------------------------------------------------------------------------------------------- geneval
+
+DETECTOR = """
+class Detector:
+    NOTE, classes = "Anything bright is a dog.", {"dog"}
+    def load(self, device): self.loaded = device
+    def __call__(self, picture):
+        return {"dog": [((0, 0, 8, 8), 0.99, None)]} if self.loaded and picture.mean() > 0.5 else {}
+    def colors(self, picture, name, objects): return ["white"] * len(objects)
+"""
+
+
+def test_geneval_as_a_reward(tmp_path):
+    (tmp_path / "mine.py").write_text(DETECTOR)
+    place = f"{tmp_path}/mine.py:Detector"
+    images, prompts = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]), ["a dog", "no dog"]
+    dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    reward = load_reward("geneval:2", {"geneval": place}, metadata={"a dog": dog, "no dog": dog})
+    scores = reward(images, prompts)["geneval"]
+    assert scores.tolist() == [1.0, 0.0] and scores.dtype == torch.float32
+    assert reward(images, prompts[::-1])["geneval"].tolist() == [1.0, 0.0]
+    check_reward("geneval", f"geneval={place}", prompts=prompts, metadata={"a dog": dog, "no dog": dog})
+    with pytest.raises(RunError, match="cannot judge the prompt 'no dog': it lacks GenEval's tag"):
+        check_reward("geneval", f"geneval={place}", prompts=prompts, metadata={"a dog": dog})
+    with pytest.raises(RunError, match="reward geneval judges images"):
+        check_reward("geneval", f"geneval={place}", video=True)
+
+
+def test_geneval_reads_the_prompt_if_its_detector_can():
+    import tiny
+
+    torch.manual_seed(0)
+    row = [tiny.SHAPES.index("cross"), *tiny.COLORS["blue"], 20.0, 40.0, 10.0]
+    image = tiny.render([[row] + [[-1.0] + [0.0] * 6] * 3])
+    reward = load_reward("geneval", parse_paths("geneval=tiny.py:Detector"))
+    prompts = ["a blue cross", "a red cross", "two crosses", "a cross"]
+    assert reward(image.expand(4, -1, -1, -1), prompts)["geneval"].tolist() == [1.0, 0.0, 0.0, 1.0]
+    small = torch.nn.functional.interpolate(image, 32, mode="area")  # of another size than the checker's own
+    assert reward(small, ["a blue cross"])["geneval"].tolist() == [1.0]
+    with pytest.raises(RunError, match="not a caption of the tiny world: 'a dog'"):
+        check_reward("geneval", "geneval=tiny.py:Detector", prompts=["a blue cross", "a dog"])

@@ -28,12 +28,10 @@ from rewards import (
     fold_lora,
     frame_indices,
     load_reward,
-    mean_over_frames,
     parse_paths,
-    smart_resize,
 )
 
-GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden" / "videoalign"
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "videoalign"
 RAW = [[0.03331, 0.859396, -0.04173], [0.421522, -0.171597, -0.160841]]  # vq, mq, ta
 TEMPLATE = "Look. <|VQ_reward|> It moves. <|MQ_reward|> It was asked for {text_prompt}: <|TA_reward|>"
 CONTROL = [
@@ -126,7 +124,10 @@ def scores(judge, videos, prompts, fps=8.0, **options):
 # ---------------------------------------------------------------------------------------------------------- videoalign
 
 
-@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the reference folder ../shared/golden is not beside this checkout")
+@pytest.mark.skipif(
+    not GOLDEN.is_dir(),
+    reason="VideoAlign's reference scores need its own prompt template, which is not ours to copy: no ../shared/golden",
+)
 def test_videoalign_matches_the_reference_scores_and_token_ids():
     """VideoAlign's own classes under the transformers of its time, on videos of two sizes and lengths."""
     cases, judge = np.load(GOLDEN / "cases.npz"), VideoAlignReward(str(GOLDEN))
@@ -151,17 +152,23 @@ def test_videoalign_keeps_its_scores(judge):
     assert torch.allclose(scores(judge, videos, prompts), (raw - mean) / std, atol=1e-4)
 
 
-def test_frames_and_sizes_of_the_authors_reader():
+def test_sizes_of_the_authors_reader(judge):
+    for size, patches in (
+        ((480, 480), (32, 32)),  # at most 448² pixels, in patches of 14²
+        ((400, 640), (24, 40)),
+        ((64, 64), (24, 24)),  # at least 128 · 28²
+        ((96, 128), (20, 28)),
+        ((400, 400), (28, 28)),  # in between: the nearest multiples of 28
+    ):
+        assert judge.patches(torch.zeros(4, 3, *size), fps=8)[1] == (2, *patches)
+
+
+def test_frames_of_the_authors_reader():
     assert len(frame_indices(53, 8)) == 14
     assert frame_indices(53, 8).tolist() == [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52]
     assert frame_indices(13, 8).tolist() == frame_indices(13, 100).tolist() == [0, 4, 8, 12]  # at least 4
     assert frame_indices(9, 1).tolist() == [0, 1, 2, 3, 5, 6, 7, 8]  # an even number, at most all
     assert len(frame_indices(2000, 2)) == 768
-    assert smart_resize(480, 480) == (448, 448)  # at most 448² pixels
-    assert smart_resize(400, 640) == (336, 560)
-    assert smart_resize(64, 64) == (336, 336)  # at least 128 · 28²
-    assert smart_resize(96, 128) == (280, 392)
-    assert smart_resize(400, 400) == (392, 392)  # in between: the nearest multiples of 28
 
 
 def test_positions_are_the_same_on_all_three_axes_and_reach_the_attention(judge):
@@ -222,14 +229,14 @@ def test_only_ta_reads_the_prompt(judge):
 @pytest.mark.parametrize(
     "videos, prompts, fps, message",
     [
-        (torch.zeros(2, 3, 64, 64), ["a", "b"], 8, r"videos must be \(B, F, 3, H, W\)"),
-        (torch.zeros(1, 4, 64, 64, 3), ["a"], 8, r"each video must be \(F, 3, H, W\)"),
-        ([torch.zeros(64, 64, 3)], ["a"], 8, r"each video must be \(F, 3, H, W\)"),
+        (torch.zeros(2, 3, 64, 64), ["a", "b"], 8, r"each must be \(F, 3, H, W\), got \(3, 64, 64\)"),
+        (torch.zeros(1, 4, 64, 64, 3), ["a"], 8, r"each must be \(F, 3, H, W\), got \(4, 64, 64, 3\)"),
+        ([torch.zeros(64, 64, 3)], ["a"], 8, r"each must be \(F, 3, H, W\), got \(64, 64, 3\)"),
         (torch.zeros(1, 3, 3, 64, 64), ["a"], 8, "at least 4 frames, got 3"),
         (torch.full((1, 4, 3, 64, 64), 255.0), ["a"], 8, r"pixels must be in \[0, 1\], found 255 to 255"),
         (torch.full((1, 4, 3, 64, 64), float("nan")), ["a cat"], 8, "found nan to nan for the prompt 'a cat'"),
-        (torch.zeros(1, 4, 3, 64, 64), ["a", "b"], 8, "one prompt per video, got 1 videos"),
-        (torch.zeros(1, 4, 3, 64, 64), "a", 8, "one prompt per video"),
+        (torch.zeros(1, 4, 3, 64, 64), ["a", "b"], 8, "one prompt per image or video, got 1 and prompts"),
+        (torch.zeros(1, 4, 3, 64, 64), "a", 8, "one prompt per image or video"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], None, "fps must be the videos' frames per second, above 0, got None"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], 0, "fps must be .* got 0"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], -8, "fps must be .* got -8"),
@@ -257,7 +264,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
 
     assert "1 weights missing, 0 unexpected" in error(**{"base_model.model.model.norm.weight": None})
     assert "1 weights missing, 0 unexpected" in error(**{"base_model.model.rm_head.weight": None})
-    assert "0 weights missing, 1 unexpected, first of those that differ: new" in error(new=torch.zeros(1))
+    assert "0 weights missing, 1 unexpected, first: new" in error(new=torch.zeros(1))
     assert "lacks a LoRA weight" in error(**{f"{name}.lora_B.default.weight": None})
     assert "2 unexpected" in error(**{f"{name}.base_layer.weight": None})
     assert "0 weights missing, 0 unexpected" in error(**{"base_model.model.rm_head.weight": torch.zeros(2, 32)})
@@ -334,15 +341,15 @@ def test_pickscore_scores_each_image_with_its_own_prompt(pickscore_folder):
     apart = [reward(images[i : i + 1], [prompt]).item() for i, prompt in enumerate(["a red circle", "blue"])]
     assert reward(images, ["a red circle", "blue"]).tolist() == pytest.approx(apart, abs=1e-6)
     assert abs(reward(images, ["a red circle"] * 2)[1] - apart[1]) > 1e-4
-    with pytest.raises(RewardError, match="one prompt per image, got 2 images"):
+    with pytest.raises(RewardError, match="one prompt per image or video, got 2 and"):
         reward(images, ["a red circle"])
 
 
 @pytest.mark.parametrize(
     "images, prompts, message",
     [
-        (torch.zeros(1, 32, 32, 3), ["a"], r"images must be \(B, 3, H, W\)"),
-        (torch.zeros(1, 3, 32, 32), ["a", "b"], "one prompt per image, got 1 images"),
+        (torch.zeros(1, 32, 32, 3), ["a"], r"each must be \(3, H, W\), got \(32, 32, 3\)"),
+        (torch.zeros(1, 3, 32, 32), ["a", "b"], "one prompt per image or video, got 1 and"),
         (torch.full((1, 3, 32, 32), -0.1), ["a"], r"pixels must be in \[0, 1\], found -0.1"),
         (torch.full((1, 3, 32, 32), float("nan")), ["a cat"], "found nan to nan for the prompt 'a cat'"),
     ],
@@ -359,10 +366,10 @@ def test_pickscore_refuses_a_checkpoint_with_other_keys(pickscore_folder, tmp_pa
     state = load_file(tmp_path / "model.safetensors")
     less = {name: w for name, w in state.items() if name != "visual_projection.weight"}
     save_file(less, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match=r"1 weights missing, 0 unexpected, first of them: visual_projection\.weight"):
+    with pytest.raises(RewardError, match=r"1 weights missing, 0 unexpected, first: visual_projection\.weight"):
         PickScoreReward(str(tmp_path))
     save_file(state | {"new": torch.zeros(1)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RewardError, match="0 weights missing, 1 unexpected, first of them: new"):
+    with pytest.raises(RewardError, match="0 weights missing, 1 unexpected, first: new"):
         PickScoreReward(str(tmp_path))
 
 
@@ -383,7 +390,7 @@ def test_one_forward_pass_serves_vq_mq_and_ta(folder, monkeypatch):
     assert torch.allclose(found["vq"], scores(reward.scorers["videoalign"], videos, ["a", "b"])[:, 0])
     with pytest.raises(RewardError, match="fps must be"):
         reward(videos, ["a", "b"])
-    with pytest.raises(RewardError, match=r"which is no reward; known: .*videoalign"):
+    with pytest.raises(RewardError, match=r"'vq' is no reward model; known: .*videoalign"):
         load_reward("vq", {"vq": str(folder)})
 
 
@@ -396,5 +403,5 @@ def test_image_rewards_score_a_video_by_evenly_sampled_frames(pickscore_folder):
     assert reward(list(videos), prompts)["pickscore"].tolist() == pytest.approx(expected, abs=1e-6)
     one_frame = reward(videos[:, :1], prompts)["pickscore"]
     assert torch.allclose(one_frame, reward(videos[:, 0], prompts)["pickscore"])
-    with pytest.raises(RewardError, match="one prompt per video, got 2 videos"):
-        mean_over_frames(reward.scorers["pickscore"], videos, ["a"])
+    with pytest.raises(RewardError, match="one prompt per image or video, got 2 and prompts"):
+        reward(videos, ["a"])

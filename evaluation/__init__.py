@@ -1,0 +1,1 @@
+"""The evaluation's parts: GenEval, and the report."""

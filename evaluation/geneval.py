@@ -1,0 +1,250 @@
+"""GenEval (2310.11513): does a picture show what its prompt asks for? Objects are detected, counted and compared.
+
+    detector = find_detector("facebook/mask2former-swin-small-coco-instance")
+    detector.load("cuda")
+    judge_picture(detector, picture, metadata)    # → (is it correct, what is wrong)
+
+Metadata are GenEval's: {"tag", "include": [{"class", "count", "color"?, "position"? = [relation, index]}], "exclude"?}.
+The six tags are single_object, two_object, counting, colors, position, color_attr. GenEval's overall figure is the mean
+of the tags' shares of correct pictures.
+
+A detector is an object with these attributes. `FILE.py:CLASS` names a class of your own, called without arguments:
+
+    classes                         set of the names of all classes that it can detect
+    load(device)                    loads the weights; called once, before the first picture
+    __call__(picture)               (3, H, W) in [0, 1] → {class: [Found]}
+    colors(picture, name, objects)  the name of each object's colour; `objects` are some of those found for class `name`
+    NOTE                            one line for the report: what a reader must know about the figures
+    metadata(prompt)                optional: GenEval's metadata for a prompt; raises ValueError where it has none
+
+Legend: H and W the size of a picture in pixels.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import normalize
+
+from rewards import CLIP_MEAN, CLIP_STD, first_line, is_folder_or_hub_id, load_object, resize
+from runtime import cli
+
+MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
+RELATIONS = ("left of", "right of", "above", "below")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# A detected object: box (left, top, right, bottom) in pixels, y downwards; score in [0, 1]; anything `colors` needs.
+Found = tuple[Sequence[float], float, object]
+
+
+# ---------------------------------------------------------------------------------------------------------- the rules
+
+
+def judge(found: dict[str, list[Found]], metadata: dict, colors: Callable) -> tuple[bool, str]:
+    """Does a picture with these objects show everything that the metadata ask for? Returns (verdict, what is wrong).
+
+    found    {class: objects in any order}
+    colors   (class, objects) → the name of each object's colour; called only where a colour is asked for
+    Only objects with a score above 0.3 (counting: 0.9) count, at most 16 of a class. Colour and position are checked
+    for as many of them as the prompt asks for: those with the highest scores.
+    """
+    least = 0.9 if metadata["tag"] == "counting" else 0.3
+    objects = {}
+    for name, candidates in found.items():
+        order = np.argsort([-score for _, score, _ in candidates], kind="stable")
+        objects[name] = [candidates[i] for i in order if candidates[i][1] > least][:16]
+    groups, wrong = [], []
+    for wanted in metadata["include"]:
+        name, count = wanted["class"], wanted["count"]
+        group = objects.get(name, [])[:count]
+        groups.append(group)
+        if len(group) < count:
+            wrong.append(f"{len(group)} {name}, not {count}")
+            continue
+        if "color" in wanted and (others := [color for color in colors(name, group) if color != wanted["color"]]):
+            wrong.append(f"{others[0]} {name}, not {wanted['color']}")
+        if "position" in wanted:
+            relation, target = wanted["position"]
+            if any(relation not in relations(a[0], b[0]) for a in group for b in groups[target]):
+                wrong.append(f"{name} not {relation} {metadata['include'][target]['class']}")
+    for unwanted in metadata.get("exclude", ()):
+        if len(objects.get(unwanted["class"], ())) >= unwanted["count"]:
+            wrong.append(f"{len(objects[unwanted['class']])} {unwanted['class']}, {unwanted['count']} are too many")
+    return not wrong, "; ".join(wrong)
+
+
+def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
+    """The relations in which box a stands to box b; boxes are (left, top, right, bottom), y downwards.
+
+    The offset between the centres is first reduced, along each axis, by a tenth of both sizes. A direction counts if
+    its reduced offset is more than half of the distance between the centres.
+    """
+    a, b = np.reshape(a, (2, 2)).astype(float), np.reshape(b, (2, 2)).astype(float)  # two corners, each (x, y)
+    offset = a.mean(0) - b.mean(0)
+    reduced = np.maximum(np.abs(offset) - 0.1 * (np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])), 0) * np.sign(offset)
+    if (np.abs(reduced) < 1e-3).all():
+        return set()
+    x, y = reduced / np.linalg.norm(offset)
+    return {name for name, part in zip(RELATIONS, (-x, x, -y, y), strict=True) if part > 0.5}
+
+
+def judge_picture(detector, picture: Tensor, metadata: dict) -> tuple[bool, str]:
+    """`judge` on what the detector finds in a picture (3, H, W) in [0, 1]."""
+    return judge(detector(picture), metadata, partial(detector.colors, picture))
+
+
+class GenEvalReward:
+    """The reward `geneval`: 1.0 if a picture shows everything that its prompt asks for, else 0.0.
+
+    path: what `find_detector` takes; metadata: {prompt: GenEval's metadata}, for prompts that the detector's own
+    `metadata` cannot read.
+    """
+
+    def __init__(self, path: str = MASK2FORMER, device="cpu", metadata: Mapping[str, dict] | None = None):
+        self.detector, self.metadata = find_detector(path), metadata or {}
+        self.detector.load(device)
+        self.device = device
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, 0.0 or 1.0."""
+        verdicts = [
+            judge_picture(self.detector, image, find_metadata(prompt, self.metadata.get(prompt, {}), self.detector))[0]
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+        return torch.tensor(verdicts, dtype=torch.float32, device=self.device)
+
+
+def check(path: str | None, video: bool, prompts: Sequence[str], metadata: Mapping[str, dict] | None) -> None:
+    """Raise an error of one line if GenEvalReward(path, …, metadata) could not score these prompts."""
+    cli.require(not video, "reward geneval judges images; for video take vq, mq or ta")
+    detector = find_detector(path or MASK2FORMER)
+    for prompt in prompts:
+        find_metadata(prompt, (metadata or {}).get(prompt, {}), detector)
+
+
+# ------------------------------------------------------------------------------------------- the prompts' metadata
+
+
+def find_metadata(prompt: str, row: dict, detector) -> dict:
+    """GenEval's metadata for a prompt: those in the row if it has some, else the detector's own.
+
+    Raises RunError if there are none, if a field is missing or wrong, or if the detector does not know a class.
+    """
+    where = f"GenEval cannot judge the prompt {prompt!r}"
+    if "include" not in row and hasattr(detector, "metadata"):
+        try:
+            row = detector.metadata(prompt)
+        except ValueError as e:
+            raise cli.RunError(f"{where}: {first_line(e)}") from e
+    try:
+        things = [*row["include"], *row.get("exclude", ())]
+        fine = isinstance(row["tag"], str) and len(row["include"]) > 0 and all(x["count"] >= 1 for x in things)
+        for i, wanted in enumerate(row["include"]):
+            relation, target = wanted.get("position", (RELATIONS[0], 0))
+            fine &= relation in RELATIONS and (0 <= target < i or "position" not in wanted)
+        unknown = {x["class"] for x in things} - detector.classes
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fine, unknown = False, ()
+    cli.require(fine, f"{where}: it lacks GenEval's tag, include and exclude; take a JSONL file that has them")
+    cli.require(not unknown, f"{where}: the detector does not know {', '.join(map(str, unknown))}")
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------ the detectors
+
+
+def find_detector(name: str, clip: str = CLIP):
+    """The detector of this name, its weights not loaded yet.
+
+    name     hub id or folder of a Mask2Former, or FILE.py:CLASS
+    clip     hub id or folder of the CLIPModel that names colours for Mask2Former
+    Raises RunError or RewardError, one line, if there is no such thing or it is no detector.
+    """
+    if re.search(r"\.py(:|$)", name):
+        detector = load_object(name)()
+        lacks = [part for part in ("classes", "load", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
+        cli.require(not lacks, f"{name} is no detector: it lacks {', '.join(lacks)}")
+        return detector
+    for option, path in (("--detector", name), ("--detector-clip", clip)):
+        advice = "give a local folder, a hub id (OWNER/NAME)" + " or FILE.py:CLASS" * (path == name)
+        cli.require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; {advice}")
+    return Mask2FormerDetector(name, clip)
+
+
+class Mask2FormerDetector:
+    """Mask2Former, with the boxes of its masks, and CLIP for colours, as in the original.
+
+    The original runs the same network in mmdetection 2, which rounds in other places: single verdicts can differ.
+    """
+
+    NOTE = "GenEval with transformers' Mask2Former: figures can differ a little from the official detector's (mmdet)."
+    SHORTEST, LONGEST = 800, 1333  # sides in pixels, of the picture that the network sees
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+    GRAY = 0x99 / 255  # replaces what is not the object
+
+    def __init__(self, path: str, clip_path: str):
+        self.path, self.clip_path, self.labels = path, clip_path, coco_labels(path)
+        self.classes = set(self.labels)
+
+    def load(self, device) -> None:
+        from transformers import CLIPModel, CLIPTokenizer, Mask2FormerForUniversalSegmentation
+
+        self.device = device
+        try:
+            self.model = Mask2FormerForUniversalSegmentation.from_pretrained(self.path).to(device).eval()
+            self.clip = CLIPModel.from_pretrained(self.clip_path).to(device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_path)
+        except (OSError, ValueError) as e:
+            raise cli.RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {first_line(e)}") from e
+
+    @torch.no_grad()
+    def __call__(self, picture: Tensor) -> dict[str, list[Found]]:
+        """(3, H, W) in [0, 1] → objects; the third field of each is its mask (H, W) bool."""
+        height, width = picture.shape[-2:]
+        zoom = min(self.SHORTEST / min(height, width), self.LONGEST / max(height, width))
+        size = [max(1, round(side * zoom / 32)) * 32 for side in (height, width)]  # 32: the network's largest stride
+        pixels = F.interpolate(picture[None].to(self.device), size, mode="bilinear", antialias=True)
+        out = self.model(pixel_values=normalize(pixels, self.MEAN, self.STD))
+        probability = out.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, classes); the last is "nothing"
+        top, index = probability.flatten().topk(min(100, probability.numel()))
+        masks = F.interpolate(out.masks_queries_logits, (height, width), mode="bilinear")[0]  # (queries, H, W)
+        found = {}
+        for score, i in zip(top.tolist(), index.tolist(), strict=True):
+            query, label = divmod(i, probability.shape[1])
+            inside = masks[query] > 0
+            if inside.any():
+                score *= masks[query][inside].sigmoid().mean().item()
+                (upper, left), (lower, right) = inside.nonzero().amin(0).tolist(), inside.nonzero().amax(0).tolist()
+                box = (left, upper, right + 1, lower + 1)
+                found.setdefault(self.labels[label], []).append((box, score, inside))
+        return found
+
+    @torch.no_grad()
+    def colors(self, picture: Tensor, name: str, objects: list[Found]) -> list[str]:
+        """The colour of each object: the most similar of ten by CLIP, which sees the object cut out on grey."""
+        picture, size = picture.to(self.device), self.clip.config.vision_config.image_size
+        crops = []
+        for (left, top, right, bottom), _, inside in objects:
+            crop = torch.where(inside, picture, torch.full_like(picture, self.GRAY))[:, top:bottom, left:right]
+            crops.append(resize(crop[None], size, "shortest"))
+        text = [template.format(color, name) for color in COLORS for template in self.TEMPLATES]
+        tokens = self.tokenizer(text, padding=True, return_tensors="pt").to(self.device)
+        out = self.clip(pixel_values=normalize(torch.cat(crops), CLIP_MEAN, CLIP_STD), **tokens)
+        colors = F.normalize(out.text_embeds.view(len(COLORS), len(self.TEMPLATES), -1).mean(1), dim=-1)
+        return [COLORS[i] for i in (out.image_embeds @ colors.T).argmax(1).tolist()]
+
+
+def coco_labels(path: str) -> list[str]:
+    """The classes of a Mask2Former folder or hub id, in its order, by GenEval's names."""
+    from transformers import Mask2FormerConfig
+
+    try:
+        names = Mask2FormerConfig.from_pretrained(path).id2label
+    except (OSError, ValueError) as e:
+        raise cli.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
+    other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+    return [other.get(names[i], names[i]) for i in range(len(names))]

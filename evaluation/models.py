@@ -1,0 +1,123 @@
+"""The models that an evaluation compares: what is at --model, --transformer and --checkpoint, and its pipeline."""
+
+import json
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+
+from rewards import first_line
+from runtime import cli, distributed
+
+# Class in model_index.json → the network that is trained, and the model's usual settings. Shift 0 leaves the noise
+# levels to the model's own scheduler, max_sequence_length 0 the length of the text to the pipeline.
+USUAL = {"shift": 0.0, "max_sequence_length": 0, "frames": 1, "fps": 24.0}
+FAMILIES = {
+    "StableDiffusionPipeline": ("unet", USUAL | dict(steps=50, guidance=7.5, height=512, width=512)),
+    "FluxPipeline": ("transformer", USUAL | dict(steps=28, guidance=3.5, height=1024, width=1024)),
+    "HunyuanVideoPipeline": ("transformer", USUAL | dict(steps=50, guidance=6.0, height=720, width=1280, frames=129)),
+    "HunyuanSkyreelsImageToVideoPipeline": (
+        "transformer",
+        USUAL | dict(steps=50, guidance=6.0, height=544, width=960, frames=97),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One column of the report: the base model, or the base model with other weights."""
+
+    name: str
+    kind: str  # base, pipeline, network or lora
+    weights: str  # path or hub id
+    output_dir: str
+
+    @property
+    def folder(self) -> Path:
+        """Where its pictures and their scores are: a folder for these weights alone, whatever else is compared."""
+        where = str(Path(self.weights).resolve()) if Path(self.weights).exists() else self.weights
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", self.name)
+        return Path(self.output_dir, f"{name}-{zlib.crc32(where.encode()):08x}")
+
+
+def run_options(checkpoint: str) -> dict:
+    """config.json of the training run in whose folder a checkpoint is, or {}."""
+    for folder in list(Path(checkpoint).parents)[:3]:
+        if (folder / "config.json").is_file():
+            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if "script" in stored:
+                return stored
+    return {}
+
+
+def component_config(model: str, component: str | None, option: str = "--model") -> dict:
+    """config.json of a pipeline's component, or of a network by itself (None). option: the one that named it."""
+    loader = diffusers.AutoencoderKL.load_config  # any class's
+    return distributed.load_pretrained(loader, model, option, subfolder=component)
+
+
+def find_weights(checkpoint: str, family: str, component: str, base: str, original: dict) -> tuple[str, str]:
+    """The kind of a --checkpoint, "pipeline", "network" or "lora", and the path of its weights.
+
+    family: the base's pipeline class; component: the network in it that is trained; original: that network's config.
+    Raises RunError if there are no weights, or if they do not fit the base.
+    """
+    path, network_class = Path(checkpoint), original["_class_name"]
+    cli.require(
+        path.exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder"
+    )
+    if (path / "model_index.json").is_file():
+        found = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        cli.require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
+        return "pipeline", checkpoint
+    for folder in (path / component, path):
+        own = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+        if found := own.get("_class_name"):
+            cli.require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
+            for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
+                raise cli.RunError(
+                    f"--checkpoint {folder} was not trained from {base}: its {key} is {own[key]}, the base's is "
+                    f"{original[key]}; name the right --model"
+                )
+            return "network", str(folder)
+    lora = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
+    if lora.is_file():
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(lora, "pt") as file:
+                keys = list(file.keys())
+        except (OSError, SafetensorError) as e:
+            raise cli.RunError(f"--checkpoint: cannot read {lora}: {e}") from e
+        fits = all(key.startswith(f"{component}.") for key in keys)
+        cli.require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
+        return "lora", str(lora)
+    raise cli.RunError(
+        f"--checkpoint {checkpoint} has neither a {component} folder, nor pytorch_lora_weights.safetensors, nor "
+        f"model_index.json; {base}, a {family}, needs one of these"
+    )
+
+
+def load_pipeline(model: Model, family: str, base: str, network: str, world: distributed.World):
+    """The stock pipeline of class `family` with the model's weights, on the world's device.
+
+    base: the pipeline without them, hub id or folder; network: where the base's transformer is, if it is not in there.
+    """
+    component, options = FAMILIES[family][0], {"dtype": world.dtype}
+    if component == "unet":
+        options |= {"safety_checker": None, "requires_safety_checker": False}  # it would black out pictures
+    source = model.weights if model.kind == "pipeline" else base
+    network = {"pipeline": "", "network": model.weights}.get(model.kind, network)
+    if network:
+        loader = getattr(diffusers, component_config(network, None)["_class_name"]).from_pretrained
+        options[component] = distributed.load_pretrained(loader, network, dtype=world.dtype)
+    pipe = distributed.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
+    if model.kind == "lora":
+        file = Path(model.weights)
+        try:
+            pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+        except (OSError, RuntimeError, ValueError) as e:  # sizes or names that the network does not have
+            raise cli.RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
+    return pipe.to(world.device)

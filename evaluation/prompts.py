@@ -1,0 +1,63 @@
+"""The prompts of an evaluation: a file, HPS-v2's benchmark, or GenEval's; checked before any model is loaded."""
+
+import json
+from pathlib import Path
+
+from evaluation import geneval
+from runtime import cli, data, output
+
+HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
+GENEVAL_URL = (
+    "https://raw.githubusercontent.com/djghosh13/geneval/d927da8e42fde2b1b5cd743da4df5ff83c1654ff/"
+    "prompts/evaluation_metadata.jsonl"
+)
+
+
+def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
+    """A row for each prompt: {"prompt"}, and where it has one its "style", its "image", GenEval's metadata.
+
+    source: a text or JSONL file, hpsv2 or geneval; detector: GenEval's, or None if it is not a metric.
+    """
+    file = fetch_geneval_prompts() if source == "geneval" else Path(source)
+    if source == "hpsv2":
+        rows = [{"prompt": prompt, "style": style} for style in HPS_STYLES for prompt in fetch_hps_prompts(style)]
+    else:
+        cli.require(file.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: hpsv2, geneval")
+        rows = [{"prompt": prompt} for prompt in data.load_prompts(str(file))]
+    if file.suffix == ".jsonl":
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) | row for line, row in zip(lines, rows, strict=True)]
+    for number, row in enumerate(rows, 1):
+        if detector:
+            row |= geneval.find_metadata(row["prompt"], row, detector)
+        if needs_image:
+            cli.require("image" in row, f'{source} line {number} has no "image", which the video is to start from')
+            row["image"] = str(file.parent / str(row["image"]))
+            output.read_picture(row["image"])
+    return rows
+
+
+def fetch_hps_prompts(style: str) -> list[str]:
+    """The 800 prompts of one style of HPS-v2's benchmark, from the hub, cached there."""
+    from huggingface_hub import hf_hub_download
+
+    file = f"benchmark/{style}.json"
+    try:
+        return json.loads(Path(hf_hub_download(HPS_REPO, file, repo_type="dataset")).read_text(encoding="utf-8"))
+    except OSError as e:  # every error of the hub's own is one
+        raise cli.RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
+
+
+def fetch_geneval_prompts() -> Path:
+    """evaluation_metadata.jsonl, 553 lines, fetched once and kept in the hub's cache folder."""
+    from huggingface_hub import constants
+
+    path = Path(constants.HF_HOME) / "dancegrpo" / "geneval.jsonl"
+    if not path.is_file():
+        try:
+            text = data.fetch_text(GENEVAL_URL)
+        except OSError as e:
+            raise cli.RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e
+        path.parent.mkdir(parents=True, exist_ok=True)
+        output.write_atomically(path, text)
+    return path

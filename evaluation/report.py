@@ -1,0 +1,170 @@
+"""The report of an evaluation, made of its results alone: results.json, results.md, compare.png and index.html.
+
+results.json has every score of every picture, results.md the table; compare.png shows some prompts, a column for each
+model; index.html is a page with table and pictures that needs no other file.
+
+Legend: P prompts, N pictures of each, F frames of a video, H and W their size in pixels.
+"""
+
+import base64
+import html
+import io
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from runtime import output
+
+PAGE_PROMPTS, SHEET_PROMPTS = 24, 8  # shown in index.html and in compare.png
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation found. In every dictionary the base model comes first."""
+
+    prompts: list[dict]  # P of {"prompt": …, and anything else that results.json is to say of it}
+    models: dict[str, dict]  # name → anything that results.json is to say of it
+    pictures: dict[str, list[list[Path]]]  # name → P x N PNG files; the frames of a video stand one below the other
+    scores: dict[str, list[list[dict]]]  # name → P x N of {metric: value}; also "wrong": GenEval's reason
+    summary: dict[str, dict[str, dict[str, dict]]]  # metric → name → group → {"mean", "difference", "error"}
+    remarks: list[str]  # what a reader of the table must know
+    settings: dict  # for results.json alone, as are the versions
+    versions: dict
+    frames: int = 1  # F, 1 for pictures
+    fps: float = 24.0  # of videos
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write results.json, results.md, compare.png and index.html into the folder."""
+    table = make_table(results.summary)
+    content = {
+        "settings": results.settings,
+        "versions": results.versions,
+        "models": results.models,
+        "remarks": results.remarks,
+        "summary": results.summary,
+        "pictures": [
+            row | {"picture": path.name, "scores": {name: own[p][n] for name, own in results.scores.items()}}
+            for p, row in enumerate(results.prompts)
+            for n, path in enumerate(next(iter(results.pictures.values()))[p])
+        ],
+    }
+    lines = ["| " + " | ".join(line) + " |" for line in [table[0], ["---"] * len(table[0]), *table[1:]]]
+    text = "\n".join(["# Evaluation", "", *lines, "", *(f"- {remark}" for remark in results.remarks), ""])
+    output.write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    output.write_atomically(folder / "results.md", text)
+    output.save_image(folder / "compare.png", make_sheet(results))
+    output.write_atomically(folder / "index.html", make_page(results, table))
+
+
+def make_table(summary: dict) -> list[list[str]]:
+    """Head and lines: metric, base, then for each other model its mean and its difference from the base."""
+    tuned = list(next(iter(summary.values())))[1:]
+    table = [["metric", "base", *(head for model in tuned for head in (model, "difference"))]]
+    for metric, models in summary.items():
+        several = len(models["base"]) > 1
+        scale = 100 if metric == "hps" and several else 1  # as HPS's benchmark is published
+        for group, base in models["base"].items():
+            line = [metric + several * f" {group}" + (scale == 100) * " x 100", f"{scale * base['mean']:.4f}"]
+            for own in (models[model][group] for model in tuned):
+                error = "" if own["error"] is None else f" ± {scale * own['error']:.4f}"
+                line += [f"{scale * own['mean']:.4f}", f"{scale * own['difference']:+.4f}{error}"]
+            table.append(line)
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of 0 … count - 1, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
+
+
+def previews(path: Path, frames: int, most: int, side: int = 256) -> list[Image.Image]:
+    """A picture, or at most `most` frames of a video, the longest side `side` pixels; small ones enlarged by pixels."""
+    pixels = np.array(output.read_picture(path))
+    pixels = pixels.reshape(frames, -1, *pixels.shape[1:])  # (F, H, W, 3)
+    _, height, width, _ = pixels.shape
+    zoom = side / max(height, width)
+    size = round(width * zoom), round(height * zoom)
+    how = Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.LANCZOS
+    return [Image.fromarray(pixels[i]).resize(size, how) for i in spread(frames, most)]
+
+
+def make_sheet(results: Results) -> Image.Image:
+    """compare.png: a row for each of some prompts, a column for each model; of a video four frames side by side."""
+    shown, text, head, gap = spread(len(results.prompts), SHEET_PROMPTS), 200, 32, 8
+    cells = [[previews(paths[p][0], results.frames, 4) for paths in results.pictures.values()] for p in shown]
+    (w, h), across = cells[0][0][0].size, len(cells[0][0])
+    column = w * across + gap
+    sheet = Image.new("RGB", (text + len(results.models) * column, head + len(shown) * (h + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for k, name in enumerate(results.models):
+        pen.text((text + k * column, gap), name[-w * across // 8 :], fill="black", font=font)
+    for i, (p, row) in enumerate(zip(shown, cells, strict=True)):
+        top = head + i * (h + gap)
+        lines = textwrap.wrap(results.prompts[p]["prompt"], 25)[: h // 20]
+        pen.multiline_text((gap, top), "\n".join(lines), fill="black", font=font)
+        for k, frames in enumerate(row):
+            for j, frame in enumerate(frames):
+                sheet.paste(frame, (text + k * column + j * w, top))
+    return sheet
+
+
+# --------------------------------------------------------------------------------------------------------------- page
+
+STYLE = """
+:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }
+body { margin: auto; max-width: 1200px; padding: 1rem }
+.table { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
+th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8886; font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left } .up { color: #1a9048 } .down { color: #d04040 }
+.row { display: flex; flex-wrap: wrap; gap: .8rem; margin: .4rem 0 1.6rem } h2 { margin: 0; font-size: 1rem }
+figure { margin: 0; width: 256px } figcaption { font-size: .8rem; overflow-wrap: anywhere } img { width: 100% }
+"""
+
+
+def make_page(results: Results, table: list[list[str]]) -> str:
+    """index.html: the table, and for some prompts the first picture of each model with its scores, embedded."""
+    say = html.escape
+    body = ["<h1>Evaluation</h1><div class=table><table>"]
+    body.append("<tr>" + "".join(f"<th>{say(cell)}</th>" for cell in table[0]))
+    body += ["<tr>" + "".join(f"<td{tint(cell)}>{say(cell)}</td>" for cell in line) for line in table[1:]]
+    body.append("</table></div><ul>" + "".join(f"<li>{say(remark)}</li>" for remark in results.remarks) + "</ul>")
+    for p in spread(len(results.prompts), PAGE_PROMPTS):
+        body.append(f"<h2>{say(results.prompts[p]['prompt'])}</h2><div class=row>")
+        for name, paths in results.pictures.items():
+            scores = results.scores[name][p][0]
+            words = [f"{metric} {value:.4f}" for metric, value in scores.items() if metric not in ("geneval", "wrong")]
+            if "geneval" in scores:
+                words.append("✓ correct" if scores["geneval"] else f"✗ {scores['wrong']}")
+            caption = "<br>".join(map(say, [name, " · ".join(words)]))
+            picture = data_uri(paths[p][0], results.frames, results.fps)
+            body.append(f'<figure><img src="{picture}" alt=""><figcaption>{caption}</figcaption></figure>')
+        body.append("</div>")
+    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    return f"{head}\n<title>Evaluation</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
+
+
+def tint(cell: str) -> str:
+    """The colour of a difference that is more than two standard errors from zero."""
+    match = re.fullmatch(r"([+-])([\d.]+) ± ([\d.]+)", cell)
+    clear = match and float(match[2]) > 2 * float(match[3])
+    return f" class={'up' if match[1] == '+' else 'down'}" if clear else ""
+
+
+def data_uri(path: Path, frames: int, fps: float) -> str:
+    """The picture, or the video as an animation, as text for the src of an <img>."""
+    shown, buffer, movie = previews(path, frames, frames), io.BytesIO(), {}
+    if frames > 1:
+        movie = {"save_all": True, "append_images": shown[1:], "duration": round(1000 / fps), "loop": 0}
+    with Image.open(path) as picture:
+        is_small = picture.width <= 128
+    shown[0].save(buffer, "WEBP", lossless=is_small, quality=85, **movie)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
