@@ -29,23 +29,8 @@ from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, output
-from sampling import (
-    cps_log_prob,
-    cps_step,
-    flow_grpo_sde_step,
-    flow_sde_step,
-    flow_sigmas,
-    gaussian_log_prob,
-    rollout,
-    sample_ode,
-)
+from sampling import SDE, flow_sigmas, rollout, sample_ode
 
-# --sde → the Gaussian of a step, and the log-probability of a draw from it
-SDE = {
-    "dance": (flow_sde_step, gaussian_log_prob),
-    "flow": (flow_grpo_sde_step, gaussian_log_prob),
-    "cps": (cps_step, cps_log_prob),
-}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 
 
@@ -68,9 +53,7 @@ class Config:
     sde: str = "dance"  # stochastic step: dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
     sde_window: int = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: int = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: float = (
-        0.6  # tau, share of the first T - 1 steps that is trained, without a window (paper, release)
-    )
+    timestep_fraction: float = 0.6  # tau, share of the first T - 1 steps trained; all of a window (paper, release)
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: int = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
     micro_batch: int = 4  # samples in one forward pass, in the rollout and in the update alike (ours)

@@ -54,7 +54,7 @@ class Config:
     eta: float = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
     sde_window: int = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: int = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: float = 1.0  # tau, share of the first T - 1 steps that is trained, without a window (release)
+    timestep_fraction: float = 1.0  # tau, share of the first T - 1 steps trained; all of a window (release)
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: int = 2  # optimizer steps, each on its own part of the samples (release)
     micro_batch: int = 8  # samples in one forward pass, in the rollout and in the update alike (ours)

@@ -177,3 +177,11 @@ def sample_ode(model, z, levels, step=flow_sde_step) -> torch.Tensor:
     for i in range(len(levels) - 1):
         z, _, z0_hat = step(model(z, i), z, levels[i], levels[i + 1], 0.0)
     return z0_hat
+
+
+# The option --sde: the step function of rectified flow, and the log-probability of a draw from its Gaussian.
+SDE = {
+    "dance": (flow_sde_step, gaussian_log_prob),
+    "flow": (flow_grpo_sde_step, gaussian_log_prob),
+    "cps": (cps_step, cps_log_prob),
+}

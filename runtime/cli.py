@@ -38,9 +38,8 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     """Fill the frozen dataclass from defaults, then the preset, then the command line (each overrides the one before).
 
     Every field becomes an option; its help is the comment that trails it in the source; one of type tuple[str, ...]
-    takes several words. A --task that is also the name of a preset chooses it, where no --preset is given. With
-    --resume, where there is such an option, the values come from the run's config.json, and options given on the
-    command line must agree with it.
+    takes several words. With --resume, where there is such an option, the values come from the run's config.json, and
+    options given on the command line must agree with it.
     Raises RunError on anything that is not as it should be.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
@@ -59,8 +58,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     defaults = dataclasses.asdict(config_class())
 
     def values(options: dict) -> dict:
-        of_task = options["task"] if options.get("task") in presets else defaults["preset"]
-        preset = options.get("preset", of_task)
+        preset = options.get("preset", defaults["preset"])
         if preset not in presets:
             raise RunError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
         return {"preset": preset} | presets[preset] | options

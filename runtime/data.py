@@ -1,7 +1,6 @@
 """What goes into a run: keyed noise, prompts, first frames. Random numbers are functions of their key alone."""
 
 import contextlib
-import csv
 import hashlib
 import json
 import urllib.request
@@ -17,10 +16,10 @@ from torch import Tensor
 from .cli import RunError, require
 from .distributed import World, load_pretrained
 
-# name: (data set on the hub, its file, JSON or CSV with a "prompt" in each row), or (address, text file)
+# name: (data set on the hub, its JSON file with a "prompt" in each row), or (address, text file of one prompt a line)
 PROMPT_SETS = {
     "hpdv2": ("ymhao/HPDv2", "train.json"),
-    "vidprom": ("WenhaoWang/VidProM", "VidProM_unique.csv"),
+    "vidprom": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "video_prompts.txt"),  # filtered
     "consisid": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "consist-id.txt"),
 }
 
@@ -95,9 +94,8 @@ def _fetch_prompt_set(name: str) -> Path:
             if source.startswith("https://"):
                 lines = fetch_text(f"{source}/{file}").splitlines()
             else:
-                with open(hf_hub_download(source, file, repo_type="dataset"), encoding="utf-8", newline="") as text:
-                    rows = json.load(text) if file.endswith(".json") else csv.DictReader(text)
-                    lines = [row["prompt"] for row in rows]
+                rows = json.loads(Path(hf_hub_download(source, file, repo_type="dataset")).read_text("utf-8"))
+                lines = [row["prompt"] for row in rows]
         except OSError as e:
             raise RunError(
                 f"cannot fetch the prompt set {name} ({file} of {source}); "

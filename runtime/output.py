@@ -155,7 +155,7 @@ class Metrics:
             self.drawn = time.monotonic()
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Iterations and values of a key, where it was written; of sample scores also what they were before training."""
+        """Iterations and values of a key, where it was written; sample scores start with their value before training."""
         points = [(row["iteration"], row[key]) for row in self.rows if key in row]
         if f"{key}_before" in self.rows[0]:
             points.insert(0, (0, self.rows[0][f"{key}_before"]))
@@ -200,7 +200,7 @@ class Metrics:
 
 
 class Samples:
-    """Sample pictures or videos: the same prompts, the same noise, no injected noise. Their scores are the curve to watch.
+    """Sample pictures or videos: same prompts, same noise, no noise injected. Their scores are the curve to watch.
 
     draw   (prompts, initial noise (b, *shape)) → images (b, 3, H, W) or videos (b, F, 3, H, W) in [0, 1]
     reward is that of the training. fps: frames per second, of videos.
@@ -233,7 +233,7 @@ class Samples:
 
 
 class Run:
-    """The course of a run around the algorithm: what is resumed, and what is drawn, written and saved when it is due."""
+    """What surrounds the algorithm: resuming, and drawing, writing and saving when it is time."""
 
     def __init__(self, config, world: World, checkpoints: Checkpoints, samples: Samples):
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
