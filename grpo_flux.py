@@ -29,6 +29,7 @@ from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, output
+from runtime.cli import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, rollout, sample_ode
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
@@ -43,37 +44,37 @@ class Config:
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
     output_dir: str = "runs/flux"  # everything the run leaves
     resume: bool = False  # continue from the newest checkpoint in --output-dir
-    seed: int = 42  # of every random number (release)
-    iterations: int = 300  # rollouts (release)
-    prompts_per_iteration: int = 16  # over all processes (release: 1 for each of 16 GPUs)
-    group_size: int = 12  # G, images of one prompt that are compared (release)
-    steps: int = 16  # T, sampling steps in the rollout (release)
-    eta: float = 0.3  # noise of the SDE, eq. 8 (paper, release); flow: a = 0.7, cps: 0.8 are usual
-    shift: float = 3.0  # of the sigmas towards noise (release)
+    seed: Seed = 42  # of every random number (release)
+    iterations: Count = 300  # rollouts (release)
+    prompts_per_iteration: Count = 16  # over all processes (release: 1 for each of 16 GPUs)
+    group_size: Several = 12  # G, images of one prompt that are compared (release)
+    steps: Several = 16  # T, sampling steps in the rollout (release)
+    eta: Positive = 0.3  # noise of the SDE, eq. 8 (paper, release); flow: a = 0.7, cps: 0.8 are usual
+    shift: Positive = 3.0  # of the sigmas towards noise (release)
     sde: str = "dance"  # stochastic step: dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
-    sde_window: int = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
-    sde_window_every: int = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: float = 0.6  # tau, share of the first T - 1 steps trained; all of a window (paper, release)
+    sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
+    sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
+    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps trained; all of a window (paper, release)
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
-    updates_per_rollout: int = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
-    micro_batch: int = 4  # samples in one forward pass, in the rollout and in the update alike (ours)
-    clip_range: float = 1e-4  # epsilon of the ratio (paper, release); so small because log-probs are means
-    advantage_clip: float = 5.0  # advantages are clamped to plus or minus this (release)
-    kl_weight: float = 0.0  # beta of |v - v_ref|², to stay near the model started from (paper: none)
-    keep_best_worst: int = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
-    learning_rate: float = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
-    max_grad_norm: float = 1.0  # gradient clipping (paper, release; 0.01 in the 8-GPU recipe)
-    lora_rank: int = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
-    ema_decay: float = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
-    guidance: float = 3.5  # embedded guidance scale (release)
-    height: int = 720  # pixels (release); train at the size you use
-    width: int = 720  # pixels (release)
-    max_sequence_length: int = 512  # text tokens of the T5 encoder (FluxPipeline's default)
+    updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
+    micro_batch: Count = 4  # samples in one forward pass, in the rollout and in the update alike (ours)
+    clip_range: Open01 = 1e-4  # epsilon of the ratio (paper, release); so small because log-probs are means
+    advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
+    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near the model started from (paper: none)
+    keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
+    learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
+    max_grad_norm: Positive = 1.0  # gradient clipping (paper, release; 0.01 in the 8-GPU recipe)
+    lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
+    ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
+    guidance: Positive = 3.5  # embedded guidance scale (release)
+    height: Count = 720  # pixels (release); train at the size you use
+    width: Count = 720  # pixels (release)
+    max_sequence_length: Count = 512  # text tokens of the T5 encoder (FluxPipeline's default)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     compile: bool = False  # torch.compile the transformer's repeated blocks
-    save_every: int = 50  # iterations between checkpoints; one more at the end
-    sample_every: int = 10  # iterations between sample pictures; also before the first and at the end
-    num_samples: int = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
+    save_every: Count = 50  # iterations between checkpoints; one more at the end
+    sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
+    num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
 
 
 # In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
@@ -261,7 +262,6 @@ def check(cfg: Config) -> None:
     cli.check_options(cfg)
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
-    cli.require(cfg.shift > 0, f"--shift must be above 0, got {cfg.shift}")
     check_reward(cfg.reward, cfg.reward_paths)
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, output
+from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import ddim_sde_step, gaussian_log_prob, sample_ode
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
@@ -46,34 +47,34 @@ class Config:
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
     output_dir: str = "runs/sd"  # everything the run leaves
     resume: bool = False  # continue from the newest checkpoint in --output-dir
-    seed: int = 42  # of every random number (release)
-    iterations: int = 301  # rollouts (release)
-    prompts_per_iteration: int = 32  # over all processes (release: 4 for each of 8 GPUs)
-    group_size: int = 16  # G, images of one prompt that are compared (release)
-    steps: int = 50  # T, sampling steps in the rollout (paper, release)
-    eta: float = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
-    sde_window: int = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
-    sde_window_every: int = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: float = 1.0  # tau, share of the first T - 1 steps trained; all of a window (release)
+    seed: Seed = 42  # of every random number (release)
+    iterations: Count = 301  # rollouts (release)
+    prompts_per_iteration: Count = 32  # over all processes (release: 4 for each of 8 GPUs)
+    group_size: Several = 16  # G, images of one prompt that are compared (release)
+    steps: Several = 50  # T, sampling steps in the rollout (paper, release)
+    eta: Share = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
+    sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
+    sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
+    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps trained; all of a window (release)
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
-    updates_per_rollout: int = 2  # optimizer steps, each on its own part of the samples (release)
-    micro_batch: int = 8  # samples in one forward pass, in the rollout and in the update alike (ours)
-    clip_range: float = 1e-4  # epsilon of the ratio (paper, release); so small because log-probs are means
-    advantage_clip: float = 5.0  # advantages are clamped to plus or minus this (release)
-    kl_weight: float = 0.0  # beta of |eps - eps_ref|², to stay near the model started from (paper: none)
-    keep_best_worst: int = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
-    learning_rate: float = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
-    max_grad_norm: float = 1.0  # gradient clipping (paper, release)
-    lora_rank: int = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
-    ema_decay: float = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
-    guidance: float = 5.0  # classifier-free guidance, in rollout and update alike (release); 1: off, half the cost
-    height: int = 512  # pixels (release)
-    width: int = 512  # pixels (release)
+    updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
+    micro_batch: Count = 8  # samples in one forward pass, in the rollout and in the update alike (ours)
+    clip_range: Open01 = 1e-4  # epsilon of the ratio (paper, release); so small because log-probs are means
+    advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
+    kl_weight: NonNegative = 0.0  # beta of |eps - eps_ref|², to stay near the model started from (paper: none)
+    keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
+    learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
+    max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
+    lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
+    ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
+    guidance: AtLeast1 = 5.0  # classifier-free guidance, in rollout and update alike (release); 1: off, half the cost
+    height: Count = 512  # pixels (release)
+    width: Count = 512  # pixels (release)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     compile: bool = False  # torch.compile the UNet's repeated blocks
-    save_every: int = 50  # iterations between checkpoints; one more at the end
-    sample_every: int = 10  # iterations between sample pictures; also before the first and at the end
-    num_samples: int = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
+    save_every: Count = 50  # iterations between checkpoints; one more at the end
+    sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
+    num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
 
 
 # In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
@@ -265,8 +266,6 @@ def sample_groups(
 def check(cfg: Config) -> None:
     """Everything that can be wrong with the options is found here, before any model is loaded."""
     cli.check_options(cfg)
-    cli.require(cfg.eta <= 1, f"--eta must be at most 1 for the DDIM SDE, got {cfg.eta}")
-    cli.require(cfg.guidance >= 1, f"--guidance must be at least 1 (off), got {cfg.guidance}")
     check_reward(cfg.reward, cfg.reward_paths)
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))

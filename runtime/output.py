@@ -155,7 +155,7 @@ class Metrics:
             self.drawn = time.monotonic()
 
     def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Iterations and values of a key, where it was written; sample scores start with their value before training."""
+        """Iterations and values of a key; sample scores start with their value before training."""
         points = [(row["iteration"], row[key]) for row in self.rows if key in row]
         if f"{key}_before" in self.rows[0]:
             points.insert(0, (0, self.rows[0][f"{key}_before"]))
