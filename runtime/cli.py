@@ -5,11 +5,12 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import sys
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -38,9 +39,8 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     """Fill the frozen dataclass from defaults, then the preset, then the command line (each overrides the one before).
 
     Every field becomes an option; its help is the comment that trails it in the source; one of type tuple[str, ...]
-    takes several words. A --task that is also the name of a preset chooses it, where no --preset is given. With
-    --resume, where there is such an option, the values come from the run's config.json, and options given on the
-    command line must agree with it.
+    takes several words. With --resume, where there is such an option, the values come from the run's config.json, and
+    options given on the command line must agree with it.
     Raises RunError on anything that is not as it should be.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
@@ -59,8 +59,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     defaults = dataclasses.asdict(config_class())
 
     def values(options: dict) -> dict:
-        of_task = options["task"] if options.get("task") in presets else defaults["preset"]
-        preset = options.get("preset", of_task)
+        preset = options.get("preset", defaults["preset"])
         if preset not in presets:
             raise RunError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
         return {"preset": preset} | presets[preset] | options
@@ -96,53 +95,61 @@ def require(condition: bool, message: str) -> None:
         raise RunError(message)
 
 
+class Range(typing.NamedTuple):
+    """The values that an option may have: in words, for the error, and as a test."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+# The types of options. A number that is not finite is in none of them.
+Count = typing.Annotated[int, Range("at least 1", lambda x: x >= 1)]
+Natural = typing.Annotated[int, Range("0 or more", lambda x: x >= 0)]
+Several = typing.Annotated[int, Range("at least 2", lambda x: x >= 2)]
+Seed = typing.Annotated[int, Range("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63)]
+Rank = typing.Annotated[int, Range("0 (all weights are trained) or a rank of at most 1024", lambda x: 0 <= x <= 1024)]
+Positive = typing.Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
+NonNegative = typing.Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]
+AtLeast1 = typing.Annotated[float, Range("at least 1 (off)", lambda x: 1 <= x < math.inf)]
+Share = typing.Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
+Open01 = typing.Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)]
+Decay = typing.Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)]
+
+
+def check_ranges(config) -> None:
+    """Every option is in the range that its declaration names."""
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        for within in getattr(kind, "__metadata__", ()):
+            require(within.holds(value), f"--{name.replace('_', '-')} must be {within.words}, got {value}")
+
+
 def check_options(config) -> None:
-    """Ranges and divisibility of the options that all trainers share. Runs before any model is loaded."""
+    """Ranges, and how options go together, for all trainers. Runs before any model is loaded."""
+    check_ranges(config)
     c, processes = config, int(os.environ.get("WORLD_SIZE", 1))
     trained = 2 * c.keep_best_worst or c.group_size  # samples of each group that are trained on
-    if c.steps < 2:
-        raise RunError(f"--steps must be at least 2, got {c.steps}: the last step is never trained")
     for ok, message in (
-        (c.iterations >= 1, f"--iterations must be at least 1, got {c.iterations}"),
-        (
-            c.group_size >= 2,
-            f"--group-size must be at least 2, got {c.group_size}: samples are compared in their group",
-        ),
-        (c.prompts_per_iteration >= 1, f"--prompts-per-iteration must be at least 1, got {c.prompts_per_iteration}"),
         (
             c.prompts_per_iteration % processes == 0,
             f"--prompts-per-iteration {c.prompts_per_iteration} must be a multiple of the {processes} processes",
         ),
-        (c.eta > 0, f"--eta must be above 0, got {c.eta}: without noise there is no policy to train"),
-        (0 < c.timestep_fraction <= 1, f"--timestep-fraction must be in (0, 1], got {c.timestep_fraction}"),
         (
             int((c.steps - 1) * c.timestep_fraction) >= 1,
             f"--timestep-fraction {c.timestep_fraction} of {c.steps - 1} steps trains none; raise it or --steps",
         ),
         (
-            0 <= c.keep_best_worst <= c.group_size // 2,
+            c.keep_best_worst <= c.group_size // 2,
             f"--keep-best-worst {c.keep_best_worst} keeps twice as many samples, more than --group-size {c.group_size}",
         ),
         (
-            c.updates_per_rollout >= 1 and trained % c.updates_per_rollout == 0,
+            trained % c.updates_per_rollout == 0,
             f"--updates-per-rollout {c.updates_per_rollout} must divide the {trained} samples trained in each group",
         ),
         (
-            0 <= c.sde_window < c.steps,
+            c.sde_window < c.steps,
             f"--sde-window must be from 0 (every step) to --steps - 1 = {c.steps - 1}, got {c.sde_window}",
         ),
-        (c.micro_batch >= 1, f"--micro-batch must be at least 1, got {c.micro_batch}"),
-        (0 < c.clip_range < 1, f"--clip-range must be in (0, 1), got {c.clip_range}"),
-        (c.advantage_clip > 0, f"--advantage-clip must be above 0, got {c.advantage_clip}"),
-        (c.kl_weight >= 0, f"--kl-weight must not be negative, got {c.kl_weight}"),
-        (c.learning_rate > 0, f"--learning-rate must be above 0, got {c.learning_rate}"),
-        (c.max_grad_norm > 0, f"--max-grad-norm must be above 0, got {c.max_grad_norm}"),
-        (c.lora_rank >= 0, f"--lora-rank must be 0 (full fine-tuning) or more, got {c.lora_rank}"),
-        (0 <= c.ema_decay < 1, f"--ema-decay must be in [0, 1), got {c.ema_decay}"),
-        (c.save_every >= 1, f"--save-every must be at least 1, got {c.save_every}"),
-        (c.sample_every >= 1, f"--sample-every must be at least 1, got {c.sample_every}"),
-        (c.num_samples >= 1, f"--num-samples must be at least 1, got {c.num_samples}"),
-        (c.seed >= 0, f"--seed must not be negative, got {c.seed}"),
     ):
         require(ok, message)
 

@@ -1,25 +1,25 @@
 """What goes into a run: keyed noise, prompts, first frames. Random numbers are functions of their key alone."""
 
-import csv
+import contextlib
 import hashlib
 import json
 import urllib.request
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from .cli import RunError, require
 from .distributed import World, load_pretrained
-from .output import read_picture, save_image, write_atomically, writing
 
-# name: (data set on the hub, its file, JSON or CSV with a "prompt" in each row), or (address, text file)
+# name: (data set on the hub, its JSON file with a "prompt" in each row), or (address, text file of one prompt a line)
 PROMPT_SETS = {
     "hpdv2": ("ymhao/HPDv2", "train.json"),
-    "vidprom": ("WenhaoWang/VidProM", "VidProM_unique.csv"),
+    "vidprom": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "video_prompts.txt"),  # filtered
     "consisid": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "consist-id.txt"),
 }
 
@@ -36,6 +36,17 @@ def keyed_noise(shape: Sequence[int], keys: Iterable[Sequence[int]], purpose: st
     """Standard normal (len(keys), *shape) float32; each sample drawn from its own key."""
     rows = [keyed_rng(purpose, *key).standard_normal(shape, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows)).to(device)
+
+
+def rollout_noise(shape: Sequence[int], keys: Sequence[tuple], shared: bool, device) -> tuple[Tensor, Callable]:
+    """All the noise of a rollout: the initial noise (B, *shape), and a function of the step that gives (B, *shape).
+
+    keys: (seed, iteration, prompt, sample) of each of the B samples. shared: the samples of a prompt start from the
+    same initial noise; the noise of the steps is always a sample's own.
+    """
+    initial = [(*key[:-1], 0) for key in keys] if shared else keys
+    z = keyed_noise(shape, initial, "initial noise", device)
+    return z, lambda i: keyed_noise(shape, [(*key, i) for key in keys], "step noise", device)
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -83,9 +94,8 @@ def _fetch_prompt_set(name: str) -> Path:
             if source.startswith("https://"):
                 lines = fetch_text(f"{source}/{file}").splitlines()
             else:
-                with open(hf_hub_download(source, file, repo_type="dataset"), encoding="utf-8", newline="") as text:
-                    rows = json.load(text) if file.endswith(".json") else csv.DictReader(text)
-                    lines = [row["prompt"] for row in rows]
+                rows = json.loads(Path(hf_hub_download(source, file, repo_type="dataset")).read_text("utf-8"))
+                lines = [row["prompt"] for row in rows]
         except OSError as e:
             raise RunError(
                 f"cannot fetch the prompt set {name} ({file} of {source}); "
@@ -184,3 +194,48 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     if world.is_main:
         with writing(index), index.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into one line of advice."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:
+        # torch and safetensors report a full disk as errors of their own
+        reason = str(e).strip().splitlines()[-1]
+        raise RunError(
+            f"could not write {path}: {reason}; make room or take another --output-dir; "
+            "checkpoints already there are complete, --resume goes on from the newest"
+        ) from e
+
+
+def write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+
+
+def save_image(path: Path, image) -> None:
+    """A PIL image as a PNG file, which is whole or not there."""
+    part = path.with_suffix(".part.png")
+    with writing(path):
+        image.save(part)
+        part.replace(path)
+
+
+def read_picture(path: str | Path):
+    """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
+        raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e

@@ -39,6 +39,18 @@ class World:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
+    def mean(self, x: Tensor) -> float:
+        """The mean of a 0-d tensor over all processes."""
+        return self.gather(x.view(1)).mean().item()
+
+    def share(self, count: int) -> list[int]:
+        """This process's part of 0 … count - 1. All parts are equally long, so the last indices may be repeated."""
+        return [(self.rank + k * self.size) % count for k in range(-(-count // self.size))]
+
+    def collect(self, x: Tensor, count: int) -> Tensor:
+        """What all processes have for their `share`, (n, ...) each, in order: (count, ...)."""
+        return self.gather(x).unflatten(0, (self.size, -1)).transpose(0, 1).flatten(0, 1)[:count]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -1,6 +1,5 @@
 """What a run leaves: its folder, checkpoints, metrics, pictures."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import inspect
@@ -9,7 +8,7 @@ import shutil
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,33 +24,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .cli import RunError, latest_checkpoint
+from .data import keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, World
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, no permission) into one line of advice."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:
-        # torch and safetensors report a full disk as errors of their own
-        reason = str(e).strip().splitlines()[-1]
-        raise RunError(
-            f"could not write {path}: {reason}; make room or take another --output-dir; "
-            "checkpoints already there are complete, --resume goes on from the newest"
-        ) from e
-
-
-def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-
-
-def open_output(config, world: World) -> None:
+def open_folder(config, world: World) -> None:
     """Create --output-dir and write config.json; refuse a folder that holds a run, unless it is to be resumed."""
     output_dir = Path(config.output_dir)
     if world.is_main and not config.resume:
@@ -151,63 +128,39 @@ class Checkpoints:
 class Metrics:
     """metrics.jsonl, a line per iteration, and reward.png, its curves. On rank 0; elsewhere it does nothing."""
 
-    REDRAW_SECONDS = 10.0
+    REDRAW_SECONDS = 20.0
 
     def __init__(self, output_dir: str, world: World, done: int):
-        self.path, self.world, self.drawn = Path(output_dir) / "metrics.jsonl", world, 0.0
-        self.rows = []
+        self.path, self.world, self.drawn = Path(output_dir) / "metrics.jsonl", world, time.monotonic()
+        self.rows, self.before = [], {}
         if done and world.is_main:  # resumed: lines after the checkpoint belong to iterations that are run again
             lines = self.path.read_text(encoding="utf-8").splitlines()[:done]
             self.rows = [json.loads(line) for line in lines]
             write_atomically(self.path, "".join(line + "\n" for line in lines))
 
-    def write(
-        self,
-        iteration: int,
-        rewards: dict[str, Tensor],
-        weights: dict[str, float],
-        advantages: Tensor,
-        group_size: int,
-        losses: list[Tensor],
-        ratios: list[list[Tensor]],
-        clip_range: float,
-        grad_norms: list[float],
-        clock: "Stopwatch",
-    ) -> dict:
-        """Add an iteration's line, over the samples of all processes. `ratios`: of each update, of each micro-batch.
+    def start(self, scores: dict[str, float]) -> None:
+        """The scores of the sample pictures before training; the first line holds them as NAME_before."""
+        self.before = {f"{name}_before": score for name, score in scores.items()}
 
-        Calls a collective: every process must get here. Returns the line.
-        """
-        rewards = {name: self.world.gather(r) for name, r in rewards.items()}
-        total = sum(weights[name] * r for name, r in rewards.items())
-        advantages = self.world.gather(advantages)
-        deviation = [self.world.gather(torch.cat(update)).double() - 1 for update in ratios]  # rho - 1, of each update
-        every = torch.cat(deviation)
-        row = {
-            "iteration": iteration,
-            "reward_mean": total.mean().item(),
-            "reward_std": total.std().item(),
-            **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
-            "advantage_abs": advantages.abs().mean().item(),
-            "loss": self.world.gather(torch.stack(losses).sum().view(1) / len(ratios)).mean().item(),
-            "ratio_mean": 1 + every.mean().item(),
-            "ratio_max_deviation_first_update": deviation[0].abs().max().item(),
-            "clip_fraction": (every.abs() > clip_range).double().mean().item(),
-            "approx_kl": (every - torch.log1p(every)).mean().item(),  # the k3 estimator, of the mean-log-prob ratio
-            "grad_norm": sum(grad_norms) / len(grad_norms),
-            "zero_variance_groups": int((advantages.view(-1, group_size).abs().amax(1) == 0).sum()),
-            "seconds": sum(clock.seconds.values()),
-            **{f"seconds_{part}": seconds for part, seconds in clock.seconds.items()},
-            "samples_per_second": len(advantages) / sum(clock.seconds.values()),
-        }
-        if self.world.is_main:
-            self.rows.append(row)
-            with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if time.monotonic() - self.drawn > self.REDRAW_SECONDS:
-                self.draw()
-                self.drawn = time.monotonic()
-        return row
+    def write(self, row: dict) -> None:
+        """Add an iteration's line."""
+        if not self.world.is_main:
+            return
+        row, self.before = row | self.before, {}
+        self.rows.append(row)
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if time.monotonic() - self.drawn > self.REDRAW_SECONDS:
+            self.draw()
+            self.drawn = time.monotonic()
+
+    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Iterations and values of a key; sample scores start with their value before training."""
+        points = [(row["iteration"], row[key]) for row in self.rows if key in row]
+        if f"{key}_before" in self.rows[0]:
+            points.insert(0, (0, self.rows[0][f"{key}_before"]))
+        steps, values = zip(*points, strict=True)
+        return np.array(steps), np.array(values)
 
     def draw(self) -> None:
         """Redraw reward.png."""
@@ -218,21 +171,24 @@ class Metrics:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
+        sampled = {key for row in self.rows for key in row if key.startswith("sample_reward_")}
         names = [key for key in self.rows[-1] if key.startswith("reward_") and key not in ("reward_mean", "reward_std")]
         panels = {
-            "reward": names if len(names) == 1 else ["reward_mean", *names],
+            "reward": names,
             "spread of rewards": ["reward_std"],
             "share of ratios clipped": ["clip_fraction"],
             "gradient norm": ["grad_norm"],
         }
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-        steps = np.array([row["iteration"] for row in self.rows])
         for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
             for key in keys:
-                values = np.array([row[key] for row in self.rows])
+                steps, values = self.curve(key)
                 (line,) = axis.plot(steps, values, alpha=0.3)
                 last_ten = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
                 axis.plot(steps, last_ten, color=line.get_color(), label=f"{key}, mean of 10")
+                if f"sample_{key}" in sampled:
+                    steps, values = self.curve(f"sample_{key}")
+                    axis.plot(steps, values, "o-", color=line.get_color(), linewidth=3, label=f"sample_{key}")
             axis.set(title=title, xlabel="iteration")
             axis.legend()
             axis.grid(alpha=0.3)
@@ -243,6 +199,67 @@ class Metrics:
         plt.close(figure)
 
 
+class Samples:
+    """Sample pictures or videos: same prompts, same noise, no noise injected. Their scores are the curve to watch.
+
+    draw   (prompts, initial noise (b, *shape)) → images (b, 3, H, W) or videos (b, F, 3, H, W) in [0, 1]
+    reward is that of the training. fps: frames per second, of videos.
+    """
+
+    SHOWN = 8  # are saved; all are scored
+
+    def __init__(self, config, world: World, prompts: list[str], draw: Callable, shape: tuple, reward, fps=None):
+        self.folder, self.seed, self.micro_batch = Path(config.output_dir, "samples"), config.seed, config.micro_batch
+        self.prompts, self.draw, self.shape, self.reward = prompts[: config.num_samples], draw, shape, reward
+        self.world, self.fps = world, fps
+
+    @torch.no_grad()
+    def save(self, iteration: int) -> dict[str, float]:
+        """Draw all, shared out over the processes, and save the first. Returns {"sample_reward_NAME": mean score}."""
+        mine, count, images = self.world.share(len(self.prompts)), len(self.prompts), []
+        for part in self.world.chunks(mine, self.micro_batch, "sample pictures"):
+            z = keyed_noise(self.shape, [(self.seed, i) for i in part], "sample pictures", self.world.device)
+            images.append(self.draw([self.prompts[i] for i in part], z))
+        images = torch.cat(images)
+        scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
+        shown = self.world.collect(images[: self.SHOWN], min(count, self.SHOWN))
+        if self.world.is_main:
+            captions, path = self.prompts[: len(shown)], self.folder / f"{iteration:06d}.png"
+            if self.fps is None:
+                save_pictures(path, shown, captions)
+            else:
+                save_videos(path, shown, captions, self.fps)
+        return {f"sample_reward_{name}": self.world.collect(r, count).mean().item() for name, r in scores.items()}
+
+
+class Run:
+    """What surrounds the algorithm: resuming, and drawing, writing and saving when it is time."""
+
+    def __init__(self, config, world: World, checkpoints: Checkpoints, samples: Samples):
+        self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
+        self.done = checkpoints.restore(config.output_dir) if config.resume else 0
+        self.metrics = Metrics(config.output_dir, world, self.done)
+
+    def iterations(self) -> Iterator[int]:
+        """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
+        if not self.done:
+            self.metrics.start(self.samples.save(0))
+        options = {"initial": self.done, "total": self.config.iterations, "desc": "GRPO"}
+        self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
+        yield from self.bar
+        self.metrics.draw()
+
+    def finish(self, iteration: int, row: dict) -> None:
+        """Write the line of metrics; draw sample pictures and save a checkpoint if it is time."""
+        done, c = iteration + 1, self.config
+        if done == c.iterations or done % c.sample_every == 0:
+            row = row | self.samples.save(done)
+        self.metrics.write({"iteration": done} | row)
+        self.bar.set_postfix_str(f"reward {row['reward_mean']:.4f}")
+        if done == c.iterations or done % c.save_every == 0:
+            self.checkpoints.save(c.output_dir, done)
+
+
 class Stopwatch:
     """Seconds spent in each part of an iteration; waits for the device so that they are true on CUDA."""
 
@@ -250,12 +267,18 @@ class Stopwatch:
         self.world, self.seconds, self.last = world, {}, time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """Book the time since the last lap under `part`."""
+        """Add the time since the last lap to `part`."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
         self.last = now
+
+    def metrics(self, samples: int) -> dict[str, float]:
+        """Seconds in all and of each part, and samples per second; `samples` is the number of this process."""
+        total = sum(self.seconds.values())
+        parts = {f"seconds_{part}": seconds for part, seconds in self.seconds.items()}
+        return {"seconds": total} | parts | {"samples_per_second": samples * self.world.size / total}
 
 
 def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: int = 4) -> None:
@@ -277,25 +300,6 @@ def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: 
         lines = textwrap.wrap(caption, line_length)[:2]
         draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font)
     save_image(path, sheet)
-
-
-def save_image(path: Path, image) -> None:
-    """A PIL image as a PNG file, which is whole or not there."""
-    part = path.with_suffix(".part.png")
-    with writing(path):
-        image.save(part)
-        part.replace(path)
-
-
-def read_picture(path: str | Path):
-    """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
-        raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e
 
 
 def save_videos(path: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
