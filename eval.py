@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import geneval, report
-from evaluation.models import FAMILIES, USUAL, Model, component_config, find_weights, load_pipeline, run_options
+from evaluation.models import FAMILIES, Model, component_config, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, load_reward, parse_paths, parse_spec
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed
+from runtime.cli import Count, Natural, NonNegative, Seed
 from sampling import flow_sigmas
 
 
@@ -50,18 +51,18 @@ class Config:
     detector: str = geneval.MASK2FORMER  # of geneval: hub id or folder of a Mask2Former, or FILE.py:CLASS
     detector_clip: str = geneval.CLIP  # names colours for Mask2Former: hub id or folder of a CLIPModel
     prompts: str = "hpsv2"  # text or JSONL file, hpsv2 (four styles of 800) or geneval (553 with metadata)
-    images_per_prompt: int = 1  # N (GenEval: 4)
+    images_per_prompt: Count = 1  # N (GenEval: 4)
     output_dir: str = "runs/eval"  # pictures, scores and report
-    seed: int = 42  # of the initial noise
-    batch_size: int = 8  # pictures drawn and scored at a time, by each process
-    steps: int = 0  # sampling steps; this and the next ones, if 0: as in the checkpoints' run, or the model's usual
-    guidance: float = 0.0  # classifier-free (Stable Diffusion, SkyReels) or embedded (FLUX, HunyuanVideo)
-    shift: float = 0.0  # of rectified flow's sigmas towards noise
-    height: int = 0  # pixels
-    width: int = 0  # pixels
-    frames: int = 0  # of a video; 1 draws pictures
-    fps: float = 0.0  # frames per second of a video, for vq, mq and ta
-    max_sequence_length: int = 0  # text tokens
+    seed: Seed = 42  # of the initial noise
+    batch_size: Count = 8  # pictures drawn and scored at a time, by each process
+    steps: Natural = 0  # sampling steps; this and the next ones, if 0: as in the checkpoints' run, or the model's usual
+    guidance: NonNegative = 0.0  # classifier-free (Stable Diffusion, SkyReels) or embedded (FLUX, HunyuanVideo)
+    shift: NonNegative = 0.0  # of rectified flow's sigmas towards noise
+    height: Natural = 0  # pixels
+    width: Natural = 0  # pixels
+    frames: Natural = 0  # of a video; 1 draws pictures
+    fps: NonNegative = 0.0  # frames per second of a video, for vq, mq and ta
+    max_sequence_length: Natural = 0  # text tokens
 
 
 PRESETS = {
@@ -96,7 +97,12 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
 
     Returns the options with every 0 replaced, the pipeline's class, the models, and a row for each prompt.
     """
-    check_options(cfg)
+    cli.check_ranges(cfg)
+    plain = all(spec.endswith(name) for name, spec in metric_specs(cfg.metrics).items())
+    cli.require(plain, f"--metrics takes names only, without threshold or weight: {cfg.metrics}")
+    cli.require(
+        "geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector"
+    )
     runs = [run_options(checkpoint) for checkpoint in cfg.checkpoint]
     base = cfg.model or next((run["model"] for run in runs if run), "")
     network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
@@ -128,24 +134,6 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
         models.append(Model(name, kind, weights, cfg.output_dir))
     cli.require(len({m.folder for m in models}) == len(models), "--checkpoint names the same weights twice")
     return cfg, family, models, load_rows(cfg.prompts, detector, "ImageToVideo" in family)
-
-
-def check_options(cfg: Config) -> None:
-    """The ranges of options that do not depend on the model."""
-    specs = metric_specs(cfg.metrics)
-    for ok, message in (
-        (cfg.images_per_prompt >= 1, f"--images-per-prompt must be at least 1, got {cfg.images_per_prompt}"),
-        (cfg.batch_size >= 1, f"--batch-size must be at least 1, got {cfg.batch_size}"),
-        (cfg.seed >= 0, f"--seed must not be negative, got {cfg.seed}"),
-        (all(getattr(cfg, name) >= 0 for name in USUAL), f"--{', --'.join(USUAL)} must not be negative"),
-        (cfg.steps >= 0 and cfg.guidance >= 0, "--steps and --guidance must not be negative"),
-        (
-            all(spec.endswith(name) for name, spec in specs.items()),
-            f"--metrics takes names only, without threshold or weight: {cfg.metrics}",
-        ),
-        ("geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector"),
-    ):
-        cli.require(ok, message)
 
 
 def metric_specs(metrics: str) -> dict[str, str]:
@@ -213,9 +201,9 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distr
             )
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
         new |= {"versions": {name: importlib.metadata.version(name) for name in packages}, "weights": weights}
-        with output.writing(path):
+        with data.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        output.write_atomically(path, json.dumps(new, indent=2) + "\n")
+        data.write_atomically(path, json.dumps(new, indent=2) + "\n")
     world.barrier()
 
 
@@ -286,7 +274,7 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
         options["max_sequence_length"] = cfg.max_sequence_length
     if isinstance(pipe, diffusers.HunyuanSkyreelsImageToVideoPipeline):
         options |= {"guidance_scale": 1.0, "true_cfg_scale": cfg.guidance, "negative_prompt": [""] * len(rows)}
-        options["image"] = [output.read_picture(row["image"]) for row in rows]
+        options["image"] = [data.read_picture(row["image"]) for row in rows]
         seeds = [int(data.keyed_rng("first frame", *key).integers(2**31)) for key in keys]  # its VAE draws a sample
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
     out = pipe(**options)
@@ -297,12 +285,12 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
 def save_picture(path: Path, picture: Tensor) -> None:
     """(3, H, W), or (F, 3, H, W) with the frames one below the other, as a PNG of 8 bits a channel."""
     pixels = (picture.movedim(-3, -1) * 255).round().byte().cpu().numpy()
-    output.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
+    data.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
 
 
 def read_frames(path: Path, cfg: Config) -> np.ndarray:
     """What `save_picture` wrote: (F, H, W, 3) uint8, F = 1 for a picture."""
-    pixels, expected = np.array(output.read_picture(path)), (cfg.frames * cfg.height, cfg.width, 3)
+    pixels, expected = np.array(data.read_picture(path)), (cfg.frames * cfg.height, cfg.width, 3)
     cli.require(pixels.shape == expected, f"the picture {path} has shape {pixels.shape}, not {expected}; delete it")
     return pixels.reshape(cfg.frames, cfg.height, cfg.width, 3)
 
@@ -342,7 +330,7 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: distributed
                 correct, own["wrong"] = geneval.judge_picture(detector, picture, rows[p])
                 own["geneval"] = float(correct)
         for path, old, own in zip(paths, stored, new, strict=True):
-            output.write_atomically(path.with_suffix(".json"), json.dumps(old | own) + "\n")
+            data.write_atomically(path.with_suffix(".json"), json.dumps(old | own) + "\n")
 
 
 def read_scores(path: Path) -> dict:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from evaluation import geneval
-from runtime import cli, data, output
+from runtime import cli, data
 
 HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
 GENEVAL_URL = (
@@ -33,7 +33,7 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
         if needs_image:
             cli.require("image" in row, f'{source} line {number} has no "image", which the video is to start from')
             row["image"] = str(file.parent / str(row["image"]))
-            output.read_picture(row["image"])
+            data.read_picture(row["image"])
     return rows
 
 
@@ -59,5 +59,5 @@ def fetch_geneval_prompts() -> Path:
         except OSError as e:
             raise cli.RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e
         path.parent.mkdir(parents=True, exist_ok=True)
-        output.write_atomically(path, text)
+        data.write_atomically(path, text)
     return path

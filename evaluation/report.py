@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime import output
+from runtime import data
 
 PAGE_PROMPTS, SHEET_PROMPTS = 24, 8  # shown in index.html and in compare.png
 
@@ -56,10 +56,10 @@ def write_report(results: Results, folder: Path) -> None:
     }
     lines = ["| " + " | ".join(line) + " |" for line in [table[0], ["---"] * len(table[0]), *table[1:]]]
     text = "\n".join(["# Evaluation", "", *lines, "", *(f"- {remark}" for remark in results.remarks), ""])
-    output.write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
-    output.write_atomically(folder / "results.md", text)
-    output.save_image(folder / "compare.png", make_sheet(results))
-    output.write_atomically(folder / "index.html", make_page(results, table))
+    data.write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    data.write_atomically(folder / "results.md", text)
+    data.save_image(folder / "compare.png", make_sheet(results))
+    data.write_atomically(folder / "index.html", make_page(results, table))
 
 
 def make_table(summary: dict) -> list[list[str]]:
@@ -88,7 +88,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def previews(path: Path, frames: int, most: int, side: int = 256) -> list[Image.Image]:
     """A picture, or at most `most` frames of a video, the longest side `side` pixels; small ones enlarged by pixels."""
-    pixels = np.array(output.read_picture(path))
+    pixels = np.array(data.read_picture(path))
     pixels = pixels.reshape(frames, -1, *pixels.shape[1:])  # (F, H, W, 3)
     _, height, width, _ = pixels.shape
     zoom = side / max(height, width)
