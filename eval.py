@@ -311,8 +311,7 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: distributed
     if spec := reward_spec(cfg, needed):
         reward = load_reward(spec, parse_paths(cfg.reward_paths), world.device)
     if "geneval" in needed:
-        detector = geneval.find_detector(cfg.detector, cfg.detector_clip)
-        detector.load(world.device)
+        detector = geneval.load_detector(cfg.detector, cfg.detector_clip, world.device)
     for batch, paths, stored, lacking in world.progress(work, desc="scoring"):
         pictures = torch.stack([torch.from_numpy(read_frames(path, cfg)) for path in paths])
         pictures = pictures.movedim(-1, -3).float() / 255  # (B, F, 3, H, W)

@@ -393,9 +393,6 @@ class Detector:
     NOTE = "GenEval's six kinds of prompt with the tiny world's shapes, seen by its own checker."
     classes = frozenset(SHAPES)
 
-    def load(self, device):
-        """There is nothing to load."""
-
     def metadata(self, prompt):
         """What a caption of the tiny world asks for."""
         return parse(prompt)

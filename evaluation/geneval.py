@@ -1,7 +1,6 @@
 """GenEval (2310.11513): does a picture show what its prompt asks for? Objects are detected, counted and compared.
 
-    detector = find_detector("facebook/mask2former-swin-small-coco-instance")
-    detector.load("cuda")
+    detector = load_detector("facebook/mask2former-swin-small-coco-instance", device="cuda")
     judge_picture(detector, picture, metadata)    # → (is it correct, what is wrong)
 
 Metadata are GenEval's: {"tag", "include": [{"class", "count", "color"?, "position"? = [relation, index]}], "exclude"?}.
@@ -11,11 +10,11 @@ of the tags' shares of correct pictures.
 A detector is an object with these attributes. `FILE.py:CLASS` names a class of your own, called without arguments:
 
     classes                         set of the names of all classes that it can detect
-    load(device)                    loads the weights; called once, before the first picture
     __call__(picture)               (3, H, W) in [0, 1] → {class: [Found]}
     colors(picture, name, objects)  the name of each object's colour; `objects` are some of those found for class `name`
     NOTE                            one line for the report: what a reader must know about the figures
     metadata(prompt)                optional: GenEval's metadata for a prompt; raises ValueError where it has none
+    load(device)                    optional: loads the weights; called once, before the first picture
 
 Legend: H and W the size of a picture in pixels.
 """
@@ -104,9 +103,7 @@ class GenEvalReward:
     """
 
     def __init__(self, path: str = MASK2FORMER, device="cpu", metadata: Mapping[str, dict] | None = None):
-        self.detector, self.metadata = find_detector(path), metadata or {}
-        self.detector.load(device)
-        self.device = device
+        self.detector, self.metadata, self.device = load_detector(path, device=device), metadata or {}, device
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, 0.0 or 1.0."""
@@ -165,13 +162,21 @@ def find_detector(name: str, clip: str = CLIP):
     """
     if re.search(r"\.py(:|$)", name):
         detector = load_object(name)()
-        lacks = [part for part in ("classes", "load", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
+        lacks = [part for part in ("classes", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
         cli.require(not lacks, f"{name} is no detector: it lacks {', '.join(lacks)}")
         return detector
     for option, path in (("--detector", name), ("--detector-clip", clip)):
         advice = "give a local folder, a hub id (OWNER/NAME)" + " or FILE.py:CLASS" * (path == name)
         cli.require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; {advice}")
     return Mask2FormerDetector(name, clip)
+
+
+def load_detector(name: str, clip: str = CLIP, device="cpu"):
+    """`find_detector`, with its weights on the device."""
+    detector = find_detector(name, clip)
+    if hasattr(detector, "load"):
+        detector.load(device)
+    return detector
 
 
 class Mask2FormerDetector:

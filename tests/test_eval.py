@@ -1,5 +1,6 @@
 """The evaluation end to end, by its real code path, on tiny models."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,9 +18,10 @@ from PIL import Image
 import eval as evaluation
 import grpo_flux
 import grpo_video
-import small
+from evaluation import prompts as prompt_sets
+from evaluation import report
 from rewards import RewardError, load_reward
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed
 from sampling import flow_sigmas, sample_ode
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
@@ -63,21 +65,31 @@ def run(tmp_path_factory):
     with torch.no_grad():
         transformer.proj_out.weight += 0.02
     transformer.save_pretrained(checkpoint / "transformer")
-    (folder / "config.json").write_text(json.dumps({"script": "grpo_flux.py", "model": "tiny/flux"} | SMALL))
+    write_config(folder, "grpo_flux.py", grpo_flux.Config(**grpo_flux.PRESETS["tiny"] | SMALL))
     network = diffusers.FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
+    save_lora(network, diffusers.FluxPipeline, grpo_flux.LORA_TARGETS, folder / "checkpoint-000003")
+    return folder
+
+
+def write_config(folder, script, config):
+    """config.json of a training run."""
+    (folder / "config.json").write_text(json.dumps({"script": script} | dataclasses.asdict(config)))
+
+
+def save_lora(network, pipeline_class, targets, folder):
+    """LoRA weights of the network that change its output plainly."""
+    from peft import get_peft_model_state_dict
+
     world = distributed.World(0, 1, torch.device("cpu"), torch.float32)
-    network = distributed.prepare_network(network, world, 2, grpo_flux.LORA_TARGETS, False, False)
+    network = distributed.prepare_network(network, world, 2, targets, False, False)
     with torch.no_grad():
         for parameter in distributed.trainable(network):
             parameter += 0.1
-    from peft import get_peft_model_state_dict
-
-    diffusers.FluxPipeline.save_lora_weights(
-        folder / "checkpoint-000003",
+    pipeline_class.save_lora_weights(
+        folder,
         transformer_lora_layers=get_peft_model_state_dict(network),
         transformer_lora_adapter_metadata=network.peft_config["default"].to_dict(),
     )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +143,13 @@ def test_full_and_lora_weights_change_the_pictures(finished):
 def test_pictures_are_those_of_the_trainers_ode_sampler(finished):
     out, results = finished
     pipe = diffusers.FluxPipeline.from_pretrained("tiny/flux")
-    cfg = grpo_flux.Config(**grpo_flux.PRESETS["tiny"] | SMALL)
-    scale, shape = (
-        2 * pipe.vae_scale_factor,
-        (64 * 64 // (2 * pipe.vae_scale_factor) ** 2, pipe.transformer.config.in_channels),
-    )
-    text = grpo_flux.encode_prompts(pipe, PROMPTS, cfg, "cpu")
+    rows = 64 // (2 * pipe.vae_scale_factor)  # of tokens
+    text = grpo_flux.encode_prompts(pipe, PROMPTS, SMALL["max_sequence_length"], "cpu")
     sigmas = flow_sigmas(2, 3.0)
-    z = data.keyed_noise(shape, [(42, i, 1) for i in range(len(PROMPTS))], "evaluation", "cpu")
-    z0 = sample_ode(
-        lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i].expand(len(z)), text, cfg, scale), z, sigmas
-    )
-    expected = grpo_flux.decode(pipe.vae, z0, cfg, scale)
+    keys = [(42, i, 1) for i in range(len(PROMPTS))]
+    z = data.keyed_noise((rows**2, pipe.transformer.config.in_channels), keys, "evaluation", "cpu")
+    z0 = sample_ode(lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i], text, 3.5, rows), z, sigmas)
+    expected = grpo_flux.decode(pipe.vae, z0, rows)
     assert (pictures(folder_of(out, results, "base"))[1::2] - expected).abs().max() < 1.5 / 255
 
 
@@ -178,7 +185,7 @@ def test_geneval_overall_is_the_mean_of_its_tags(finished):
 
 
 def test_hps_benchmark_is_reported_by_style_times_100(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "fetch_hps_prompts", lambda style: [f"a red circle, {style}", "a blue cross"])
+    monkeypatch.setattr(prompt_sets, "fetch_hps_prompts", lambda style: [f"a red circle, {style}", "a blue cross"])
     results = evaluate(tmp_path, model="tiny/flux", prompts="hpsv2", metrics="hps", images_per_prompt=1, **SMALL)
     styles = ["anime", "concept-art", "paintings", "photo", "overall"]
     assert list(results["summary"]["hps"]["base"]) == styles
@@ -218,6 +225,28 @@ def test_settings_come_from_the_run_and_can_be_overridden(finished, run, prompts
     assert evaluation.plan(cfg)[0].steps == 28
 
 
+def test_the_report_needs_results_only(tmp_path):
+    """Made-up results of two models, without any evaluation."""
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3 * 20, 30, 3), dtype=np.uint8)  # 3 frames of 20 x 30
+    files = {name: [[tmp_path / f"{name}.png"]] for name in ("base", "better")}
+    for pixels, [[file]] in zip(noise, files.values(), strict=True):
+        Image.fromarray(pixels).save(file)
+    scores = {"base": [[{"mq": 1.0}]], "better": [[{"mq": 2.0, "geneval": 0.0, "wrong": "1 <dog>, not 2"}]]}
+    entry = {"mean": 2.0, "difference": 1.0, "error": 0.1}
+    summary = {"mq": {"base": {"overall": entry | {"difference": 0.0}}, "better": {"overall": entry}}}
+    results = report.Results(
+        [{"prompt": "a & b"}], {"base": {}, "better": {}}, files, scores, summary, ["a remark"], {}, {}, 3, 8.0
+    )
+    report.write_report(results, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "a &amp; b" in page and "✗ 1 &lt;dog&gt;, not 2" in page and "<td class=up>+1.0000 ± 0.1000</td>" in page
+    assert "| mq | 2.0000 | 2.0000 | +1.0000 ± 0.1000 |" in (tmp_path / "results.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["pictures"][0]["scores"]["better"]["mq"] == 2.0
+    sheet = np.array(Image.open(tmp_path / "compare.png"))
+    assert sheet.shape == (32 + 171 + 8, 200 + 2 * (3 * 256 + 8), 3)
+    assert (sheet[32:203, 200 : 200 + 256] == np.array(Image.fromarray(noise[0, :20]).resize((256, 171), 0))).all()
+
+
 # ------------------------------------------------------------------------------------- guarantees: resume, processes
 
 
@@ -243,7 +272,7 @@ def test_stopped_and_started_again_it_redoes_nothing_and_ends_the_same(finished,
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*-*.png")}
     assert len(before) == 10 + 8 and len(drawn) == 5
     monkeypatch.setattr(evaluation, "draw", stop_after(99))
-    write, written = output.write_atomically, []
+    write, written = data.write_atomically, []
 
     def stop_scoring(path, text):
         written.append(path)
@@ -251,12 +280,12 @@ def test_stopped_and_started_again_it_redoes_nothing_and_ends_the_same(finished,
             raise KeyboardInterrupt
         write(path, text)
 
-    monkeypatch.setattr(output, "write_atomically", stop_scoring)
+    monkeypatch.setattr(data, "write_atomically", stop_scoring)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "out", **options)
     assert len(drawn) == 4 * 3
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    monkeypatch.setattr(output, "write_atomically", write)
+    monkeypatch.setattr(data, "write_atomically", write)
     again = evaluate(tmp_path / "out", **options)
     assert again == results
     assert (tmp_path / "out/results.json").read_bytes() == (out / "results.json").read_bytes()
@@ -277,6 +306,7 @@ def test_a_checkpoint_and_a_metric_can_be_added_later(run, prompts, tmp_path, mo
     assert set(second["summary"]) == {"hps", "geneval"} and len(second["models"]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_results_as_one(run, prompts, tmp_path):
     options = {"preset": "tiny", "prompts": prompts, "checkpoint": run / "checkpoint-000002", "batch_size": 2}
     threads = torch.get_num_threads()
@@ -320,28 +350,51 @@ def test_stable_diffusion_and_a_whole_pipeline_as_checkpoint(stable_diffusion, p
     assert base.shape == (5, 3, 64, 64) and (base - tuned).abs().mean() > 1e-4
 
 
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_video(task, lora_rank, tmp_path):
+VIDEO = {"width": 48, "frames": 5, "steps": 2}  # wider than high, to tell the axes apart
+
+
+def video_checkpoint(task, lora, folder):
+    """A video run's folder with a checkpoint, full or LoRA, of changed weights."""
+    cfg = grpo_video.Config(**grpo_video.PRESETS[f"tiny-{task}"] | VIDEO)
+    where = {"t2v": ("tiny/hunyuan", "transformer"), "i2v": ("tiny/skyreels", None)}[task]
+    network = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(where[0], subfolder=where[1])
+    folder.mkdir()
+    write_config(folder, "grpo_video.py", cfg)
+    if lora:
+        save_lora(network, diffusers.HunyuanVideoPipeline, grpo_video.LORA_TARGETS, folder / "checkpoint-000001")
+    else:
+        with torch.no_grad():
+            network.proj_out.weight += 0.02
+        network.save_pretrained(folder / "checkpoint-000001" / "transformer")
+    return folder / "checkpoint-000001"
+
+
+@pytest.mark.parametrize(
+    "task, lora",
+    [
+        ("i2v", True),
+        pytest.param("t2v", False, marks=pytest.mark.slow),
+        pytest.param("t2v", True, marks=pytest.mark.slow),
+        pytest.param("i2v", False, marks=pytest.mark.slow),
+    ],
+)
+def test_video(task, lora, tmp_path):
     """A run's model, its transformer where that is another one, and its settings are found in the run's folder."""
-    options = small.options(grpo_video, task) | {
-        "iterations": 1,
-        "lora_rank": lora_rank,
-        "output_dir": tmp_path / "run",
-    }
-    options |= {"learning_rate": 1e-3, "num_samples": 1}
-    grpo_video.main(cli.parse_config(grpo_video.Config, grpo_video.PRESETS, words(options)))
     rows = [json.loads(line) for line in Path("prompts/moving_heldout.jsonl").read_text().splitlines()[:2]]
     rows = [row | {"image": str(Path("prompts", row["image"]).resolve())} for row in rows]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = dict(preset="tiny-video", checkpoint=tmp_path / "run/checkpoint-000001", metrics="hps,vq,mq")
-    options |= dict(prompts=tmp_path / "prompts.jsonl", reward_paths="hps=tiny/hps,videoalign=tiny/videoalign")
+    (tmp_path / "own.py").write_text(
+        "def width(videos, prompts): return 0 * videos.mean((1, 2, 3, 4)) + videos.shape[-1]"
+    )
+    options = dict(preset="tiny-video", checkpoint=video_checkpoint(task, lora, tmp_path / "run"))
+    options |= dict(metrics=f"hps,vq,mq,{tmp_path}/own.py:width", prompts=tmp_path / "prompts.jsonl", batch_size=2)
+    options |= dict(reward_paths="hps=tiny/hps,videoalign=tiny/videoalign")
     out = tmp_path / "out"
-    results = evaluate(out, **options, batch_size=2)
+    results = evaluate(out, **options)
     settings = results["settings"]
     assert settings["model"] == "tiny/hunyuan" and settings["transformer"] == ("tiny/skyreels" if task == "i2v" else "")
-    assert settings["guidance"] == (2.0 if task == "i2v" else 6.0) and settings["steps"] == 5
-    assert set(results["summary"]) == {"hps", "vq", "vq_raw", "mq", "mq_raw"}
+    assert settings["guidance"] == (2.0 if task == "i2v" else 6.0) and settings["steps"] == 2
+    assert set(results["summary"]) == {"hps", "vq", "vq_raw", "mq", "mq_raw", "width"}
     folders = [out / model["pictures"] for model in results["models"].values()]
     base, tuned = (pictures(folder) for folder in folders)
     assert base.shape == (4, 3, 5 * 32, 48) and (base - tuned).abs().mean() > 1e-4
@@ -351,7 +404,7 @@ def test_video(task, lora_rank, tmp_path):
         assert (videos[::2, 0] - given).abs().mean() < 0.05
     judge = load_reward("hps,vq,mq", {"hps": "tiny/hps", "videoalign": "tiny/videoalign"})
     expected = judge(videos[2:], [rows[1]["prompt"]] * 2, settings["fps"])
-    for name, values in expected.items():
+    for name, values in (expected | {"width": torch.tensor([48.0, 48.0])}).items():
         own = [picture["scores"]["base"][name] for picture in results["pictures"][2:]]
         assert own == pytest.approx(values.tolist(), abs=1e-6)
     raw = judge.scorers["videoalign"](videos[2:], [rows[1]["prompt"]] * 2, settings["fps"], normalize=False)
@@ -360,9 +413,10 @@ def test_video(task, lora_rank, tmp_path):
     assert "image/webp" in (out / "index.html").read_text()
     assert Image.open(out / "compare.png").width == 200 + 2 * (4 * 256 + 8)
     shutil.rmtree(folders[0])
-    assert evaluate(out, **options, batch_size=2) == results  # drawn again, the first frame's noise included
+    assert evaluate(out, **options) == results  # drawn again, the first frame's noise included
 
 
+@pytest.mark.slow
 def test_a_transformer_may_be_a_hub_id(tmp_path, monkeypatch):
     """As SkyReels' is: then there is no config.json to open."""
     load = distributed.load_pretrained
@@ -415,22 +469,26 @@ def first_frame(path):
         ),
         ({"frames": 9}, "--frames 9: tiny/flux draws pictures"),
         ({"metrics": "beauty"}, "unknown reward 'beauty'"),
-        ({"metrics": "hps,hps"}, "--metrics names one twice"),
+        ({"metrics": "hps,hps"}, "reward 'hps' is given twice"),
+        ({"metrics": "hps,nowhere.py:f"}, "there is no file 'nowhere.py'"),
+        ({"reward_paths": "geneval=sampling.py:f"}, "geneval has an option here, --detector"),
         ({"metrics": "hps@0.28"}, "--metrics takes names only"),
         ({"metrics": "vq"}, "reward vq judges video"),
         ({"reward_paths": "hps=tiny/nothing"}, "no folder 'tiny/nothing'"),
         ({"detector": "tiny/nothing"}, "--detector: no folder 'tiny/nothing'"),
+        ({"detector": "sampling.py:Eye"}, "sampling.py has no function or class 'Eye'"),
         ({"prompts": "nothing.txt"}, "no prompt file 'nothing.txt'"),
         ({"prompts": "EMPTY"}, "EMPTY is empty"),
         ({"prompts": "OTHERS"}, "not a caption of the tiny world: 'a dog'"),
-        ({"prompts": "METADATA.jsonl"}, "METADATA.jsonl line 1 lacks GenEval's tag"),
-        ({"prompts": "UNKNOWN.jsonl"}, "UNKNOWN.jsonl line 1: the detector does not know dog"),
+        ({"prompts": "METADATA.jsonl"}, "cannot judge the prompt 'a dog': it lacks GenEval's tag"),
+        ({"prompts": "UNKNOWN.jsonl"}, "cannot judge the prompt 'a dog': the detector does not know dog"),
         ({"height": 63}, "--height must be a multiple of"),
-        ({"steps": -1}, "--steps and --guidance must not be negative"),
-        ({"shift": -1.0}, "must not be negative"),
+        ({"steps": -1}, "--steps must be 0 or more, got -1"),
+        ({"shift": -1.0}, "--shift must be 0 or more"),
+        ({"guidance": "nan"}, "--guidance must be 0 or more, got nan"),
         ({"images_per_prompt": 0}, "--images-per-prompt must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
-        ({"seed": -1}, "--seed must not be negative"),
+        ({"seed": -1}, "--seed must be from 0 to"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_loaded(
@@ -479,7 +537,7 @@ def test_an_output_folder_with_other_settings_is_refused(prompts, tmp_path):
     options = dict(model="tiny/flux", prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL)
     evaluate(tmp_path, **options)
     for other, expected in (
-        ({"steps": 3}, "holds something with steps = 2, this evaluation has 3"),
+        ({"steps": 3}, "has results of steps = 2, not 3"),
         ({"seed": 1}, "seed = 42"),
         ({"prompts": "prompts/tiny.txt"}, "prompts_sha256"),
         ({"reward_paths": "hps=tiny/hps"}, "reward_paths"),
@@ -496,8 +554,21 @@ def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
     )
     evaluate(tmp_path / "out", **options)
     os.utime(checkpoint / "transformer/diffusion_pytorch_model.safetensors", ns=(1, 1))
-    with pytest.raises(cli.RunError, match="has changed since its pictures in"):
+    with pytest.raises(cli.RunError, match=r"transformer has changed since .*out has results of it"):
         evaluate(tmp_path / "out", **options)
+
+
+def test_a_function_that_changed_since_is_refused(prompts, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def size(images, prompts): return images.flatten(1).shape[1] + images[:, 0, 0, 0] * 0"
+    )
+    options = dict(model="tiny/flux", prompts=prompts, images_per_prompt=1, **SMALL)
+    results = evaluate(tmp_path / "out", metrics=f"{tmp_path}/own.py:size", **options)
+    assert results["summary"]["size"]["base"]["overall"]["mean"] == 3 * 64 * 64
+    os.utime(tmp_path / "own.py", ns=(1, 1))
+    with pytest.raises(cli.RunError, match=r"own\.py has changed since"):
+        evaluate(tmp_path / "out", metrics=f"{tmp_path}/own.py:size", **options)
+    assert evaluate(tmp_path / "out", metrics="hps", **options)["summary"].keys() == {"hps"}
 
 
 def test_a_picture_that_cannot_be_read_is_named(prompts, tmp_path):

@@ -19,10 +19,13 @@ from evaluation.geneval import (
     find_detector,
     find_metadata,
     judge,
+    load_detector,
     relations,
 )
 from rewards import RewardError
 from runtime.cli import RunError
+
+TINY = "tiny.py:Detector"
 
 
 def at(x=0.0, y=0.0, size=10.0, score=0.95, color="red"):
@@ -210,7 +213,7 @@ def test_metadata_of_the_prompt_file_come_before_the_detectors_own():
 
 
 def test_a_detector_is_found_by_its_file_and_class():
-    detector = find_detector("tiny.py:Detector")
+    detector = find_detector(TINY)
     assert detector.classes == set(tiny.SHAPES)
     assert detector.metadata("two red circles") == tiny.parse("two red circles")
 
@@ -219,10 +222,10 @@ def test_a_detector_is_found_by_its_file_and_class():
     "name, message",
     [
         ("nowhere.py:Detector", "there is no file 'nowhere.py'"),
-        ("tiny.py:Eye", "tiny.py has no function or class 'Eye'"),
-        ("tiny.py:SHAPES", "tiny.py has no function or class 'SHAPES'"),
-        ("tiny.py", "there is no file ''; write FILE.py:NAME"),
-        ("EMPTY:Blind", r"Blind is no detector: it lacks classes, load, __call__, colors, NOTE"),
+        ("sampling.py:Eye", "sampling.py has no function or class 'Eye'"),
+        ("rewards.py:CLIP_MEAN", "rewards.py has no function or class 'CLIP_MEAN'"),
+        ("sampling.py", "there is no file ''; write FILE.py:NAME"),
+        ("EMPTY:Blind", r"Blind is no detector: it lacks classes, __call__, colors, NOTE"),
         ("tiny/nothing", "--detector: no folder 'tiny/nothing'"),
     ],
 )
@@ -238,8 +241,7 @@ def test_the_tiny_detector_judges_all_six_tags():
     torch.manual_seed(3)
     wanted = [tiny.random_metadata(rng, tiny.TAGS[i % 6]) for i in range(60)]
     pictures = tiny.render([tiny.random_scene(rng, metadata) for metadata in wanted])
-    detector = find_detector("tiny.py:Detector")
-    detector.load("cpu")
+    detector = load_detector(TINY)
     for picture, metadata in zip(pictures, wanted, strict=True):
         found = detector(picture)
         for asked in (metadata, rng.choice(tiny.hard_negatives(metadata))):
@@ -252,9 +254,8 @@ def test_the_tiny_detector_judges_all_six_tags():
 
 @pytest.fixture(scope="module")
 def mask2former(mask2former_folders):
-    detector = find_detector(*mask2former_folders)
+    detector = load_detector(*mask2former_folders)
     assert detector.classes == {"person", "computer mouse", "dog"}
-    detector.load("cpu")
     return detector
 
 

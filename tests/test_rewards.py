@@ -335,7 +335,8 @@ def test_a_function_that_is_not_there_is_named_before_anything_is_loaded(own, tm
 
 # ------------------------------------------------------------------------------------------------------------- geneval
 
-DETECTOR = """
+DETECTOR = "tiny.py:Detector"
+MINE = """
 class Detector:
     NOTE, classes = "Anything bright is a dog.", {"dog"}
     def load(self, device): self.loaded = device
@@ -346,7 +347,7 @@ class Detector:
 
 
 def test_geneval_as_a_reward(tmp_path):
-    (tmp_path / "mine.py").write_text(DETECTOR)
+    (tmp_path / "mine.py").write_text(MINE)
     place = f"{tmp_path}/mine.py:Detector"
     images, prompts = torch.stack([torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]), ["a dog", "no dog"]
     dog = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
@@ -367,10 +368,10 @@ def test_geneval_reads_the_prompt_if_its_detector_can():
     torch.manual_seed(0)
     row = [tiny.SHAPES.index("cross"), *tiny.COLORS["blue"], 20.0, 40.0, 10.0]
     image = tiny.render([[row] + [[-1.0] + [0.0] * 6] * 3])
-    reward = load_reward("geneval", parse_paths("geneval=tiny.py:Detector"))
+    reward = load_reward("geneval", {"geneval": DETECTOR})
     prompts = ["a blue cross", "a red cross", "two crosses", "a cross"]
     assert reward(image.expand(4, -1, -1, -1), prompts)["geneval"].tolist() == [1.0, 0.0, 0.0, 1.0]
     small = torch.nn.functional.interpolate(image, 32, mode="area")  # of another size than the checker's own
     assert reward(small, ["a blue cross"])["geneval"].tolist() == [1.0]
     with pytest.raises(RunError, match="not a caption of the tiny world: 'a dog'"):
-        check_reward("geneval", "geneval=tiny.py:Detector", prompts=["a blue cross", "a dog"])
+        check_reward("geneval", f"geneval={DETECTOR}", prompts=["a blue cross", "a dog"])
