@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, ModelMixin
@@ -15,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import distributed
+from runtime import cli, distributed, output
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NETWORKS = {"flux": (FluxTransformer2DModel, "tiny/flux"), "hunyuan": (HunyuanVideoTransformer3DModel, "tiny/hunyuan")}
@@ -61,8 +62,11 @@ def predict(network: nn.Module, world: distributed.World, samples: list[int]) ->
     return out[0].float().flatten(1)
 
 
-def train(world: distributed.World, name: str, iterations: int = 3) -> dict:
-    """A few updates on all the samples, each process on its share → predictions before, norms, weights after."""
+def train(world: distributed.World, name: str, iterations: int = 3, folder: str = "") -> dict:
+    """A few updates on all the samples, each process on its share → predictions before, norms, weights after.
+
+    With a folder the end is saved there as checkpoint-000003, unless one is there: then it is the start.
+    """
     family, dtype, lora_rank = TRAININGS[name]
     world = dataclasses.replace(world, dtype=dtype)
     network_class, path = NETWORKS[family]
@@ -75,7 +79,12 @@ def train(world: distributed.World, name: str, iterations: int = 3) -> dict:
         lora_targets=TARGETS,
         checkpointing=True,
     )
-    optimizer = torch.optim.SGD(distributed.trainable(network), lr=0.01)
+    optimizer = torch.optim.AdamW(distributed.trainable(network), lr=1e-3, eps=1e-3)
+    pipe, ema = SimpleNamespace(transformer=network), distributed.EMA(network, 0.5)
+    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
+    resumed = bool(folder) and cli.latest_checkpoint(folder) is not None
+    if resumed:
+        checkpoints.restore(folder)
     share = SAMPLES // world.size
     mine = list(range(world.rank * share, (world.rank + 1) * share))
     with torch.no_grad():
@@ -90,6 +99,9 @@ def train(world: distributed.World, name: str, iterations: int = 3) -> dict:
             held = [p.grad for p in distributed.trainable(network) if p.grad is not None]
         norms.append(distributed.clip_gradients(network, 1.0, iteration))
         optimizer.step()
+        ema.update()
+    if folder and not resumed:
+        checkpoints.save(folder, iterations)
     full = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in network.state_dict().items()}
     return {
         "predictions": world.gather(before),
@@ -119,7 +131,11 @@ def main(folder: str) -> None:
         world = dataclasses.replace(first, shard_size=shard_size, mesh=mesh)
         for name in TRAININGS:
             results[name, shard_size] = train(world, name)
+        results["saved", shard_size] = train(world, "full", folder=str(Path(folder, f"saved-{shard_size}")))
         results["load", shard_size] = load(world, str(Path(folder, "table")))
+    for shard_size in [n for n in (1, 2, 4) if size % n == 0]:  # saved by copies of one kind, continued by the others
+        world = dataclasses.replace(first, shard_size=shard_size, mesh=distributed.shard_mesh("cpu", size, shard_size))
+        results["continued", shard_size] = train(world, "full", folder=str(Path(folder, f"saved-{size // shard_size}")))
     if world.is_main:
         torch.save(results, Path(folder, "results.pt"))
     torch.distributed.destroy_process_group()
