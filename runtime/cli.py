@@ -33,6 +33,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 
 # Options that may differ between a run and its continuation: they do not change what an iteration computes.
 FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
+FREE_ON_RESUME |= {"shard_size", "offload", "keep_states"}
 
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):
@@ -161,7 +162,12 @@ def check_size(config, multiple: int) -> None:
         require(size > 0 and size % multiple == 0, f"--{name} must be a multiple of {multiple} here, got {size}")
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint: one being written has another name until it is whole."""
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints, oldest first: one being written has another name until it is whole."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return (complete_checkpoints(output_dir) or [None])[-1]

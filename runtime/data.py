@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import secrets
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -216,7 +217,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
+    """The file is whole or not there, also when several processes write the same one at once."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     with writing(path):
         part.write_text(text, encoding="utf-8")
         part.replace(path)

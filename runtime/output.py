@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from .cli import RunError, latest_checkpoint
+from .cli import RunError, complete_checkpoints, latest_checkpoint, require
 from .data import keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, World
 
@@ -53,12 +54,21 @@ class Checkpoints:
     """Saves and restores network, optimizer and EMA, whatever the number of processes.
 
     A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
-    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume.
+    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, which is
+    six times as large: only the newest `keep_states` checkpoints keep it.
     """
 
-    def __init__(self, pipeline, component: str, optimizer: torch.optim.Optimizer, ema: EMA, world: World):
+    def __init__(
+        self,
+        pipeline,
+        component: str,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        world: World,
+        keep_states: int = 2,
+    ):
         self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
-        self.optimizer, self.ema, self.world = optimizer, ema, world
+        self.optimizer, self.ema, self.world, self.keep_states = optimizer, ema, world, keep_states
         self.is_lora = bool(getattr(self.network, "peft_config", None))
 
     def _state(self) -> dict:
@@ -87,19 +97,29 @@ class Checkpoints:
             if self.world.is_main:
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
+                self._delete_old_states(final.parent)
             self.world.barrier()
+
+    def _delete_old_states(self, output_dir: Path) -> None:
+        for checkpoint in complete_checkpoints(output_dir)[: -self.keep_states]:
+            if (checkpoint / "state").is_dir():
+                (checkpoint / "state").rename(checkpoint / "state.part")  # never half of one under its own name
+            shutil.rmtree(checkpoint / "state.part", ignore_errors=True)
 
     def _save_public(self, folder: Path, suffix: str) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.is_lora)
-        weights = get_model_state_dict(self.network, options=options)  # gathered on rank 0 only
+        options = StateDictOptions(ignore_frozen_params=self.is_lora)
+        weights = {}
+        for name, weight in get_model_state_dict(self.network, options=options).items():
+            weight = weight if self.is_lora else weight.to(self.world.dtype)  # before it is gathered
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weights |= {name: weight.cpu()} if self.world.is_main else {}
         if not self.world.is_main:
             return
         if not self.is_lora:
             target = folder / f"{self.component}{suffix}"
             target.mkdir(parents=True)
-            weights = {name: weight.to(self.world.dtype) for name, weight in weights.items()}
             save_torch_state_dict(weights, target, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
             self.network.save_config(target)
             return
@@ -117,6 +137,7 @@ class Checkpoints:
     def restore(self, output_dir: str) -> int:
         """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
         path, state = latest_checkpoint(Path(output_dir)), self._state()
+        require((path / "state").is_dir(), f"{path} keeps no state to resume from; --keep-states says how many do")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
