@@ -449,6 +449,11 @@ class Reward:
         self.terms, self.scorers = terms, scorers
         self.weights = {term.name: term.weight for term in terms}
 
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The networks, for moving them between devices."""
+        return [part for s in self.scorers.values() for part in vars(s).values() if isinstance(part, torch.nn.Module)]
+
     def __call__(
         self, images: Tensor | Sequence[Tensor], prompts: Sequence[str], fps: float | None = None
     ) -> dict[str, Tensor]:

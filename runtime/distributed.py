@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,14 +179,14 @@ def load_network(
     network_class: type,
     path: str,
     world: World,
-    *,
-    subfolder: str | None = None,
-    option: str = "--model",
     lora_rank: int = 0,
     lora_targets: Sequence[str] = (),
     checkpointing: bool = False,
     compiled: bool = False,
     frozen: bool = False,
+    *,
+    subfolder: str | None = None,
+    option: str = "--model",
 ) -> nn.Module:
     """Load a diffusers network, ready to train, or frozen.
 
@@ -194,7 +194,7 @@ def load_network(
     Raises RunError if the weights are missing or gated.
     """
     options = {"subfolder": subfolder} if subfolder else {}
-    prepare = (world, lora_rank, lora_targets, checkpointing, compiled, frozen)
+    prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen)
     dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
     if world.is_main:
         source = load_pretrained(network_class.from_pretrained, path, option, dtype=dtype, **options)
@@ -213,6 +213,20 @@ def load_network(
     return network
 
 
+def load_pipeline(pipeline_class: type, path: str, world: World, **components):
+    """Load a diffusers pipeline around the given components. All others are frozen, in the compute dtype.
+
+    Raises RunError if weights are missing or gated.
+    """
+    absent = {name: None if isinstance(value, nn.Module) else value for name, value in components.items()}
+    with world.in_turn():
+        pipe = load_pretrained(pipeline_class.from_pretrained, path, dtype=world.dtype, **absent)
+        world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
+    pipe.register_modules(**{name: value for name, value in components.items() if isinstance(value, nn.Module)})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
     """A network on the meta device, without weights. `dtype` of the master weights, arguments of `prepare_network`."""
     with torch.device("meta"):
@@ -224,7 +238,6 @@ def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepar
 
 def prepare_network(
     network: nn.Module,
-    world: World,
     lora_rank: int = 0,
     lora_targets: Sequence[str] = (),
     checkpointing: bool = False,
@@ -319,6 +332,31 @@ def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float
         "--max-grad-norm, and --resume from the last checkpoint, which is intact",
     )
     return norm
+
+
+class PromptCache:
+    """What frozen encoders make of prompts, so that each prompt is encoded once.
+
+    encode   list of prompts → a tensor (P, …), or a tuple or list of them
+    Prompts are encoded one by one: the result must not depend on which were encoded before, or in another process.
+    """
+
+    SIZE = 256  # prompts that are kept
+
+    def __init__(self, encode: Callable, world: World, *encoders: nn.Module):
+        self.encode, self.world, self.encoders, self.kept = encode, world, encoders, {}
+
+    def __call__(self, prompts: Sequence[str]):
+        """What `encode` gives for these prompts."""
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]:
+            with self.world.on_device(*self.encoders):
+                self.kept |= {prompt: self.encode([prompt]) for prompt in missing}
+        rows = [self.kept[prompt] for prompt in prompts]
+        for prompt in list(self.kept)[: -self.SIZE]:
+            del self.kept[prompt]
+        return (
+            torch.cat(rows) if isinstance(rows[0], Tensor) else type(rows[0])(map(torch.cat, zip(*rows, strict=True)))
+        )
 
 
 class Preemption:

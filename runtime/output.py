@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from .cli import RunError, complete_checkpoints, latest_checkpoint, require
 from .data import keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, World
+from .distributed import EMA, Preemption, World
 
 
 def open_folder(config, world: World) -> None:
@@ -242,7 +242,8 @@ class Samples:
             z = keyed_noise(self.shape, [(self.seed, i) for i in part], "sample pictures", self.world.device)
             images.append(self.draw([self.prompts[i] for i in part], z))
         images = torch.cat(images)
-        scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
+        with self.world.on_device(*self.reward.models):
+            scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
         shown = self.world.collect(images[: self.SHOWN], min(count, self.SHOWN))
         if self.world.is_main:
             captions, path = self.prompts[: len(shown)], self.folder / f"{iteration:06d}.png"
@@ -260,6 +261,7 @@ class Run:
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
         self.done = checkpoints.restore(config.output_dir) if config.resume else 0
         self.metrics = Metrics(config.output_dir, world, self.done)
+        self.preempted = Preemption(world)
 
     def iterations(self) -> Iterator[int]:
         """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
@@ -277,8 +279,12 @@ class Run:
             row = row | self.samples.save(done)
         self.metrics.write({"iteration": done} | row)
         self.bar.set_postfix_str(f"reward {row['reward_mean']:.4f}")
-        if done == c.iterations or done % c.save_every == 0:
+        stop = self.preempted() and done < c.iterations
+        if stop or done == c.iterations or done % c.save_every == 0:
             self.checkpoints.save(c.output_dir, done)
+        if stop:
+            self.metrics.draw()
+            raise SystemExit(0)  # a cluster takes the machine back: --resume continues from here
 
 
 class Stopwatch:
