@@ -73,9 +73,7 @@ class Config:
     max_sequence_length: Count = 512  # text tokens of the T5 encoder (FluxPipeline's default)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
-    shard_size: Natural = (
-        0  # processes that share one copy of the network; 1: each has its own; 0: 1 with LoRA, else a node's
-    )
+    shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
     save_every: Count = 50  # iterations between checkpoints; one more at the end
@@ -260,6 +258,7 @@ def check(cfg: Config) -> None:
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     check_reward(cfg.reward, cfg.reward_paths)
+    distributed.check_family(cfg.model, "FluxPipeline")
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
 
@@ -268,7 +267,7 @@ def main(cfg: Config) -> None:
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
-    output.open_folder(cfg, world)
+    output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world)

@@ -72,7 +72,7 @@ class Config:
     width: Count = 512  # pixels (release)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
-    shard_size: Natural = 0  # processes that share one copy of the network; 1: each has its own; 0: 1
+    shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the UNet's repeated blocks
     save_every: Count = 50  # iterations between checkpoints; one more at the end
@@ -262,6 +262,7 @@ def check(cfg: Config) -> None:
     """Everything that can be wrong with the options is found here, before any model is loaded."""
     cli.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
+    distributed.check_family(cfg.model, "StableDiffusionPipeline")
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
 
@@ -270,7 +271,7 @@ def main(cfg: Config) -> None:
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
-    output.open_folder(cfg, world)
+    output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     world.freeze(*reward.models)
     pipe, unet, reference = load_models(cfg, world)

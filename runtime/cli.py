@@ -27,6 +27,9 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (RunError, *errors) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -65,7 +68,10 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
             raise RunError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
         return {"preset": preset} | presets[preset] | options
 
-    new = config_class(**defaults | values(given))
+    options = defaults | values(given)
+    require(bool(options["output_dir"]), "--output-dir is empty; name a folder")
+    options["output_dir"] = os.path.expanduser(options["output_dir"])
+    new = config_class(**options)
     if not getattr(new, "resume", False):
         return new
     output_dir = Path(new.output_dir)
@@ -74,15 +80,39 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
             f"nothing to resume: no complete checkpoint in {output_dir}; "
             "start without --resume, or name another --output-dir"
         )
-    stored = json.loads((output_dir / "config.json").read_text())
-    stored = {name: stored[name] for name in defaults}
+    stored = stored_options(output_dir / "config.json", config_class)
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != stored[name]:
             raise RunError(
                 f"--{name.replace('_', '-')} is {value!r}, but the run in {output_dir} has {stored[name]!r}; "
                 "resume with the run's own options (or none), or start a new run in another --output-dir"
             )
-    return config_class(**stored | given)
+    return config_class(**stored | given | {"output_dir": new.output_dir})
+
+
+def stored_options(file: Path, config_class: type) -> dict:
+    """The options in a run's config.json. Raises RunError if they are not those of this script's config class."""
+    advice = "restore the file, or start a new run in another --output-dir"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise RunError(f"cannot resume: {file} cannot be read ({e}); {advice}") from e
+    script = Path(inspect.getfile(config_class)).name
+    require(isinstance(stored, dict), f"cannot resume: {file} is not the config.json of a run; {advice}")
+    require(
+        stored.get("script", script) == script, f"{file.parent} is a run of {stored.get('script')}, not of {script}"
+    )
+    options = {}
+    for field in dataclasses.fields(config_class):
+        kind, value = type(field.default), stored.get(field.name)
+        value = float(value) if kind is float and type(value) is int else value
+        require(
+            type(value) is kind,
+            f"cannot resume: {file} has {field.name} = {value!r}, which is no {kind.__name__}; it was written by "
+            f"another version or changed by hand; {advice}",
+        )
+        options[field.name] = value
+    return options
 
 
 class _Parser(argparse.ArgumentParser):

@@ -175,6 +175,14 @@ def load_pretrained(loader, path: str, option: str = "--model", **options):
         raise RunError(f"cannot load {path}: {reason}; {advice}") from e
 
 
+def check_family(path: str, expected: str) -> None:
+    """Raise RunError unless the model at `path` is a pipeline of the expected class."""
+    from diffusers import DiffusionPipeline
+
+    found = load_pretrained(DiffusionPipeline.load_config, path)["_class_name"]
+    require(found == expected, f"--model {path} is a {found}; this script trains a {expected}")
+
+
 def load_network(
     network_class: type,
     path: str,
@@ -360,18 +368,28 @@ class PromptCache:
 
 
 class Preemption:
-    """Notes SIGTERM, which a cluster sends before it takes a machine away, so that the run can save and end."""
+    """Notes SIGTERM, which a cluster sends before it takes a machine away, and Ctrl-C, so that the run saves and ends.
+
+    A second Ctrl-C ends the process at once.
+    """
 
     def __init__(self, world: World):
-        self.world, self.received = world, False
-        signal.signal(signal.SIGTERM, self._note)
+        self.world, self.received = world, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
 
-    def _note(self, *_) -> None:
-        self.received = True
+    def _note(self, number: int, _) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __call__(self) -> bool:
-        """Whether any process has received it. A collective: every process must ask."""
-        return bool(self.world.gather(torch.tensor([int(self.received)])).any())
+        """Whether any process has received one. A collective: every process must ask."""
+        return bool(self.world.gather(torch.tensor([self.received])).any())
+
+    @property
+    def exit_code(self) -> int:
+        """0 for SIGTERM, the shells' 130 for Ctrl-C."""
+        return 130 if self.received == signal.SIGINT else 0
 
 
 class EMA:

@@ -1,9 +1,12 @@
 """What a run leaves: its folder, checkpoints, metrics, pictures."""
 
 import dataclasses
+import fcntl
+import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import shutil
 import textwrap
 import time
@@ -29,25 +32,50 @@ from .data import keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, Preemption, World
 
 
-def open_folder(config, world: World) -> None:
-    """Create --output-dir and write config.json; refuse a folder that holds a run, unless it is to be resumed."""
-    output_dir = Path(config.output_dir)
-    if world.is_main and not config.resume:
-        if (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir):
-            raise RunError(
-                f"{output_dir} already holds a run; add --resume to continue it, or take another --output-dir"
-            )
+def open_folder(config, world: World, prompts: list[str]) -> None:
+    """Create --output-dir, take its lock and write config.json; refuse a folder that is not this run's.
+
+    The lock is the process's own and ends with it. config.json holds all options, a hash of the prompts, and versions.
+    """
+    output_dir, file = Path(config.output_dir), Path(config.output_dir, "config.json")
+    content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
+    content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    if world.is_main:
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        advice = "take another --output-dir"
+        require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
+        require(not stored or "script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
+        found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
+        require(
+            config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
+        )
+        require(
+            not config.resume or stored.get("prompts_sha256", "") in ("", content["prompts_sha256"]),
+            f"the prompts of {config.prompts} are not those that {output_dir} was started with; restore the file, or "
+            "start a new run in another --output-dir",
+        )
         with writing(output_dir):
             (output_dir / "samples").mkdir(parents=True, exist_ok=True)
+        lock_folder(output_dir)
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
-        versions = {package: importlib.metadata.version(package) for package in packages}
-        content = (
-            {"script": Path(inspect.getfile(type(config))).name}
-            | dataclasses.asdict(config)
-            | {"versions": versions, "processes": world.size}
-        )
-        write_atomically(output_dir / "config.json", json.dumps(content, indent=2) + "\n")
+        content["versions"] = {package: importlib.metadata.version(package) for package in packages}
+        content["processes"] = world.size
+        write_atomically(file, json.dumps(content, indent=2) + "\n")
     world.barrier()
+
+
+def lock_folder(folder: Path) -> None:
+    """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
+    if LOCKS:  # of an earlier run of this process
+        os.close(LOCKS.pop())
+    LOCKS.append(os.open(folder, os.O_RDONLY))
+    try:
+        fcntl.flock(LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise RunError(f"another process is working in {folder}; wait for it, or take another --output-dir") from e
+
+
+LOCKS: list[int] = []  # the file descriptor that holds the lock of this process's run
 
 
 class Checkpoints:
@@ -261,7 +289,7 @@ class Run:
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
         self.done = checkpoints.restore(config.output_dir) if config.resume else 0
         self.metrics = Metrics(config.output_dir, world, self.done)
-        self.preempted = Preemption(world)
+        self.preempted, self.flat = Preemption(world), 0
 
     def iterations(self) -> Iterator[int]:
         """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
@@ -279,12 +307,25 @@ class Run:
             row = row | self.samples.save(done)
         self.metrics.write({"iteration": done} | row)
         self.bar.set_postfix_str(f"reward {row['reward_mean']:.4f}")
+        self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         stop = self.preempted() and done < c.iterations
         if stop or done == c.iterations or done % c.save_every == 0:
             self.checkpoints.save(c.output_dir, done)
         if stop:
             self.metrics.draw()
-            raise SystemExit(0)  # a cluster takes the machine back: --resume continues from here
+            message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
+            if self.world.is_main:
+                self.bar.write(message)
+            raise SystemExit(self.preempted.exit_code)
+
+    def check_spread(self, flat: bool) -> None:
+        """Say so when no group has had any spread of rewards for ten iterations: then nothing is learned."""
+        self.flat = self.flat + 1 if flat else 0
+        if self.flat == 10 and self.world.is_main:
+            self.bar.write(
+                "warning: in ten iterations all rewards of every group were equal, so nothing is learned; look at the "
+                "sample pictures, raise --eta or --group-size, or change the reward's threshold"
+            )
 
 
 class Stopwatch:
