@@ -21,6 +21,7 @@ a token, L text tokens, D width of the text embedding, M pairs (sample, step) in
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -71,8 +72,12 @@ class Config:
     width: Count = 720  # pixels (release)
     max_sequence_length: Count = 512  # text tokens of the T5 encoder (FluxPipeline's default)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
+    dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
+    shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
+    offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
     save_every: Count = 50  # iterations between checkpoints; one more at the end
+    keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
     num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
 
@@ -173,22 +178,11 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: distributed.World):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
-    pipe = distributed.load_pretrained(
-        FluxPipeline.from_pretrained,
-        cfg.model,
-        dtype={"transformer": world.dtype if cfg.lora_rank else torch.float32, "default": world.dtype},
-    )
-    pipe.set_progress_bar_config(disable=True)
-    for frozen in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        frozen.to(world.device).requires_grad_(False)
-    transformer = distributed.prepare_network(
-        pipe.transformer, world, cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile
-    )
-    reference = transformer  # with LoRA the transformer without the adapter
-    if cfg.kl_weight and not cfg.lora_rank:
-        reference = FluxTransformer2DModel.from_pretrained(cfg.model, subfolder="transformer", dtype=world.dtype)
-        reference = distributed.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
-    return pipe, transformer, reference
+    load = partial(distributed.load_network, FluxTransformer2DModel, cfg.model, world, subfolder="transformer")
+    transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile)
+    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
+        reference = load(frozen=True)
+    return distributed.load_pipeline(FluxPipeline, cfg.model, world, transformer=transformer), transformer, reference
 
 
 @torch.no_grad()
@@ -248,7 +242,8 @@ def sample_groups(
             lambda z, i: velocity(transformer, z, sigmas[i], of_prompt, cfg.guidance, rows),
             z, sigmas, cfg.eta, step, noise, window, log_prob_of,
         )  # fmt: skip
-        return trajectory, log_prob, decode(vae, z0, rows)
+        with world.on_device(vae):
+            return trajectory, log_prob, decode(vae, z0, rows)
 
     drawn = [sample(b) for b in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout")]
     return tuple(map(torch.cat, zip(*drawn, strict=True)))
@@ -263,6 +258,7 @@ def check(cfg: Config) -> None:
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     check_reward(cfg.reward, cfg.reward_paths)
+    distributed.check_family(cfg.model, "FluxPipeline")
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
 
@@ -270,15 +266,16 @@ def check(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
-    world = distributed.start_world()
-    output.open_folder(cfg, world)
+    world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
+    output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
+    world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world)
     optimizer = torch.optim.AdamW(
         distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4
     )  # (release)
     ema = distributed.EMA(transformer, cfg.ema_decay)
-    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
+    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
     step, log_prob_of = SDE[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
@@ -287,10 +284,14 @@ def main(cfg: Config) -> None:
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
+    encode = partial(encode_prompts, pipe, max_length=cfg.max_sequence_length, device=world.device)
+    encode = distributed.PromptCache(encode, world, pipe.text_encoder, pipe.text_encoder_2)
+
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
-        text = encode_prompts(pipe, captions, cfg.max_sequence_length, world.device)
+        text = encode(captions)
         z0 = sample_ode(lambda z, i: velocity(transformer, z, sigmas[i], text, cfg.guidance, rows), z, sigmas)
-        return decode(pipe.vae, z0, rows)
+        with world.on_device(pipe.vae):
+            return decode(pipe.vae, z0, rows)
 
     run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward))
     for iteration in run.iterations():
@@ -299,7 +300,7 @@ def main(cfg: Config) -> None:
         # Algorithm 1, lines 2 and 3: a batch of prompts. The current weights are the old policy.
         batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
-        text = encode_prompts(pipe, captions, cfg.max_sequence_length, world.device)  # (P, L, D), (P, D')
+        text = encode(captions)  # (P, L, D), (P, D')
 
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
         keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's random numbers
@@ -309,7 +310,8 @@ def main(cfg: Config) -> None:
         clock.lap("rollout")
 
         # Line 6: the rewards of each sample.
-        rewards = reward(images, [caption for caption in captions for _ in range(G)])  # {name: (B,)}
+        with world.on_device(*reward.models):
+            rewards = reward(images, [caption for caption in captions for _ in range(G)])  # {name: (B,)}
         clock.lap("reward")
 
         # Lines 7 to 9: the advantage of each sample over its prompt's group.

@@ -71,8 +71,12 @@ class Config:
     height: Count = 512  # pixels (release)
     width: Count = 512  # pixels (release)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
+    dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
+    shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
+    offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the UNet's repeated blocks
     save_every: Count = 50  # iterations between checkpoints; one more at the end
+    keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
     num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
 
@@ -172,23 +176,13 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: distributed.World):
     """→ the pipeline, its UNet ready to train, and the reference policy of the KL term: the UNet as it was before."""
-    pipe = distributed.load_pretrained(
-        StableDiffusionPipeline.from_pretrained,
-        cfg.model,
-        dtype={"unet": world.dtype if cfg.lora_rank else torch.float32, "default": world.dtype},
-        safety_checker=None,  # it blackens pictures, which no reward should see
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    for frozen in (pipe.vae, pipe.text_encoder):
-        frozen.to(world.device).requires_grad_(False)
-    unet = distributed.prepare_network(
-        pipe.unet, world, cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile
-    )
-    reference = unet  # with LoRA the UNet without the adapter
-    if cfg.kl_weight and not cfg.lora_rank:
-        reference = UNet2DConditionModel.from_pretrained(cfg.model, subfolder="unet", dtype=world.dtype)
-        reference = distributed.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
+    load = partial(distributed.load_network, UNet2DConditionModel, cfg.model, world, subfolder="unet")
+    unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile)
+    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
+        reference = load(frozen=True)
+    pipe = distributed.load_pipeline(
+        StableDiffusionPipeline, cfg.model, world, unet=unet, safety_checker=None, requires_safety_checker=False
+    )  # the safety checker blackens pictures, which no reward should see
     return pipe, unet, reference
 
 
@@ -256,7 +250,8 @@ def sample_groups(
             trajectory.append(z)
         trajectories.append(torch.stack(trajectory, 1))
         log_probs.append(log_prob)
-        images.append(decode(vae, z0_hat))
+        with world.on_device(vae):
+            images.append(decode(vae, z0_hat))
     return torch.cat(trajectories), torch.cat(log_probs), torch.cat(images)
 
 
@@ -267,6 +262,7 @@ def check(cfg: Config) -> None:
     """Everything that can be wrong with the options is found here, before any model is loaded."""
     cli.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
+    distributed.check_family(cfg.model, "StableDiffusionPipeline")
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
 
@@ -274,13 +270,14 @@ def check(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
-    world = distributed.start_world()
-    output.open_folder(cfg, world)
+    world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
+    output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
+    world.freeze(*reward.models)
     pipe, unet, reference = load_models(cfg, world)
     optimizer = torch.optim.AdamW(distributed.trainable(unet), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
     ema = distributed.EMA(unet, cfg.ema_decay)
-    checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world)
+    checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world, cfg.keep_states)
 
     timesteps, alpha_bars, step = schedule = ddim_schedule(pipe.scheduler.config, cfg.steps, world.device)
     side = pipe.vae_scale_factor  # pixels of a latent
@@ -288,10 +285,14 @@ def main(cfg: Config) -> None:
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
+    encode = partial(encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
+    encode = distributed.PromptCache(encode, world, pipe.text_encoder)
+
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by deterministic DDIM
-        text = encode_prompts(pipe, captions, cfg.guidance, world.device)
+        text = encode(captions)
         z0 = sample_ode(lambda z, i: predict(unet, z, timesteps[i], text, cfg.guidance), z, alpha_bars, step)
-        return decode(pipe.vae, z0)
+        with world.on_device(pipe.vae):
+            return decode(pipe.vae, z0)
 
     run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward))
     for iteration in run.iterations():
@@ -300,7 +301,7 @@ def main(cfg: Config) -> None:
         # Algorithm 1, lines 2 and 3: a batch of prompts. The current weights are the old policy.
         batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
-        text = encode_prompts(pipe, captions, cfg.guidance, world.device)  # (P, n, L, D)
+        text = encode(captions)  # (P, n, L, D)
 
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
         keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's random numbers
@@ -310,7 +311,8 @@ def main(cfg: Config) -> None:
         clock.lap("rollout")
 
         # Line 6: the rewards of each sample.
-        rewards = reward(images, [caption for caption in captions for _ in range(G)])  # {name: (B,)}
+        with world.on_device(*reward.models):
+            rewards = reward(images, [caption for caption in captions for _ in range(G)])  # {name: (B,)}
         clock.lap("reward")
 
         # Lines 7 to 9: the advantage of each sample over its prompt's group.

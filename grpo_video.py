@@ -22,6 +22,7 @@ with classifier-free guidance 2, the empty one and the prompt, else 1.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,8 +86,12 @@ class Config:
     fps: Positive = 8.0  # frames per second that VideoAlign is told (release), and of the sample videos
     max_sequence_length: Count = 256  # text tokens of the Llama encoder (HunyuanVideoPipeline's default)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
+    dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
+    shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
+    offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
     save_every: Count = 50  # iterations between checkpoints; one more at the end
+    keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample videos; also before the first and at the end
     num_samples: Count = 4  # sample videos: the first prompts of the file, always from the same noise; 8 are saved
 
@@ -197,42 +202,32 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 # ------------------------------------------------------------------------------------------- HunyuanVideo, as a policy
 
 
-def load_transformer(loader, cfg: Config, **options):
-    """Call a loader of HunyuanVideoTransformer3DModel on --transformer, or else on the one in --model."""
+def transformer_source(cfg: Config) -> dict:
+    """Where the transformer lies: in --transformer, or else in --model."""
     if cfg.transformer:
-        return distributed.load_pretrained(loader, cfg.transformer, "--transformer", **options)
-    return distributed.load_pretrained(loader, cfg.model, subfolder="transformer", **options)
+        return {"path": cfg.transformer, "option": "--transformer"}
+    return {"path": cfg.model, "subfolder": "transformer"}
 
 
 def takes_first_frame(cfg: Config) -> bool:
     """Is it image to video? SkyReels' transformer reads the first frame in as many channels again as the latent has."""
-    config = load_transformer(HunyuanVideoTransformer3DModel.load_config, cfg)
+    config = distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
     return config["in_channels"] == 2 * config["out_channels"]
 
 
 def load_models(cfg: Config, world: distributed.World):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
-    pipe = distributed.load_pretrained(
-        HunyuanSkyreelsImageToVideoPipeline.from_pretrained
-        if takes_first_frame(cfg)
-        else HunyuanVideoPipeline.from_pretrained,
-        cfg.model,
-        transformer=load_transformer(
-            HunyuanVideoTransformer3DModel.from_pretrained, cfg, dtype=world.dtype if cfg.lora_rank else torch.float32
-        ),
-        dtype=world.dtype,
+    load = partial(distributed.load_network, HunyuanVideoTransformer3DModel, world=world, **transformer_source(cfg))
+    transformer = reference = load(
+        lora_rank=cfg.lora_rank,
+        lora_targets=LORA_TARGETS,
+        checkpointing=cfg.gradient_checkpointing,
+        compiled=cfg.compile,
     )
-    pipe.set_progress_bar_config(disable=True)
-    for frozen in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-        frozen.to(world.device).requires_grad_(False)
-    transformer = distributed.prepare_network(
-        pipe.transformer, world, cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile
-    )
-    reference = transformer  # with LoRA the transformer without the adapter
-    if cfg.kl_weight and not cfg.lora_rank:
-        reference = load_transformer(HunyuanVideoTransformer3DModel.from_pretrained, cfg, dtype=world.dtype)
-        reference = distributed.prepare_network(reference, world, 0, (), False, False).requires_grad_(False)
-    return pipe, transformer, reference
+    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
+        reference = load(frozen=True)
+    kind = HunyuanSkyreelsImageToVideoPipeline if takes_first_frame(cfg) else HunyuanVideoPipeline
+    return distributed.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
 
 
 @torch.no_grad()
@@ -300,7 +295,8 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
             lambda z, i: velocity(transformer, z, sigmas[i], condition, cfg),
             z, sigmas, cfg.eta, step, noise, window, log_prob_of,
         )  # fmt: skip
-        return trajectory, log_prob, decode(vae, z0)
+        with world.on_device(vae):
+            return trajectory, log_prob, decode(vae, z0)
 
     drawn = [sample(b) for b in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout")]
     return tuple(map(torch.cat, zip(*drawn, strict=True)))
@@ -315,8 +311,9 @@ def check(cfg: Config) -> None:
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     check_reward(cfg.reward, cfg.reward_paths, video=cfg.frames > 1)
+    distributed.check_family(cfg.model, "HunyuanVideoPipeline")
     vae = distributed.load_pretrained(AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
-    network = load_transformer(HunyuanVideoTransformer3DModel.load_config, cfg)
+    network = distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
     cli.check_size(cfg, vae["spatial_compression_ratio"] * network["patch_size"])
     stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(cfg) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
@@ -326,17 +323,18 @@ def check(cfg: Config) -> None:
 def main(cfg: Config) -> None:
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
-    world = distributed.start_world()
+    world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(cfg) else {}
-    output.open_folder(cfg, world)
+    output.open_folder(cfg, world, prompts)
     data.paint_first_frames(cfg, pictures, world)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
+    world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world)
     optimizer = torch.optim.AdamW(
         distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4
     )  # (release)
     ema = distributed.EMA(transformer, cfg.ema_decay)
-    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
+    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
     step, log_prob_of = SDE[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
@@ -345,9 +343,16 @@ def main(cfg: Config) -> None:
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
+    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+    embed = distributed.PromptCache(
+        lambda prompts: encode(pipe, prompts, pictures, shape, cfg, world.device), world, *encoders
+    )
+
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
-        condition = encode(pipe, captions, pictures, shape, cfg, world.device)
-        return decode(pipe.vae, sample_ode(lambda z, i: velocity(transformer, z, sigmas[i], condition, cfg), z, sigmas))
+        condition = embed(captions)
+        z0 = sample_ode(lambda z, i: velocity(transformer, z, sigmas[i], condition, cfg), z, sigmas)
+        with world.on_device(pipe.vae):
+            return decode(pipe.vae, z0)
 
     run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward, cfg.fps))
     for iteration in run.iterations():
@@ -356,7 +361,7 @@ def main(cfg: Config) -> None:
         # Algorithm 1, lines 2 and 3: a batch of prompts. The current weights are the old policy.
         batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
-        conditions = encode(pipe, captions, pictures, shape, cfg, world.device)  # (P, …) each
+        conditions = embed(captions)  # (P, …) each
 
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
         keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's random numbers
@@ -366,7 +371,8 @@ def main(cfg: Config) -> None:
         clock.lap("rollout")
 
         # Line 6: the rewards of each sample.
-        rewards = reward(videos, [caption for caption in captions for _ in range(G)], cfg.fps)  # {name: (B,)}
+        with world.on_device(*reward.models):
+            rewards = reward(videos, [caption for caption in captions for _ in range(G)], cfg.fps)  # {name: (B,)}
         clock.lap("reward")
 
         # Lines 7 to 9: the advantage of each sample over its prompt's group.

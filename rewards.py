@@ -1,8 +1,7 @@
 """The reward: tensors in, tensor out. No file, no JPEG or mp4 round trip, one batched forward pass per call.
 
     reward = load_reward("hps:0.7,clip:1.4", paths={"hps": "tiny/hps", "clip": "tiny/clip"})
-    scores = reward(images, prompts)          # {"hps": (B,), "clip": (B,)}
-    reward.weights                            # {"hps": 0.7, "clip": 1.4}
+    scores = reward(images, prompts)          # {"hps": (B,), "clip": (B,)}; reward.weights: {"hps": 0.7, "clip": 1.4}
     load_reward("vq,mq:2")(videos, prompts, fps=8)   # {"vq": (B,), "mq": (B,)}, from one forward pass
     load_reward("my_rewards.py:sharpness")    # a function of your own: sharpness(images, prompts) → (B,)
 
@@ -166,14 +165,13 @@ class VideoAlignReward:
 
     Qwen2-VL reads video and prompt; a linear head on the hidden states of three extra tokens gives the three scores.
     path: a hub id, or a folder with `model.pth` in the released layout (a PEFT state dict), `config.json` and tokenizer
-    of its Qwen2-VL, and `prompt_template.txt`. The template must have the released one's hash, or the one which the
-    folder's config.json names as "prompt_template_sha256". Float32 on a CPU, bfloat16 on a GPU, as released.
+    of its Qwen2-VL, and `prompt_template.txt`, of the released text's sha256 or that in config.json as
+    "prompt_template_sha256". Float32 on a CPU, bfloat16 on a GPU, as released.
     """
 
     NAMES = ("vq", "mq", "ta")
     MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)  # of the released model's raw scores
-    LORA_SCALE = 2.0  # alpha / rank
-    PIXELS = 128 * 28**2, 256 * 28**2  # least and most of a frame
+    LORA_SCALE, PIXELS = 2.0, (128 * 28**2, 256 * 28**2)  # alpha / rank; least and most of a frame
 
     def __init__(self, path: str = VIDEOALIGN_HUB_ID, device="cpu"):
         from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
@@ -417,6 +415,11 @@ class Reward:
         self.terms, self.scorers = terms, scorers
         self.weights = {term.name: term.weight for term in terms}
 
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """The networks, for moving them between devices."""
+        return [part for s in self.scorers.values() for part in vars(s).values() if isinstance(part, torch.nn.Module)]
+
     @torch.no_grad()
     def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> dict[str, Tensor]:
         """B images or videos, one prompt each → {name: (B,) float32}; with a threshold 1.0 above it, else 0.0.
@@ -455,10 +458,8 @@ def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", me
     for model in dict.fromkeys(term.model for term in terms):
         options = {"path": paths[model]} if model in paths else {}
         options |= {"metadata": metadata} if model == "geneval" else {}
-        if model in LOADERS:
-            scorers[model] = LOADERS[model](**options, device=device)
-        elif load_object(model):  # a file or name that is not there raises here already
-            scorers[model] = partial(own_reward, model)
+        own = None if model in LOADERS else load_object(model)  # what is not there raises here already
+        scorers[model] = partial(own_reward, model) if own else LOADERS[model](**options, device=device)
     return Reward(terms, scorers)
 
 
@@ -511,8 +512,7 @@ def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str
     for prompt, visual in zip(prompts, visuals, strict=True):
         low, high = visual.aminmax()
         if not (low >= 0 and high <= 1):  # also catches NaN
-            found = f"{low:.3g} to {high:.3g}"
-            raise RewardError(f"{name}: pixels must be in [0, 1], found {found} for the prompt {prompt!r}")
+            raise RewardError(f"{name}: pixels must be in [0, 1], found {low:.3g} to {high:.3g} for {prompt!r}")
 
 
 def check_prompts(name: str, visuals: Visuals, prompts: Sequence[str]) -> None:

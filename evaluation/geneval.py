@@ -104,6 +104,8 @@ class GenEvalReward:
 
     def __init__(self, path: str = MASK2FORMER, device="cpu", metadata: Mapping[str, dict] | None = None):
         self.detector, self.metadata, self.device = load_detector(path, device=device), metadata or {}, device
+        parts = vars(self.detector).values()
+        self.networks = torch.nn.ModuleList(part for part in parts if isinstance(part, torch.nn.Module))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, 0.0 or 1.0."""

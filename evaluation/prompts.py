@@ -18,15 +18,14 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
 
     source: a text or JSONL file, hpsv2 or geneval; detector: GenEval's, or None if it is not a metric.
     """
-    file = fetch_geneval_prompts() if source == "geneval" else Path(source)
+    file = fetch_geneval_prompts() if source == "geneval" else Path(source).expanduser()
     if source == "hpsv2":
         rows = [{"prompt": prompt, "style": style} for style in HPS_STYLES for prompt in fetch_hps_prompts(style)]
     else:
         cli.require(file.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: hpsv2, geneval")
         rows = [{"prompt": prompt} for prompt in data.load_prompts(str(file))]
-    if file.suffix == ".jsonl":
-        lines = file.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) | row for line, row in zip(lines, rows, strict=True)]
+    if file.suffix.lower() == ".jsonl":
+        rows = [json.loads(line) | row for line, row in zip(data.read_lines(file), rows, strict=True)]
     for number, row in enumerate(rows, 1):
         if detector:
             row |= geneval.find_metadata(row["prompt"], row, detector)

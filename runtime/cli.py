@@ -27,12 +27,16 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (RunError, *errors) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume continues from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 # Options that may differ between a run and its continuation: they do not change what an iteration computes.
 FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
+FREE_ON_RESUME |= {"shard_size", "offload", "keep_states"}
 
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):
@@ -64,7 +68,10 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
             raise RunError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
         return {"preset": preset} | presets[preset] | options
 
-    new = config_class(**defaults | values(given))
+    options = defaults | values(given)
+    require(bool(options["output_dir"]), "--output-dir is empty; name a folder")
+    options["output_dir"] = os.path.expanduser(options["output_dir"])
+    new = config_class(**options)
     if not getattr(new, "resume", False):
         return new
     output_dir = Path(new.output_dir)
@@ -73,15 +80,39 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
             f"nothing to resume: no complete checkpoint in {output_dir}; "
             "start without --resume, or name another --output-dir"
         )
-    stored = json.loads((output_dir / "config.json").read_text())
-    stored = {name: stored[name] for name in defaults}
+    stored = stored_options(output_dir / "config.json", config_class)
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != stored[name]:
             raise RunError(
                 f"--{name.replace('_', '-')} is {value!r}, but the run in {output_dir} has {stored[name]!r}; "
                 "resume with the run's own options (or none), or start a new run in another --output-dir"
             )
-    return config_class(**stored | given)
+    return config_class(**stored | given | {"output_dir": new.output_dir})
+
+
+def stored_options(file: Path, config_class: type) -> dict:
+    """The options in a run's config.json. Raises RunError if they are not those of this script's config class."""
+    advice = "restore the file, or start a new run in another --output-dir"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise RunError(f"cannot resume: {file} cannot be read ({e}); {advice}") from e
+    script = Path(inspect.getfile(config_class)).name
+    require(isinstance(stored, dict), f"cannot resume: {file} is not the config.json of a run; {advice}")
+    require(
+        stored.get("script", script) == script, f"{file.parent} is a run of {stored.get('script')}, not of {script}"
+    )
+    options = {}
+    for field in dataclasses.fields(config_class):
+        kind, value = type(field.default), stored.get(field.name)
+        value = float(value) if kind is float and type(value) is int else value
+        require(
+            type(value) is kind,
+            f"cannot resume: {file} has {field.name} = {value!r}, which is no {kind.__name__}; it was written by "
+            f"another version or changed by hand; {advice}",
+        )
+        options[field.name] = value
+    return options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,7 +192,12 @@ def check_size(config, multiple: int) -> None:
         require(size > 0 and size % multiple == 0, f"--{name} must be a multiple of {multiple} here, got {size}")
 
 
-def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint: one being written has another name until it is whole."""
+def complete_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints, oldest first: one being written has another name until it is whole."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return (complete_checkpoints(output_dir) or [None])[-1]

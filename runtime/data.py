@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import secrets
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -57,22 +58,38 @@ def load_prompts(source: str) -> list[str]:
 
     A public set is fetched from the hub once and kept as a text file in the hub's cache folder.
     """
-    path = _fetch_prompt_set(source) if source in PROMPT_SETS else Path(source)
+    path = _fetch_prompt_set(source) if source in PROMPT_SETS else Path(source).expanduser()
     require(
         path.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: {', '.join(PROMPT_SETS)}"
     )
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise RunError(f"cannot read the prompt file {source}: {e}; it must be UTF-8 text") from e
+    require(
+        path.suffix.lower() not in (".json", ".csv", ".tsv", ".parquet"),
+        f"{source} is neither text nor JSONL; write one prompt a line into a .txt file, or JSON objects into a .jsonl",
+    )
+    lines = read_lines(path)
     require(bool(lines), f"the prompt file {source} is empty; write one prompt a line")
     prompts = []
     for number, line in enumerate(lines, 1):
-        if path.suffix == ".jsonl" and line.strip():
+        if path.suffix.lower() == ".jsonl" and line.strip():
             line = _json_field(line, "prompt", f"{source} line {number}")
         require(bool(line.strip()), f"{source} line {number} is blank; remove it, every line is a prompt")
         prompts.append(line.strip())
     return prompts
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file, with or without byte order mark; a blank last line is left out.
+
+    Only a line feed ends a line: `splitlines` would also split at characters that a prompt may contain.
+    Raises RunError if it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise RunError(f"cannot read {path}: {e}; it must be UTF-8 text") from e
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return lines
 
 
 def _json_field(line: str, name: str, where: str) -> str:
@@ -92,7 +109,7 @@ def _fetch_prompt_set(name: str) -> Path:
     if not path.is_file():
         try:
             if source.startswith("https://"):
-                lines = fetch_text(f"{source}/{file}").splitlines()
+                lines = fetch_text(f"{source}/{file}").split("\n")
             else:
                 rows = json.loads(Path(hf_hub_download(source, file, repo_type="dataset")).read_text("utf-8"))
                 lines = [row["prompt"] for row in rows]
@@ -164,7 +181,7 @@ def _first_frame_index(config) -> Path:
 
 def _listed_first_frames(index: Path) -> dict[str, Path]:
     listed = {}
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines() if index.is_file() else [], 1):
+    for number, line in enumerate(read_lines(index) if index.is_file() else [], 1):
         prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
         listed[prompt.strip()] = index.parent / image
     return listed
@@ -216,7 +233,8 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
+    """The file is whole or not there, also when several processes write the same one at once."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     with writing(path):
         part.write_text(text, encoding="utf-8")
         part.replace(path)

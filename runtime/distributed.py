@@ -2,20 +2,25 @@
 
 import contextlib
 import os
+import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from rewards import is_folder_or_hub_id
 
 from .cli import RunError, require
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,10 @@ class World:
     rank: int
     size: int
     device: torch.device
-    dtype: torch.dtype  # that networks compute in: bf16 on CUDA, float32 on CPU
+    dtype: torch.dtype  # that networks compute in
+    shard_size: int = 1  # processes that share one copy of the trained network
+    offload: bool = False  # frozen models wait in host memory
+    mesh: DeviceMesh | None = None  # (replicate, shard) if the network is sharded
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +66,34 @@ class World:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The processes of a node run the block one after the other, so that what it loads is in host memory once."""
+        local_rank, local_size = _place_on_node()
+        for _ in range(local_rank):
+            self.barrier()
+        yield
+        for _ in range(local_size - local_rank):
+            self.barrier()
+
+    def freeze(self, *modules: nn.Module) -> None:
+        """Make modules frozen parts of this run: on the device, or with --offload in host memory."""
+        for module in modules:
+            module.to("cpu" if self.offload else self.device).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def on_device(self, *modules: nn.Module) -> Iterator[None]:
+        """Frozen modules are on the device inside the block. With --offload they wait in host memory outside it."""
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())] if self.offload else []
+        host = [tensor.data for tensor in tensors]
+        try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device)
+            yield
+        finally:
+            for tensor, data in zip(tensors, host, strict=True):  # nothing changed them, so nothing is copied back
+                tensor.data = data
+
     def progress(self, iterable: Iterable, **options) -> tqdm:
         """A progress bar, on rank 0 only."""
         return tqdm(iterable, disable=not self.is_main, dynamic_ncols=True, **options)
@@ -68,18 +104,51 @@ class World:
         return (items[start : start + size] for start in starts)
 
 
-def start_world() -> World:
-    """Join the processes that torchrun started, if it did: nccl on CUDA, gloo on CPU."""
-    rank, size, local_rank = (
-        int(os.environ.get(name, default)) for name, default in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)]
-    )
+def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False, fits_whole: bool = True) -> World:
+    """Join the processes that torchrun started, if it did: nccl on CUDA, gloo on CPU.
+
+    dtype, shard_size and offload are the options of these names; `fits_whole` says what shard_size 0 means, see
+    `choose_shard_size`. Raises RunError before anything is loaded.
+    """
     cuda = torch.cuda.is_available()
+    require(dtype in ("auto", *DTYPES), f"--dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = _place_on_node()
+    shard_size = choose_shard_size(shard_size, size, local_size, fits_whole)
     if cuda:
         torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32: rewards are scored in it
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(rank, size, device, torch.bfloat16 if cuda else torch.float32)
+    compute = (torch.bfloat16 if cuda else torch.float32) if dtype == "auto" else DTYPES[dtype]
+    return World(rank, size, device, compute, shard_size, offload, shard_mesh(device.type, size, shard_size))
+
+
+def _place_on_node() -> tuple[int, int]:
+    """This process's number on its node, and how many there are."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: bool) -> int:
+    """Processes that share one copy of the network. 0: one if the network fits a GPU whole, else those of a node.
+
+    Sharding gathers every block's parameters in every forward and backward pass, which is fast inside a node only.
+    Raises RunError unless `shard_size` divides `size`, the number of processes.
+    """
+    chosen = shard_size or (1 if fits_whole else local_size)
+    require(
+        chosen > 0 and size % chosen == 0,
+        f"--shard-size must divide the {size} processes, got {chosen}; each copy of the network has that many",
+    )
+    return chosen
+
+
+def shard_mesh(device_type: str, size: int, shard_size: int) -> DeviceMesh | None:
+    """Copies of the network by parts of a copy, (size / shard_size, shard_size); None if every process has it whole."""
+    if shard_size == 1:
+        return None
+    return init_device_mesh(device_type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def load_pretrained(loader, path: str, option: str = "--model", **options):
@@ -97,22 +166,94 @@ def load_pretrained(loader, path: str, option: str = "--model", **options):
         raise RunError(f"cannot load {path}: {reason}; {advice}") from e
 
 
-def prepare_network(
-    network: nn.Module, world: World, lora_rank: int, lora_targets: Sequence[str], checkpointing: bool, compiled: bool
-) -> nn.Module:
-    """Make a diffusers network ready to train, in place: LoRA, gradient checkpointing, compilation, sharding.
+def check_family(path: str, expected: str) -> None:
+    """Raise RunError unless the model at `path` is a pipeline of the expected class."""
+    from diffusers import DiffusionPipeline
 
-    Master weights of what is trained are float32. With LoRA (alpha = 2 rank, as in the official recipe) the frozen
-    rest is kept in the compute dtype. On several processes every block is a shard of its own (FSDP2).
+    found = load_pretrained(DiffusionPipeline.load_config, path)["_class_name"]
+    require(found == expected, f"--model {path} is a {found}; this script trains a {expected}")
+
+
+def load_network(
+    network_class: type,
+    path: str,
+    world: World,
+    lora_rank: int = 0,
+    lora_targets: Sequence[str] = (),
+    checkpointing: bool = False,
+    compiled: bool = False,
+    frozen: bool = False,
+    *,
+    subfolder: str | None = None,
+    option: str = "--model",
+) -> nn.Module:
+    """Load a diffusers network, ready to train, or frozen.
+
+    Only rank 0 reads the weights, and hands them out: host memory holds one copy, whatever the number of processes.
+    Raises RunError if the weights are missing or gated.
     """
-    network.requires_grad_(not lora_rank)
+    options = {"subfolder": subfolder} if subfolder else {}
+    prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen)
+    dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
+    if world.is_main:
+        source = load_pretrained(network_class.from_pretrained, path, option, dtype=dtype, **options)
+        prepare_network(source, *prepare)
     if world.size == 1:
-        network.to(world.device)  # else sharding moves it there, block by block, so that it never has to fit whole
+        return source.to(world.device)
+    config = load_pretrained(network_class.load_config, path, option, **options)
+    network = shard(empty_network(network_class, config, dtype, *prepare), world).to_empty(device=world.device)
+    buffers = dict(source.named_buffers()) if world.is_main else {}
+    for name, buffer in network.named_buffers():  # not all of them are in the state dict
+        if world.is_main:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, 0)
+    weights = source.state_dict() if world.is_main else {}
+    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return network
+
+
+def load_pipeline(pipeline_class: type, path: str, world: World, **components):
+    """Load a diffusers pipeline around the given components. All others are frozen, in the compute dtype.
+
+    Raises RunError if weights are missing or gated.
+    """
+    absent = {name: None if isinstance(value, nn.Module) else value for name, value in components.items()}
+    with world.in_turn():
+        pipe = load_pretrained(pipeline_class.from_pretrained, path, dtype=world.dtype, **absent)
+        world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
+    pipe.register_modules(**{name: value for name, value in components.items() if isinstance(value, nn.Module)})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
+    """A network on the meta device, without weights. `dtype` of the master weights, arguments of `prepare_network`."""
+    with torch.device("meta"):
+        network = network_class.from_config(config)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return prepare_network(network, *prepare)
+
+
+def prepare_network(
+    network: nn.Module,
+    lora_rank: int = 0,
+    lora_targets: Sequence[str] = (),
+    checkpointing: bool = False,
+    compiled: bool = False,
+    frozen: bool = False,
+) -> nn.Module:
+    """Make a diffusers network ready to train, in place: LoRA, gradient checkpointing, compilation.
+
+    Master weights of what is trained are float32. The rest is kept in the compute dtype: with LoRA (alpha = 2 rank, as
+    in the official recipe) the network itself, or all of it if it is frozen.
+    """
+    network.requires_grad_(not frozen and not lora_rank)
     if lora_rank:
         from peft import LoraConfig
 
         torch.manual_seed(0)  # LoRA's own initialisation is the one draw that a library makes from the global state
-        network.to(world.dtype).add_adapter(
+        network.add_adapter(
             LoraConfig(
                 r=lora_rank, lora_alpha=2 * lora_rank, init_lora_weights="gaussian", target_modules=list(lora_targets)
             )
@@ -123,22 +264,28 @@ def prepare_network(
         network.enable_gradient_checkpointing()
     if compiled:
         network.compile_repeated_blocks()
-    if world.size > 1:
-        shard(network, world)
     return network.eval()  # never train(): a dropout layer would make replay differ from rollout
 
 
 def shard(network: nn.Module, world: World) -> nn.Module:
-    """FSDP2: shard every block that diffusers declares unsplittable, innermost first, then the rest."""
+    """FSDP2, if the processes share copies: shard every block that diffusers declares unsplittable, then the rest.
+
+    The processes of a copy hold a part of every parameter each, and of its gradient and optimizer state.
+    """
+    if world.mesh is None:
+        return network
     # Blocks of FLUX return views of one tensor; the warning is for code that changes them in place, which none does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
-        param_dtype=None if world.dtype == torch.float32 else world.dtype, reduce_dtype=torch.float32
+        param_dtype=None if world.dtype == torch.float32 else world.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast casts what may be: not rotary tables, nor times, which bf16 would round
     )
-    for module in reversed(list(network.modules())):
+    mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
+    for module in reversed(list(network.modules())):  # innermost first
         if type(module).__name__ in (network._no_split_modules or []):
-            fully_shard(module, mp_policy=policy)
-    return fully_shard(network, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
@@ -159,13 +306,23 @@ def without_adapter(network: nn.Module) -> Iterator[None]:
 
 
 def reduce_gradients(network: nn.Module, now: bool) -> None:
-    """Say whether the next backward pass reduces gradients over processes: only the last of an update needs to."""
+    """Say whether the next backward pass is the last of an update, whose gradients the copies of the network exchange.
+
+    Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole.
+    """
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
+        network.set_requires_all_reduce(now)
 
 
 def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float:
-    """Clip in place, and return the norm before. A loss that is not a number ends the run here, before any weight."""
+    """Average gradients over processes that have the whole network each, clip them in place, and return their norm
+    before. A loss that is not a number ends the run here, before any weight.
+    """
+    if dist.is_initialized() and not isinstance(network, FSDPModule):
+        gradients = [parameter.grad for parameter in trainable(network) if parameter.grad is not None]
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
+        torch._foreach_div_(gradients, dist.get_world_size())
     norm = nn.utils.clip_grad_norm_(trainable(network), max_norm)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     require(
@@ -174,6 +331,56 @@ def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float
         "--max-grad-norm, and --resume from the last checkpoint, which is intact",
     )
     return norm
+
+
+class PromptCache:
+    """What frozen encoders make of prompts, so that each prompt is encoded once.
+
+    encode   list of prompts → a tensor (P, …), or a tuple or list of them
+    Prompts are encoded one by one: the result must not depend on which were encoded before, or in another process.
+    """
+
+    SIZE = 256  # prompts that are kept
+
+    def __init__(self, encode: Callable, world: World, *encoders: nn.Module):
+        self.encode, self.world, self.encoders, self.kept = encode, world, encoders, {}
+
+    def __call__(self, prompts: Sequence[str]):
+        """What `encode` gives for these prompts."""
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]:
+            with self.world.on_device(*self.encoders):
+                self.kept |= {prompt: self.encode([prompt]) for prompt in missing}
+        rows = [self.kept[prompt] for prompt in prompts]
+        for prompt in list(self.kept)[: -self.SIZE]:
+            del self.kept[prompt]
+        return (
+            torch.cat(rows) if isinstance(rows[0], Tensor) else type(rows[0])(map(torch.cat, zip(*rows, strict=True)))
+        )
+
+
+class Preemption:
+    """Notes SIGTERM, which a cluster sends before it takes a machine away, and Ctrl-C, so that the run saves and ends.
+
+    A second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, world: World):
+        self.world, self.received = world, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _) -> None:
+        self.received = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __call__(self) -> bool:
+        """Whether any process has received one. A collective: every process must ask."""
+        return bool(self.world.gather(torch.tensor([self.received])).any())
+
+    @property
+    def exit_code(self) -> int:
+        """0 for SIGTERM, the shells' 130 for Ctrl-C."""
+        return 130 if self.received == signal.SIGINT else 0
 
 
 class EMA:

@@ -1,9 +1,12 @@
 """What a run leaves: its folder, checkpoints, metrics, pictures."""
 
 import dataclasses
+import fcntl
+import hashlib
 import importlib.metadata
 import inspect
 import json
+import os
 import shutil
 import textwrap
 import time
@@ -22,43 +25,78 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
-from .cli import RunError, latest_checkpoint
+from .cli import RunError, complete_checkpoints, latest_checkpoint, require
 from .data import keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, World
+from .distributed import EMA, Preemption, World
 
 
-def open_folder(config, world: World) -> None:
-    """Create --output-dir and write config.json; refuse a folder that holds a run, unless it is to be resumed."""
-    output_dir = Path(config.output_dir)
-    if world.is_main and not config.resume:
-        if (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir):
-            raise RunError(
-                f"{output_dir} already holds a run; add --resume to continue it, or take another --output-dir"
-            )
+def open_folder(config, world: World, prompts: list[str]) -> None:
+    """Create --output-dir, take its lock and write config.json; refuse a folder that is not this run's.
+
+    The lock is the process's own and ends with it. config.json holds all options, a hash of the prompts, and versions.
+    """
+    output_dir, file = Path(config.output_dir), Path(config.output_dir, "config.json")
+    content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
+    content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    if world.is_main:
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        advice = "take another --output-dir"
+        require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
+        require(not stored or "script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
+        found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
+        require(
+            config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
+        )
+        require(
+            not config.resume or stored.get("prompts_sha256", "") in ("", content["prompts_sha256"]),
+            f"the prompts of {config.prompts} are not those that {output_dir} was started with; restore the file, or "
+            "start a new run in another --output-dir",
+        )
         with writing(output_dir):
             (output_dir / "samples").mkdir(parents=True, exist_ok=True)
+        lock_folder(output_dir)
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
-        versions = {package: importlib.metadata.version(package) for package in packages}
-        content = (
-            {"script": Path(inspect.getfile(type(config))).name}
-            | dataclasses.asdict(config)
-            | {"versions": versions, "processes": world.size}
-        )
-        write_atomically(output_dir / "config.json", json.dumps(content, indent=2) + "\n")
+        content["versions"] = {package: importlib.metadata.version(package) for package in packages}
+        content["processes"] = world.size
+        write_atomically(file, json.dumps(content, indent=2) + "\n")
     world.barrier()
+
+
+def lock_folder(folder: Path) -> None:
+    """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
+    if LOCKS:  # of an earlier run of this process
+        os.close(LOCKS.pop())
+    LOCKS.append(os.open(folder, os.O_RDONLY))
+    try:
+        fcntl.flock(LOCKS[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise RunError(f"another process is working in {folder}; wait for it, or take another --output-dir") from e
+
+
+LOCKS: list[int] = []  # the file descriptor that holds the lock of this process's run
 
 
 class Checkpoints:
     """Saves and restores network, optimizer and EMA, whatever the number of processes.
 
     A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
-    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume.
+    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, which is
+    six times as large: only the newest `keep_states` checkpoints keep it.
     """
 
-    def __init__(self, pipeline, component: str, optimizer: torch.optim.Optimizer, ema: EMA, world: World):
+    def __init__(
+        self,
+        pipeline,
+        component: str,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
+        world: World,
+        keep_states: int = 2,
+    ):
         self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
-        self.optimizer, self.ema, self.world = optimizer, ema, world
+        self.optimizer, self.ema, self.world, self.keep_states = optimizer, ema, world, keep_states
         self.is_lora = bool(getattr(self.network, "peft_config", None))
 
     def _state(self) -> dict:
@@ -87,19 +125,29 @@ class Checkpoints:
             if self.world.is_main:
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
+                self._delete_old_states(final.parent)
             self.world.barrier()
+
+    def _delete_old_states(self, output_dir: Path) -> None:
+        for checkpoint in complete_checkpoints(output_dir)[: -self.keep_states]:
+            if (checkpoint / "state").is_dir():
+                (checkpoint / "state").rename(checkpoint / "state.part")  # never half of one under its own name
+            shutil.rmtree(checkpoint / "state.part", ignore_errors=True)
 
     def _save_public(self, folder: Path, suffix: str) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=self.is_lora)
-        weights = get_model_state_dict(self.network, options=options)  # gathered on rank 0 only
+        options = StateDictOptions(ignore_frozen_params=self.is_lora)
+        weights = {}
+        for name, weight in get_model_state_dict(self.network, options=options).items():
+            weight = weight if self.is_lora else weight.to(self.world.dtype)  # before it is gathered
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weights |= {name: weight.cpu()} if self.world.is_main else {}
         if not self.world.is_main:
             return
         if not self.is_lora:
             target = folder / f"{self.component}{suffix}"
             target.mkdir(parents=True)
-            weights = {name: weight.to(self.world.dtype) for name, weight in weights.items()}
             save_torch_state_dict(weights, target, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
             self.network.save_config(target)
             return
@@ -117,6 +165,7 @@ class Checkpoints:
     def restore(self, output_dir: str) -> int:
         """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
         path, state = latest_checkpoint(Path(output_dir)), self._state()
+        require((path / "state").is_dir(), f"{path} keeps no state to resume from; --keep-states says how many do")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
@@ -221,7 +270,8 @@ class Samples:
             z = keyed_noise(self.shape, [(self.seed, i) for i in part], "sample pictures", self.world.device)
             images.append(self.draw([self.prompts[i] for i in part], z))
         images = torch.cat(images)
-        scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
+        with self.world.on_device(*self.reward.models):
+            scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
         shown = self.world.collect(images[: self.SHOWN], min(count, self.SHOWN))
         if self.world.is_main:
             captions, path = self.prompts[: len(shown)], self.folder / f"{iteration:06d}.png"
@@ -239,6 +289,7 @@ class Run:
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
         self.done = checkpoints.restore(config.output_dir) if config.resume else 0
         self.metrics = Metrics(config.output_dir, world, self.done)
+        self.preempted, self.flat = Preemption(world), 0
 
     def iterations(self) -> Iterator[int]:
         """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
@@ -256,8 +307,25 @@ class Run:
             row = row | self.samples.save(done)
         self.metrics.write({"iteration": done} | row)
         self.bar.set_postfix_str(f"reward {row['reward_mean']:.4f}")
-        if done == c.iterations or done % c.save_every == 0:
+        self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
+        stop = self.preempted() and done < c.iterations
+        if stop or done == c.iterations or done % c.save_every == 0:
             self.checkpoints.save(c.output_dir, done)
+        if stop:
+            self.metrics.draw()
+            message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
+            if self.world.is_main:
+                self.bar.write(message)
+            raise SystemExit(self.preempted.exit_code)
+
+    def check_spread(self, flat: bool) -> None:
+        """Say so when no group has had any spread of rewards for ten iterations: then nothing is learned."""
+        self.flat = self.flat + 1 if flat else 0
+        if self.flat == 10 and self.world.is_main:
+            self.bar.write(
+                "warning: in ten iterations all rewards of every group were equal, so nothing is learned; look at the "
+                "sample pictures, raise --eta or --group-size, or change the reward's threshold"
+            )
 
 
 class Stopwatch:

@@ -80,8 +80,7 @@ def save_lora(network, pipeline_class, targets, folder):
     """LoRA weights of the network that change its output plainly."""
     from peft import get_peft_model_state_dict
 
-    world = distributed.World(0, 1, torch.device("cpu"), torch.float32)
-    network = distributed.prepare_network(network, world, 2, targets, False, False)
+    network = distributed.prepare_network(network, lora_rank=2, lora_targets=targets)
     with torch.no_grad():
         for parameter in distributed.trainable(network):
             parameter += 0.1

@@ -177,7 +177,7 @@ def test_bad_paths_are_refused(paths, message):
         (torch.zeros(1, 3, 64, 64), ["a", "b"], "one prompt per image"),
         (torch.zeros(1, 3, 64, 64), "a", "one prompt per image"),
         (torch.full((1, 3, 64, 64), 255.0), ["a"], r"pixels must be in \[0, 1\]"),
-        (torch.full((1, 3, 64, 64), float("nan")), ["a cat"], "for the prompt 'a cat'"),
+        (torch.full((1, 3, 64, 64), float("nan")), ["a cat"], "for 'a cat'"),
     ],
 )
 def test_bad_images_are_refused(tiny_reward, images, prompts, message):

@@ -234,7 +234,7 @@ def test_only_ta_reads_the_prompt(judge):
         ([torch.zeros(64, 64, 3)], ["a"], 8, r"each must be \(F, 3, H, W\), got \(64, 64, 3\)"),
         (torch.zeros(1, 3, 3, 64, 64), ["a"], 8, "at least 4 frames, got 3"),
         (torch.full((1, 4, 3, 64, 64), 255.0), ["a"], 8, r"pixels must be in \[0, 1\], found 255 to 255"),
-        (torch.full((1, 4, 3, 64, 64), float("nan")), ["a cat"], 8, "found nan to nan for the prompt 'a cat'"),
+        (torch.full((1, 4, 3, 64, 64), float("nan")), ["a cat"], 8, "found nan to nan for 'a cat'"),
         (torch.zeros(1, 4, 3, 64, 64), ["a", "b"], 8, "one prompt per image or video, got 1 and prompts"),
         (torch.zeros(1, 4, 3, 64, 64), "a", 8, "one prompt per image or video"),
         (torch.zeros(1, 4, 3, 64, 64), ["a"], None, "fps must be the videos' frames per second, above 0, got None"),
@@ -351,7 +351,7 @@ def test_pickscore_scores_each_image_with_its_own_prompt(pickscore_folder):
         (torch.zeros(1, 32, 32, 3), ["a"], r"each must be \(3, H, W\), got \(32, 32, 3\)"),
         (torch.zeros(1, 3, 32, 32), ["a", "b"], "one prompt per image or video, got 1 and"),
         (torch.full((1, 3, 32, 32), -0.1), ["a"], r"pixels must be in \[0, 1\], found -0.1"),
-        (torch.full((1, 3, 32, 32), float("nan")), ["a cat"], "found nan to nan for the prompt 'a cat'"),
+        (torch.full((1, 3, 32, 32), float("nan")), ["a cat"], "found nan to nan for 'a cat'"),
     ],
 )
 def test_pickscore_refuses_bad_images(pickscore_folder, images, prompts, message):

@@ -1,0 +1,239 @@
+"""Several processes compute what one computes, however they share the network, and hold only their part of it."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distributed_cases
+from runtime import cli, data, distributed, output
+
+
+def distance(a: dict, b: dict) -> float:
+    """Largest difference of two sets of weights, relative to the second's norm."""
+    assert a.keys() == b.keys()
+    difference = sum(((a[k] - b[k].to(a[k].dtype)).double() ** 2).sum() for k in a) ** 0.5
+    return float(difference / sum((b[k].double() ** 2).sum() for k in b) ** 0.5)
+
+
+@pytest.fixture(scope="module")
+def one():
+    world = distributed.start_world()
+    results = {name: distributed_cases.train(world, name) for name in distributed_cases.TRAININGS}
+    return results | {"six iterations": distributed_cases.train(world, "full", iterations=6)}
+
+
+def launch(folder, processes):
+    table = distributed_cases.Table()
+    table.kept += 1  # a value that only the file has
+    table.save_pretrained(folder / "table")
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    done = subprocess.run(
+        [*command, distributed_cases.__file__, str(folder)], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "results.pt") | {"table": table, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("two"), 2)
+
+
+def check_float32(one, several, shard_size):
+    a, b = one["full"], several["full", shard_size]
+    torch.testing.assert_close(b["predictions"], a["predictions"], rtol=1e-5, atol=1e-5)
+    assert b["norms"] == pytest.approx(a["norms"], rel=1e-4)
+    assert distance(b["weights"], a["weights"]) < 1e-5
+    start = distributed_cases.NETWORKS["flux"]
+    loaded = start[0].from_pretrained(start[1], subfolder="transformer").state_dict()
+    assert distance(loaded, a["weights"]) > 1e-5  # and they were trained
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_two_processes_train_as_one_does(one, two, shard_size):
+    check_float32(one, two, shard_size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_lora_in_bfloat16_is_the_same_on_two_processes_to_the_bit(one, two, shard_size):
+    a, b = one["lora-bfloat16"], two["lora-bfloat16", shard_size]
+    assert torch.equal(a["predictions"], b["predictions"])
+    assert a["norms"][0] == b["norms"][0]
+    assert b["norms"] == pytest.approx(a["norms"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_in_bfloat16_is_as_exact_on_two_processes_as_on_one(one, two):
+    a, whole, sharded = one["full-bfloat16"], two["full-bfloat16", 1], two["full-bfloat16", 2]
+    assert torch.equal(a["predictions"], whole["predictions"])  # each process has the network that one has
+    assert whole["norms"] == pytest.approx(a["norms"], rel=1e-3)
+    # FSDP rounds the weights of norms, which one process keeps in float32: no more than bfloat16 does elsewhere.
+    world = distributed.start_world()
+    network_class, path = distributed_cases.NETWORKS["hunyuan"]
+    network = distributed.load_network(network_class, path, world, subfolder="transformer")
+    with torch.no_grad():
+        exact = distributed_cases.predict(network, world, range(distributed_cases.SAMPLES))
+    error, error_sharded = (float((x["predictions"] - exact).norm() / exact.norm()) for x in (a, sharded))
+    assert 0 < error_sharded < 1.2 * error
+    assert sharded["norms"] == pytest.approx(a["norms"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_gradients_and_weights_are_held_in_parts(two):
+    whole, sharded = two["full", 1], two["full", 2]
+    assert whole["gradient_elements"] == whole["elements"] == sharded["elements"]
+    assert sharded["gradient_elements"] < 0.51 * sharded["elements"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_every_process_gets_rank_0s_weights_and_buffers(two, shard_size):
+    loaded, table = two["load", shard_size], two["table"]
+    assert torch.equal(loaded["weight"], table.linear.weight)
+    assert torch.equal(loaded["kept"], table.kept) and torch.equal(loaded["computed"], table.computed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_a_checkpoint_holds_the_whole_network_and_continues_on_copies_of_another_size(one, two, shard_size):
+    weights = two["saved", shard_size]["weights"]
+    folder = two["folder"] / f"saved-{shard_size}" / "checkpoint-000003"
+    saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == weights.keys() and all(torch.equal(saved[k], weights[k]) for k in saved)
+    average = load_file(folder / "transformer_ema" / "diffusion_pytorch_model.safetensors")
+    assert 0 < distance(average, weights) < 0.1
+    assert distance(two["continued", shard_size]["weights"], one["six iterations"]["weights"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does(one, tmp_path):
+    four = launch(tmp_path, 4)
+    for shard_size in (1, 2, 4):
+        check_float32(one, four, shard_size)
+
+
+def test_options_that_do_not_fit_are_refused(monkeypatch):
+    with pytest.raises(cli.RunError, match="--dtype must be one of auto, bfloat16, float32, got 'half'"):
+        distributed.start_world("half")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(cli.RunError, match="--shard-size must divide the 8 processes, got 3"):
+        distributed.start_world(shard_size=3)
+    with pytest.raises(cli.RunError, match="got -1"):
+        distributed.start_world(shard_size=-1)
+
+
+def test_a_copy_of_the_network_is_shared_by_the_processes_of_a_node_if_it_does_not_fit_whole():
+    assert distributed.choose_shard_size(0, size=16, local_size=8, fits_whole=False) == 8
+    assert distributed.choose_shard_size(0, size=16, local_size=8, fits_whole=True) == 1
+    assert distributed.choose_shard_size(4, size=16, local_size=8, fits_whole=True) == 4
+
+
+def test_the_compute_dtype_is_an_option(monkeypatch):
+    assert distributed.start_world().dtype == torch.float32
+    world = distributed.start_world("bfloat16")
+    with world.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def small_checkpoints(world, **options):
+    network = distributed_cases.Table()
+    optimizer = torch.optim.AdamW(network.parameters())
+    pipe = SimpleNamespace(network=network)
+    return output.Checkpoints(pipe, "network", optimizer, distributed.EMA(network, 0.5), world, **options)
+
+
+def test_only_the_newest_checkpoints_keep_their_state(tmp_path):
+    checkpoints = small_checkpoints(distributed.start_world(), keep_states=2)
+    for iteration in (1, 2, 3, 4):
+        checkpoints.save(tmp_path, iteration)
+    with_state = [path.parent.name for path in tmp_path.glob("*/state")]
+    assert sorted(with_state) == ["checkpoint-000003", "checkpoint-000004"]
+    assert len(list(tmp_path.glob("*/network/*.safetensors"))) == 4 and not list(tmp_path.glob("**/*.part"))
+    assert checkpoints.restore(tmp_path) == 4
+    (tmp_path / "checkpoint-000004").rename(tmp_path / "taken-away")
+    assert checkpoints.restore(tmp_path) == 3
+    (tmp_path / "checkpoint-000003").rename(tmp_path / "also")
+    with pytest.raises(cli.RunError, match=r"checkpoint-000002 keeps no state"):
+        checkpoints.restore(tmp_path)
+
+
+def test_public_weights_have_the_compute_dtype_and_the_state_the_master_weights(tmp_path):
+    checkpoints = small_checkpoints(distributed.start_world("bfloat16"))
+    master = checkpoints.network.linear.weight.detach().clone()
+    checkpoints.save(tmp_path, 1)
+    saved = load_file(tmp_path / "checkpoint-000001" / "network" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(saved["linear.weight"], master.bfloat16())
+    with torch.no_grad():
+        checkpoints.network.linear.weight.zero_()
+    checkpoints.restore(tmp_path)
+    assert torch.equal(checkpoints.network.linear.weight, master)
+
+
+def test_sigterm_is_noted_and_does_not_end_the_process():
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        preempted = distributed.Preemption(distributed.start_world())
+        assert not preempted()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preempted()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_frozen_models_are_on_the_device_when_used_and_in_host_memory_else():
+    class Weights:  # stands for a tensor: a device that is not the host may not be there
+        def to(self, device):
+            return f"copy on {device}"
+
+    for offload in (True, False):
+        world = distributed.World(0, 1, torch.device("cuda"), torch.float32, offload=offload)
+        tensor = SimpleNamespace(data=Weights())
+        model, kept = SimpleNamespace(parameters=lambda t=tensor: [t], buffers=lambda: []), tensor.data
+        with pytest.raises(ValueError), world.on_device(model):
+            assert tensor.data == ("copy on cuda" if offload else kept)
+            raise ValueError  # a reward that fails, say
+        assert tensor.data is kept  # not copied back: nothing changed it
+
+
+def test_frozen_models_are_not_trained():
+    model = torch.nn.Linear(2, 2)
+    distributed.World(0, 1, torch.device("meta"), torch.float32).freeze(model)
+    assert not model.weight.requires_grad and not model.training and model.weight.device.type == "meta"
+    model = torch.nn.Linear(2, 2)
+    distributed.World(0, 1, torch.device("meta"), torch.float32, offload=True).freeze(model)
+    assert not model.weight.requires_grad and model.weight.device.type == "cpu"
+
+
+def _fetch(start, results):
+    start.wait()
+    results.put(data.load_prompts("hpdv2"))
+
+
+def test_eight_processes_fetch_an_absent_prompt_set_at_the_same_moment(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    prompts = [f"prompt {i} " + "word " * (i % 50) for i in range(20_000)]
+    source = tmp_path / "train.json"
+    source.write_text(json.dumps([{"prompt": prompt} for prompt in prompts]))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(source))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    fork = multiprocessing.get_context("fork")
+    start, results = fork.Barrier(8), fork.Queue()
+    processes = [fork.Process(target=_fetch, args=(start, results)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    fetched = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert all(prompts_of_one == [prompt.strip() for prompt in prompts] for prompts_of_one in fetched)
+    assert [path.name for path in (tmp_path / "cache" / "dancegrpo").iterdir()] == ["hpdv2.txt"]

@@ -1,0 +1,207 @@
+"""Output folders belong to one run, prompts are read as they are written, and damage is told in one line."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime import cli, data, distributed, output
+from runtime.cli import Count, Decay, Open01, Positive, Rank, Seed, Share
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "a"  # a named set
+    iterations: Count = 5  # rollouts
+    eta: Positive = 0.3  # noise
+    seed: Seed = 1  # of all
+    prompts: str = "x.txt"  # file
+    output_dir: str = "somewhere"  # where
+    resume: bool = False  # continue
+
+
+@dataclass(frozen=True)
+class Ranges:
+    clip: Open01 = 0.5
+    share: Share = 1.0
+    decay: Decay = 0.0
+    rank: Rank = 0
+
+
+PRESETS = {"a": {}}
+
+
+def parse(*words):
+    return cli.parse_config(Config, PRESETS, words)
+
+
+def tree(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def world():
+    return distributed.World(0, 1, torch.device("cpu"), torch.float32)
+
+
+def a_run(folder: Path, world, **changes):
+    """A run that has one checkpoint."""
+    cfg = Config(output_dir=str(folder), **changes)
+    output.open_folder(cfg, world, ["one", "two"])
+    (folder / "checkpoint-000002" / "state").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    return cfg
+
+
+# ------------------------------------------------------------------------------------------------------------- ranges
+
+
+@pytest.mark.parametrize("words, expected", [
+    ("--eta inf", "--eta must be above 0, got inf"),
+    ("--eta nan", "--eta must be above 0, got nan"),
+    ("--iterations 0", "--iterations must be at least 1, got 0"),
+    ("--seed 12345678901234567890123456", "--seed must be from 0 to 2**63 - 1"),
+    ("--seed -1", "--seed must be from 0"),
+])  # fmt: skip
+def test_a_number_out_of_range(words, expected):
+    with pytest.raises(cli.RunError) as caught:
+        cli.check_ranges(parse(*words.split()))
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize("name, values", {
+    "clip": (0.0, 1.0, float("nan")), "share": (0.0, 1.1), "decay": (-0.1, 1.0), "rank": (-1, 100_000),
+}.items())  # fmt: skip
+def test_the_ends_of_a_range(name, values):
+    cli.check_ranges(Ranges())
+    for value in values:
+        with pytest.raises(cli.RunError, match=f"--{name} must be"):
+            cli.check_ranges(replace(Ranges(), **{name: value}))
+
+
+# ------------------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_are_split_at_line_feeds_only(tmp_path):
+    prompts = ["a red\u2028circle", "two\x0bsquares", "a cross\x85es"]
+    (tmp_path / "a.txt").write_text("\ufeff" + "\n".join(prompts) + "\r\n\n", encoding="utf-8")
+    assert data.load_prompts(str(tmp_path / "a.txt")) == prompts
+    lines = [json.dumps({"prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (tmp_path / "b.JSONL").write_text("\n".join(lines), encoding="utf-8")
+    assert data.load_prompts(str(tmp_path / "b.JSONL")) == prompts
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.CSV"])
+def test_files_that_are_neither_text_nor_jsonl_are_refused(name, tmp_path):
+    (tmp_path / name).write_text('["a red circle"]')
+    with pytest.raises(cli.RunError, match="is neither text nor JSONL"):
+        data.load_prompts(str(tmp_path / name))
+
+
+# ------------------------------------------------------------------------------------------------------ output folders
+
+
+def test_home_is_expanded_and_an_empty_folder_name_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("--output-dir", "~/runs").output_dir == str(tmp_path / "runs")
+    with pytest.raises(cli.RunError, match="--output-dir is empty"):
+        parse("--output-dir", "")
+
+
+@pytest.mark.parametrize("content, expected", [
+    ({"model_index.json": "{}"}, "is a model's folder"),
+    ({"config.json": '{"metrics": "hps"}'}, "holds a config.json that is no run's"),
+    ({"metrics.jsonl": "{}\n"}, "already holds a run"),
+    ({"checkpoint-000005/unet/config.json": "{}"}, "already holds a run"),
+], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
+def test_somebody_elses_folder_is_left_as_it_is(content, expected, tmp_path, world):
+    for name, text in content.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = tree(tmp_path)
+    with pytest.raises(cli.RunError, match=expected):
+        output.open_folder(Config(output_dir=str(tmp_path)), world, ["one"])
+    assert tree(tmp_path) == before
+
+
+def test_a_run_that_failed_before_its_first_iteration_does_not_hinder_the_next(tmp_path, world):
+    output.open_folder(Config(output_dir=str(tmp_path), seed=1), world, ["one"])
+    output.open_folder(Config(output_dir=str(tmp_path), seed=2), world, ["one"])
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+
+
+def test_two_processes_cannot_work_in_one_folder(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from runtime import output\n"
+        f"output.lock_folder(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(60)"
+    )
+    root = Path(__file__).resolve().parent.parent
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root)
+    assert other.stdout.readline() == b"locked\n"
+    with pytest.raises(cli.RunError, match="another process is working in"):
+        output.lock_folder(tmp_path)
+    other.kill()
+    other.wait()
+    output.lock_folder(tmp_path)  # the lock went with the process
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
+    a_run(tmp_path, world, eta=0.7)
+    cfg = parse("--output-dir", str(tmp_path), "--resume", "--iterations", "9")
+    assert (cfg.eta, cfg.iterations, cfg.resume) == (0.7, 9, True)
+    output.open_folder(cfg, world, ["one", "two"])
+    assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
+
+
+def test_resume_from_a_folder_that_was_moved(tmp_path, world):
+    a_run(tmp_path / "old", world)
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert parse("--output-dir", str(tmp_path / "new"), "--resume").output_dir == str(tmp_path / "new")
+
+
+def test_resume_with_other_prompts_is_refused(tmp_path, world):
+    a_run(tmp_path, world)
+    before = tree(tmp_path)
+    cfg = parse("--output-dir", str(tmp_path), "--resume")
+    with pytest.raises(cli.RunError, match=r"the prompts of x\.txt are not those that"):
+        output.open_folder(cfg, world, ["one", "three"])
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("content, expected", [
+    (None, "config.json cannot be read"),
+    ("{", "config.json cannot be read"),
+    ("[]", "is not the config.json of a run"),
+    ("{}", "has preset = None, which is no str"),
+    ({"eta": "much"}, "has eta = 'much', which is no float"),
+    ({"iterations": 2.5}, "has iterations = 2.5, which is no int"),
+    ({"script": "grpo_other.py"}, "is a run of grpo_other.py, not of test_folders.py"),
+])  # fmt: skip
+def test_resume_with_a_damaged_config(content, expected, tmp_path, world):
+    a_run(tmp_path, world)
+    file = tmp_path / "config.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content))
+    before = tree(tmp_path)
+    with pytest.raises(cli.RunError) as caught:
+        parse("--output-dir", str(tmp_path), "--resume")
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_a_model_of_another_family_is_refused():
+    with pytest.raises(
+        cli.RunError, match="--model tiny/sd is a StableDiffusionPipeline; this script trains a FluxPip"
+    ):
+        distributed.check_family("tiny/sd", "FluxPipeline")
+    with pytest.raises(cli.RunError, match="cannot load tiny/flux/vae"):
+        distributed.check_family("tiny/flux/vae", "FluxPipeline")
