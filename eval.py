@@ -70,7 +70,7 @@ PRESETS = {
     "tiny": {
         "metrics": "hps,clip,geneval",
         "reward_paths": "hps=tiny/hps,clip=tiny/clip",
-        "detector": "tiny.py:Detector",
+        "detector": "tiny/pictures.py:Detector",
         "prompts": "prompts/tiny_heldout.txt",
         "images_per_prompt": 2,
         "output_dir": "runs/tiny-eval",
