@@ -20,9 +20,9 @@ TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 SHARED = ["group_advantages", "grpo_loss", "sde_window", "training_pairs", "statistics"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
-group_size steps eta sde_window sde_window_every timestep_fraction shared_noise updates_per_rollout micro_batch clip_range
-advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay guidance height width
-gradient_checkpointing compile save_every sample_every num_samples"""
+group_size steps eta sde_window sde_window_every timestep_fraction shared_noise updates_per_rollout micro_batch
+clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay guidance height
+width gradient_checkpointing compile save_every sample_every num_samples"""
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts
