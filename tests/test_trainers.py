@@ -4,6 +4,7 @@ By default FLUX runs everything, and Stable Diffusion and text to video run once
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -91,22 +92,28 @@ def distance(a, b):
 
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch):
-    """Runs inside a test do not draw reward.png, which takes as long as the run. `finished` does: it starts before."""
+    """Runs inside a test do not draw reward.png, which takes as long as the run. Those of `small_run` do."""
     monkeypatch.setattr(output.Metrics, "draw", lambda self: None)
 
 
-@pytest.fixture(scope="module", params=cases("flux", "sd", "t2v"))
-def finished(request, tmp_path_factory):
-    """A small run of each trainer, shared by the tests that look at what it left. Not to be changed: see `copy_of`."""
-    return request.param, train(request.param, tmp_path_factory.mktemp("run") / "out", **small.FINISHED)
-
-
 @pytest.fixture(scope="module")
-def flux_run(tmp_path_factory):
-    """A run of FLUX for the tests that break and continue it; they take copies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output.Metrics, "draw", lambda self: None)
-        return train("flux", tmp_path_factory.mktemp("flux") / "out", num_samples=1)
+def small_run(tmp_path_factory):
+    """Case → the folder of its small run, which is made once and not to be changed: see `copy_of`."""
+    draw = output.Metrics.draw  # module fixtures are set up before `no_curves`
+
+    @functools.cache
+    def run(case):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output.Metrics, "draw", draw)
+            return train(case, tmp_path_factory.mktemp(case) / "out", **small.FINISHED)
+
+    return run
+
+
+@pytest.fixture(params=cases("flux", "sd", "t2v"))
+def finished(request, small_run):
+    """A small run of each trainer, for the tests that look at what it left."""
+    return request.param, small_run(request.param)
 
 
 def copy_of(output_dir, tmp_path):
@@ -181,9 +188,8 @@ class Interrupted(Exception):
 
 
 @EACH
-def test_a_run_that_was_interrupted_while_saving_ends_bit_for_bit_like_one_that_was_not(case, tmp_path, monkeypatch):
-    straight, broken = (tmp_path / name for name in ("straight", "broken"))
-    train(case, straight, **small.FINISHED)
+def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp_path, monkeypatch):
+    straight, broken = small_run(case), tmp_path / "broken"
     save = output.Checkpoints._save_public
 
     def interrupted(self, folder, suffix):
@@ -203,7 +209,7 @@ def test_a_run_that_was_interrupted_while_saving_ends_bit_for_bit_like_one_that_
     trainer = TRAINERS[case]
     trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(broken), "--resume"]))
     assert metrics(broken) == metrics(straight)
-    assert {path.name for path in broken.iterdir()} == {path.name for path in straight.iterdir()}
+    assert {path.name for path in broken.iterdir()} == {path.name for path in straight.iterdir()} - {"reward.png"}
     for suffix in ("", "_ema"):
         a, b = (weights(case, out, 3, suffix) for out in (broken, straight))
         assert a and all(torch.equal(a[k], b[k]) for k in a)
@@ -290,9 +296,9 @@ def test_a_wrong_number_of_processes_is_refused(two_processes):
 
 @EACH
 def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_path):
-    options = dict(lora_rank=4, learning_rate=0.01, kl_weight=0.1)
-    out = train(case, tmp_path / "lora", **options)
-    folder, component = out / "checkpoint-000003", COMPONENTS[TRAINERS[case]]
+    options = dict(lora_rank=4, learning_rate=0.01, kl_weight=0.1, num_samples=1)
+    out = train(case, tmp_path / "lora", **options, iterations=2)
+    folder, component = out / "checkpoint-000002", COMPONENTS[TRAINERS[case]]
     assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "state"}
     pipe = stock_pipeline(case)
     base = stock_drawing(pipe)
@@ -300,13 +306,13 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     assert abs(stock_drawing(pipe) - base).max() > 1e-3
     network = getattr(pipe, component)
     assert next(iter(network.peft_config.values())).lora_alpha == 8  # twice the rank survived the file
-    resumed = train(case, out, **options, iterations=4, resume=True)
-    assert len(metrics(resumed)) == 4
+    resumed = train(case, out, **options, iterations=3, resume=True)
+    assert len(metrics(resumed)) == 3
 
 
 @EACH
-def test_kl_weight_holds_the_policy_at_its_reference(case, tmp_path):
-    runs = [train(case, tmp_path / name, num_samples=1, kl_weight=beta) for name, beta in [("0", 0.0), ("4", 1e4)]]
+def test_kl_weight_holds_the_policy_at_its_reference(case, small_run, tmp_path):
+    runs = small_run(case), train(case, tmp_path / "held", num_samples=1, kl_weight=1e4)
     free, held = (metrics(run) for run in runs)
     assert distance(*(weights(case, run, 3) for run in runs)) > 1e-5
     # The first update starts at the reference, where the penalty and its gradient are 0.
@@ -336,9 +342,9 @@ def test_the_average_moves_once_an_iteration_whatever_the_number_of_updates(tmp_
     assert distance(average, {k: base[k] + 0.1 * (trained[k] - base[k]) for k in base}) < 1e-6
 
 
-def test_a_micro_batch_of_another_size_gives_the_same_run(flux_run, tmp_path):
+def test_a_micro_batch_of_another_size_gives_the_same_run(small_run, tmp_path):
     other = train("flux", tmp_path / "other", micro_batch=3, num_samples=1)
-    assert distance(weights("flux", flux_run, 3), weights("flux", other, 3)) < 1e-4
+    assert distance(weights("flux", small_run("flux"), 3), weights("flux", other, 3)) < 1e-4
 
 
 def test_guidance_off_costs_half():
@@ -422,13 +428,13 @@ def test_initial_noise_is_shared_within_a_group_and_differs_between_prompts(case
         return drawn
 
     monkeypatch.setattr(trainer, "sample_groups", spy)
-    train(case, tmp_path / "shared", iterations=2, num_samples=1)
+    train(case, tmp_path / "shared", iterations=2, steps=3, num_samples=1)
     first, second = (z.view(2, 4, -1) for z in starts)
     assert torch.equal(first[:, 0], first[:, 3])
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], second[0])
     starts.clear()
-    train(case, tmp_path / "own", iterations=1, num_samples=1, shared_noise=False)
+    train(case, tmp_path / "own", iterations=1, steps=3, num_samples=1, shared_noise=False)
     own = starts[0].view(8, -1)
     assert len(own.unique(dim=0)) == 8
 
@@ -543,20 +549,23 @@ def mode_only(encoded):
 # ----------------------------------------------------------------------------------------------------- when it breaks
 
 
-def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(flux_run, tmp_path):
+def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(small_run, tmp_path):
     """A limit on file sizes stands in for the full disk: writes fail in the same places."""
-    out = copy_of(flux_run, tmp_path)
+    out = copy_of(small_run, tmp_path)
     before, limits = weights("flux", out, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
         with pytest.raises(cli.RunError) as caught:
-            train("flux", out, num_samples=1, resume=True, iterations=4)
+            train("flux", out, resume=True, iterations=4, **small.FINISHED)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert re.fullmatch(r"could not write .*checkpoint-000004: .*; make room .*", str(caught.value))
-    assert {path.name for path in out.glob("checkpoint-*") if "part" not in path.name} == {"checkpoint-000003"}
+    assert {path.name for path in out.glob("checkpoint-*") if "part" not in path.name} == {
+        "checkpoint-000002",
+        "checkpoint-000003",
+    }
     assert distance(before, weights("flux", out, 3)) == 0
-    train("flux", out, num_samples=1, resume=True, iterations=4)
+    train("flux", out, resume=True, iterations=4, **small.FINISHED)
     assert len(metrics(out)) == 4
 
 
@@ -590,8 +599,8 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(case, tmp_path, mo
     assert [prompt for _, p in scored for prompt in p] == [prompt for prompt in expected for _ in range(frames)]
 
 
-def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(flux_run, tmp_path, monkeypatch):
-    out = copy_of(flux_run, tmp_path)
+def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(small_run, tmp_path, monkeypatch):
+    out = copy_of(small_run, tmp_path)
     before = weights("flux", out, 3)
     load_reward = grpo_flux.load_reward
 
@@ -602,10 +611,10 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(f
 
     with monkeypatch.context() as patched, pytest.raises(RewardError, match="reward hps gave nan for the prompt"):
         patched.setattr(grpo_flux, "load_reward", load)
-        train("flux", out, num_samples=1, resume=True, iterations=4)
+        train("flux", out, resume=True, iterations=4, **small.FINISHED)
     assert len(metrics(out)) == 3
     assert distance(before, weights("flux", out, 3)) == 0
-    train("flux", out, num_samples=1, resume=True, iterations=4)
+    train("flux", out, resume=True, iterations=4, **small.FINISHED)
     assert len(metrics(out)) == 4
 
 
