@@ -77,7 +77,7 @@ PRESETS = {
         "batch_size": 51,
     },
     "tiny-video": {
-        "metrics": "vq,mq,ta",
+        "metrics": "vq,mq,ta,tiny/clips.py:right,tiny/clips.py:roughness,tiny/clips.py:uncleanness",
         "reward_paths": "videoalign=tiny/videoalign",
         "prompts": "prompts/moving_heldout.jsonl",
         "images_per_prompt": 2,

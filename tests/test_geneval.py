@@ -12,7 +12,7 @@ from torchvision.transforms.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 import rewards
-import tiny
+from tiny import pictures as tiny
 from evaluation.geneval import (
     COLORS,
     Mask2FormerDetector,
@@ -25,7 +25,7 @@ from evaluation.geneval import (
 from rewards import RewardError
 from runtime.cli import RunError
 
-TINY = "tiny.py:Detector"
+TINY = "tiny/pictures.py:Detector"
 
 
 def at(x=0.0, y=0.0, size=10.0, score=0.95, color="red"):
