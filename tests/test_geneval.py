@@ -12,7 +12,6 @@ from torchvision.transforms.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 import rewards
-from tiny import pictures as tiny
 from evaluation.geneval import (
     COLORS,
     Mask2FormerDetector,
@@ -24,6 +23,7 @@ from evaluation.geneval import (
 )
 from rewards import RewardError
 from runtime.cli import RunError
+from tiny import pictures as tiny
 
 TINY = "tiny/pictures.py:Detector"
 
