@@ -46,7 +46,8 @@ def complaint(trainer, *words):
         ("--model tiny/nothing", "no folder 'tiny/nothing'"),
         ("--model tiny/clip", "cannot load tiny/clip"),
         ("--height 63", "--height must be a multiple of "),
-        ("--width 0", "--width must be a multiple of "),
+        ("--width 65", "--width must be a multiple of "),
+        ("--width 0", "--width must be at least 1, got 0"),
         ("--group-size 1", "--group-size must be at least 2"),
         ("--group-size twelve", "argument --group-size: invalid int value"),
         ("--groupsize 4", "unrecognized arguments: --groupsize"),
@@ -54,14 +55,13 @@ def complaint(trainer, *words):
         ("--timestep-fraction 0", r"--timestep-fraction must be in (0, 1]"),
         ("--timestep-fraction 1.5", r"--timestep-fraction must be in (0, 1]"),
         ("--timestep-fraction 0.01", "trains none"),
-        ("--eta 0", "--eta must be above 0"),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
         ("--updates-per-rollout 5", "--updates-per-rollout 5 must divide"),
         ("--micro-batch 0", "--micro-batch must be at least 1"),
         ("--clip-range 0", "--clip-range must be in (0, 1)"),
         ("--advantage-clip 0", "--advantage-clip must be above 0"),
-        ("--kl-weight -1", "--kl-weight must not be negative"),
+        ("--kl-weight -1", "--kl-weight must be 0 or more"),
         ("--learning-rate 0", "--learning-rate must be above 0"),
         ("--max-grad-norm 0", "--max-grad-norm must be above 0"),
         ("--lora-rank -4", "--lora-rank must be 0"),
@@ -71,7 +71,7 @@ def complaint(trainer, *words):
         ("--sample-every 0", "--sample-every must be at least 1"),
         ("--num-samples 0", "--num-samples must be at least 1"),
         ("--prompts-per-iteration 0", "--prompts-per-iteration must be at least 1"),
-        ("--seed -1", "--seed must not be negative"),
+        ("--seed -1", "--seed must be from 0 to"),
     ],
 )
 def test_options(trainer, words, expected, tmp_path):
@@ -91,7 +91,8 @@ def test_prompts_that_cannot_be_shared_out(trainer, monkeypatch):
     [
         ("--sde flow", "unrecognized arguments: --sde flow"),
         ("--shift 3", "unrecognized arguments: --shift 3"),
-        ("--eta 1.5", "--eta must be at most 1"),
+        ("--eta 0", "--eta must be in (0, 1]"),
+        ("--eta 1.5", "--eta must be in (0, 1]"),
         ("--guidance 0.5", "--guidance must be at least 1"),
     ],
 )
@@ -103,6 +104,7 @@ def test_options_of_diffusion(words, expected):
 @pytest.mark.parametrize(
     "words, expected",
     [
+        ("--eta 0", "--eta must be above 0"),
         ("--sde fast", "--sde must be one of dance, flow, cps, got 'fast'"),
         ("--sde cps --eta 1.2", "--eta must be at most 1 with --sde cps"),
         ("--shift 0", "--shift must be above 0"),
@@ -118,7 +120,7 @@ def test_options_of_rectified_flow(trainer, words, expected):
         ("--task i2v", "unrecognized arguments: --task i2v"),
         ("--preset tiny-t2v --frames 6", "--frames must be one more than a multiple of 4, and at least 1 here, got 6"),
         ("--preset tiny-i2v --reward hps --frames 1", "--frames must be one more than a multiple of 4, and at least 2"),
-        ("--preset tiny-t2v --reward hps --frames 0", "--frames must be one more than a multiple of 4, and at least 1"),
+        ("--preset tiny-t2v --frames 0", "--frames must be at least 1, got 0"),
         ("--preset tiny-t2v --frames 1", "reward vq judges video"),
         ("--preset tiny-t2v --fps 0", "--fps must be above 0"),
         ("--preset tiny-t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
@@ -183,7 +185,7 @@ def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
         ("none.txt", None, "no prompt file"),
         ("empty.txt", b"", "is empty; write one prompt a line"),
         ("blank.txt", b"a red circle\n\na cross\n", "line 2 is blank"),
-        ("spaces.txt", b"a red circle\n   \n", "line 2 is blank"),
+        ("spaces.txt", b"a red circle\n   \na cross\n", "line 2 is blank"),
         ("latin.txt", "ein gr\u00fcner Kreis".encode("latin-1"), "must be UTF-8"),
         ("bad.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2 is not"),
         ("broken.jsonl", b'{"prompt": "a"\n', "line 1 is not"),
@@ -270,6 +272,7 @@ def a_run(folder, **changes):
     import json
 
     config = dataclasses.asdict(grpo_flux.Config(preset="tiny", **grpo_flux.PRESETS["tiny"])) | changes
+    config["script"] = "grpo_flux.py"
     (folder / "checkpoint-000010").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("{}\n")

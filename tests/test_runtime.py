@@ -114,6 +114,7 @@ def sampler(tmp_path):
         assert fps is None and [float(prompt) for prompt in prompts] == pytest.approx(images[:, 0, 0, 0].tolist())
         return {"light": images.mean((1, 2, 3)), "dark": 1 - images.mean((1, 2, 3))}
 
+    reward.models = ()
     prompts = [str(i / 20) for i in range(20)]
     return output.Samples(config, distributed.start_world(), prompts, draw, (2, 3), reward), drawn
 
