@@ -551,7 +551,7 @@ def mode_only(encoded):
 
 def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(small_run, tmp_path):
     """A limit on file sizes stands in for the full disk: writes fail in the same places."""
-    out = copy_of(small_run, tmp_path)
+    out = copy_of(small_run("flux"), tmp_path)
     before, limits = weights("flux", out, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -600,7 +600,7 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(case, tmp_path, mo
 
 
 def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(small_run, tmp_path, monkeypatch):
-    out = copy_of(small_run, tmp_path)
+    out = copy_of(small_run("flux"), tmp_path)
     before = weights("flux", out, 3)
     load_reward = grpo_flux.load_reward
 
