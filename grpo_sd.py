@@ -29,6 +29,7 @@ from functools import partial
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
+from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, output
@@ -275,7 +276,7 @@ def main(cfg: Config) -> None:
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     world.freeze(*reward.models)
     pipe, unet, reference = load_models(cfg, world)
-    optimizer = torch.optim.AdamW(distributed.trainable(unet), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
+    optimizer = AdamW(distributed.trainable(unet), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
     ema = distributed.EMA(unet, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world, cfg.keep_states)
 

@@ -34,6 +34,7 @@ from diffusers import (
 )
 from einops import rearrange
 from torch import Tensor
+from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, output
@@ -330,9 +331,7 @@ def main(cfg: Config) -> None:
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
     world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world)
-    optimizer = torch.optim.AdamW(
-        distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4
-    )  # (release)
+    optimizer = AdamW(distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
     ema = distributed.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
