@@ -70,14 +70,14 @@ PRESETS = {
     "tiny": {
         "metrics": "hps,clip,geneval",
         "reward_paths": "hps=tiny/hps,clip=tiny/clip",
-        "detector": "tiny.py:Detector",
+        "detector": "tiny/pictures.py:Detector",
         "prompts": "prompts/tiny_heldout.txt",
         "images_per_prompt": 2,
         "output_dir": "runs/tiny-eval",
         "batch_size": 51,
     },
     "tiny-video": {
-        "metrics": "vq,mq,ta",
+        "metrics": "vq,mq,ta,tiny/clips.py:right,tiny/clips.py:roughness,tiny/clips.py:uncleanness",
         "reward_paths": "videoalign=tiny/videoalign",
         "prompts": "prompts/moving_heldout.jsonl",
         "images_per_prompt": 2,

@@ -25,10 +25,7 @@ def complaint(trainer, *words):
     with pytest.MonkeyPatch.context() as patch, pytest.raises((cli.RunError, RewardError)) as caught:
         patch.setattr(trainer, "load_reward", forbidden)
         patch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
-        start = ["--preset", "tiny"]
-        if trainer is grpo_video:
-            task = words[words.index("--task") + 1] if "--task" in words else "t2i"
-            start = ["--preset", f"tiny-{task}" if task in grpo_video.PIPELINES else "tiny-t2i"]
+        start = [] if "--preset" in words else ["--preset", "tiny-t2i" if trainer is grpo_video else "tiny"]
         trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, [*start, *words]))
     message = str(caught.value)
     assert "\n" not in message
@@ -58,8 +55,6 @@ def complaint(trainer, *words):
         ("--timestep-fraction 1.5", r"--timestep-fraction must be in (0, 1]"),
         ("--timestep-fraction 0.01", "trains none"),
         ("--eta 0", "--eta must be above 0"),
-        ("--sde fast", "--sde "),
-        ("--shift 0", "--shift "),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
         ("--updates-per-rollout 5", "--updates-per-rollout 5 must divide"),
@@ -84,41 +79,56 @@ def test_options(trainer, words, expected, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@EVERY
+def test_prompts_that_cannot_be_shared_out(trainer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    expected = "--prompts-per-iteration 3 must be a multiple of the 2 processes"
+    assert complaint(trainer, "--prompts-per-iteration", "3") == expected
+
+
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("--sde flow", "for rectified flow"),
-        ("--shift 3", "for rectified flow"),
+        ("--sde flow", "unrecognized arguments: --sde flow"),
+        ("--shift 3", "unrecognized arguments: --shift 3"),
         ("--eta 1.5", "--eta must be at most 1"),
         ("--guidance 0.5", "--guidance must be at least 1"),
     ],
 )
-def test_options_that_mean_nothing_to_diffusion(words, expected):
+def test_options_of_diffusion(words, expected):
     assert expected in complaint(grpo_sd, *words.split())
 
 
-@pytest.mark.parametrize("trainer", [grpo_flux, grpo_video])
-def test_cps_noise_range(trainer):
-    assert "--eta must be at most 1 with --sde cps" in complaint(trainer, "--sde", "cps", "--eta", "1.2")
+@pytest.mark.parametrize("trainer", [grpo_flux, grpo_video], ids=lambda trainer: trainer.__name__)
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--sde fast", "--sde must be one of dance, flow, cps, got 'fast'"),
+        ("--sde cps --eta 1.2", "--eta must be at most 1 with --sde cps"),
+        ("--shift 0", "--shift must be above 0"),
+    ],
+)
+def test_options_of_rectified_flow(trainer, words, expected):
+    assert expected in complaint(trainer, *words.split())
 
 
 @pytest.mark.parametrize(
     "words, expected",
     [
-        ("--task v2v", "--task must be one of t2v, t2i, i2v"),
-        ("--task t2v --frames 6", "--frames must be 1 for t2i, else a multiple of 4 and one more, got 6 for t2v"),
-        ("--task t2v --frames 1", "--frames must be 1 for t2i, else a multiple of 4 and one more, got 1 for t2v"),
-        ("--task t2i --frames 5", "--frames must be 1 for t2i"),
-        ("--task t2v --fps 0", "--fps must be above 0"),
-        ("--task t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
-        ("--task t2v --height 20", "--height must be a multiple of 8"),
+        ("--task i2v", "unrecognized arguments: --task i2v"),
+        ("--preset tiny-t2v --frames 6", "--frames must be one more than a multiple of 4, and at least 1 here, got 6"),
+        ("--preset tiny-i2v --reward hps --frames 1", "--frames must be one more than a multiple of 4, and at least 2"),
+        ("--preset tiny-t2v --reward hps --frames 0", "--frames must be one more than a multiple of 4, and at least 1"),
+        ("--preset tiny-t2v --frames 1", "reward vq judges video"),
+        ("--preset tiny-t2v --fps 0", "--fps must be above 0"),
+        ("--preset tiny-t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
+        ("--preset tiny-t2v --height 20", "--height must be a multiple of 8"),
+        ("--preset tiny-i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
+        ("--preset tiny-t2i --reward mq", "reward mq judges video"),
         (
-            "--task t2v --transformer tiny/skyreels",
-            "--task t2v needs another --transformer: this one takes 32 channels",
+            "--preset tiny-t2v --transformer tiny/skyreels --prompts prompts/tiny.txt",
+            "image to video needs first frames",
         ),
-        ("--task i2v --transformer ", "--task i2v needs another --transformer: this one takes 16 channels"),
-        ("--task i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
-        ("--task t2i --reward mq", "reward mq judges video"),
     ],
 )
 def test_options_of_video(words, expected, tmp_path):
@@ -143,7 +153,7 @@ def test_first_frames(rows, expected, tmp_path):
     (tmp_path / "half.png").write_bytes((tmp_path / "good.png").read_bytes()[:500])
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    words = ["--task", "i2v", "--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
+    words = ["--preset", "tiny-i2v", "--prompts", str(tmp_path / "prompts.txt"), "--output-dir", str(tmp_path / "out")]
     words += ["--first-frames", "" if rows is None else str(tmp_path)]
     if rows is not None:
         (tmp_path / "first_frames.jsonl").write_text(rows + "\n")
@@ -152,7 +162,15 @@ def test_first_frames(rows, expected, tmp_path):
 
 
 def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
-    words = ["--task", "i2v", "--prompts", "prompts/tiny.txt", "--first-frame-model", "tiny/flux", "--first-frames"]
+    words = [
+        "--preset",
+        "tiny-i2v",
+        "--prompts",
+        "prompts/tiny.txt",
+        "--first-frame-model",
+        "tiny/flux",
+        "--first-frames",
+    ]
     assert "image to video needs first frames: name a folder" in complaint(grpo_video, *words, "")
     (tmp_path / "frames.jsonl").write_text("")  # a file of the user's own is not added to
     assert "no first frame for " in complaint(grpo_video, *words, str(tmp_path / "frames.jsonl"))
@@ -203,25 +221,34 @@ def test_a_prompt_set_is_fetched_once_and_kept_as_text(tmp_path, monkeypatch):
     assert calls == [("ymhao/HPDv2", "train.json", "dataset")]
 
 
-def test_a_prompt_set_may_be_a_table(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, file", [("vidprom", "video_prompts.txt"), ("consisid", "consist-id.txt")])
+def test_a_prompt_set_at_an_address(name, file, tmp_path, monkeypatch):
     import huggingface_hub
 
-    (tmp_path / "table.csv").write_text('uuid,prompt,time\n1,"a cat, running",now\n2,"two\nlines",then\n')
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: str(tmp_path / "table.csv"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    assert data.load_prompts("vidprom") == ["a cat, running", "two lines"]
+    calls = []
 
-
-def test_a_prompt_set_at_an_address(tmp_path, monkeypatch):
-    import huggingface_hub
-
-    def fetch(url):
-        assert url.startswith("https://") and url.endswith("/consist-id.txt")
-        return "a man  walks\na woman sings\na man walks\n"
+    def fetch(address):
+        calls.append(address)
+        return "a man  walks\na woman sings\n\na man walks\n"
 
     monkeypatch.setattr(data, "fetch_text", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    assert data.load_prompts("consisid") == ["a man walks", "a woman sings"]
+    assert data.load_prompts(name) == ["a man walks", "a woman sings"]
+    assert data.load_prompts(name) == ["a man walks", "a woman sings"]
+    (address,) = calls  # once, then from the cache
+    assert address.startswith("https://") and address.endswith(f"/{file}")
+
+
+def test_a_prompt_set_that_cannot_be_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def fetch(address):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(data, "fetch_text", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    with pytest.raises(cli.RunError, match=r"cannot fetch the prompt set vidprom .* give --prompts a text file"):
+        data.load_prompts("vidprom")
 
 
 def test_gated_weights_say_where_to_ask():

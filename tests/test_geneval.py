@@ -12,7 +12,6 @@ from torchvision.transforms.functional import normalize
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 import rewards
-import tiny
 from evaluation.geneval import (
     COLORS,
     Mask2FormerDetector,
@@ -24,8 +23,9 @@ from evaluation.geneval import (
 )
 from rewards import RewardError
 from runtime.cli import RunError
+from tiny import pictures as tiny
 
-TINY = "tiny.py:Detector"
+TINY = "tiny/pictures.py:Detector"
 
 
 def at(x=0.0, y=0.0, size=10.0, score=0.95, color="red"):

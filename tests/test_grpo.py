@@ -1,23 +1,31 @@
-"""The GRPO mathematics, and that it is the same, letter for letter, in every trainer."""
+"""The GRPO mathematics, that it is the same, letter for letter, in every trainer, and the recipes of the presets."""
 
 import dataclasses
 import inspect
+import re
 from itertools import chain, pairwise
+from pathlib import Path
 
+import einops
 import pytest
 import torch
 
 import grpo_flux
 import grpo_sd
 import grpo_video
-from grpo_flux import Config, group_advantages, grpo_loss, sde_window, trained_steps, update_parts
+from grpo_flux import group_advantages, grpo_loss, sde_window, statistics, training_pairs
 from runtime import cli, data, distributed, output
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
-SHARED = ["group_advantages", "grpo_loss", "sde_window", "trained_steps", "update_parts"]
-CONTRACT = """preset model reward prompts output_dir resume seed iterations prompts_per_iteration group_size steps eta
-shift sde sde_window timestep_fraction shared_noise updates_per_rollout micro_batch clip_range advantage_clip kl_weight
-keep_best_worst learning_rate max_grad_norm lora_rank ema_decay guidance height width save_every sample_every compile"""
+EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
+SHARED = ["group_advantages", "grpo_loss", "sde_window", "training_pairs", "statistics"]
+CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
+group_size steps eta sde_window sde_window_every timestep_fraction shared_noise updates_per_rollout micro_batch
+clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay guidance height
+width gradient_checkpointing compile save_every sample_every num_samples"""
+
+
+# ------------------------------------------------------------------------------------------------------- the scripts
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -26,32 +34,108 @@ def test_the_grpo_functions_are_identical_in_every_trainer(name):
     assert len(sources) == 1
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("name", ["group_advantages", "grpo_loss"])
+def test_a_grpo_function_works_when_its_source_alone_is_copied(name):
+    namespace = {"torch": torch, "einops": einops}
+    exec(inspect.getsource(getattr(grpo_flux, name)), namespace)
+    x, y, z = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    arguments = [{"a": x, "b": y}, {"a": 1.0, "b": 0.5}, 4, 1.0] if name == "group_advantages" else [x, y, z, 0.1]
+    copied, original = namespace[name](*arguments), getattr(grpo_flux, name)(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(copied, original, strict=True))
+
+
+@EVERY
+def test_main_is_the_algorithm_and_little_else(trainer):
+    assert len(inspect.getsource(trainer.main).splitlines()) <= 90
+
+
+def test_the_root_holds_the_six_scripts():
+    root = Path(grpo_flux.__file__).parent
+    scripts = {"sampling.py", "rewards.py", "grpo_sd.py", "grpo_flux.py", "grpo_video.py", "eval.py"}
+    assert {path.name for path in root.glob("*.py")} == scripts
+
+
+@EVERY
 def test_every_option_of_the_contract_is_there_and_read(trainer):
+    """`cli` only checks ranges; an option counts as read where something else is done with it."""
     names = [field.name for field in dataclasses.fields(trainer.Config)]
-    assert set(CONTRACT.split()) <= set(names)
-    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (cli, data, distributed, output)))
-    unread = [name for name in names if f"cfg.{name}" not in source and f"config.{name}" not in source]
-    assert set(unread) <= {"preset"}  # which parse_config reads, before there is a config
+    expected = set(CONTRACT.split()) | ({"sde", "shift"} if trainer is not grpo_sd else set())
+    assert expected <= set(names)
+    assert trainer is not grpo_sd or not {"sde", "shift"} & set(names)
+    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, distributed, output)))
+    unread = {name for name in names if not re.search(rf"\b(cfg|config|c)\.{name}\b", source)}
+    assert unread <= {"preset"}  # which parse_config reads, before there is a config
     for preset in trainer.PRESETS.values():
         trainer.Config(**preset)
 
 
+# ------------------------------------------------------------------------------------------------------- the recipes
+
+ALL = dict(seed=42, timestep_fraction=0.6, clip_range=1e-4, advantage_clip=5.0, learning_rate=1e-5, max_grad_norm=1.0)
+ALL |= dict(keep_best_worst=0, lora_rank=0, ema_decay=0.0, kl_weight=0.0, sde_window=0, shared_noise=True)
+SD = ALL | dict(
+    model="CompVis/stable-diffusion-v1-4", prompts="hpdv2", reward="hps", height=512, width=512, steps=50, eta=1.0,
+    timestep_fraction=1.0, group_size=16, prompts_per_iteration=32, updates_per_rollout=2, guidance=5.0, iterations=301,
+)  # fmt: skip
+FLUX = ALL | dict(
+    model="black-forest-labs/FLUX.1-dev", prompts="hpdv2", reward="hps", height=720, width=720, steps=16, eta=0.3,
+    shift=3.0, sde="dance", group_size=12, prompts_per_iteration=16, updates_per_rollout=3, guidance=3.5,
+    iterations=300,
+)  # fmt: skip
+T2V = ALL | dict(
+    model="hunyuanvideo-community/HunyuanVideo", transformer="", prompts="vidprom", reward="vq,mq:0", height=480,
+    width=480, frames=53, fps=8.0, steps=16, eta=0.25, shift=5.0, sde="dance", group_size=24, keep_best_worst=4,
+    prompts_per_iteration=32, updates_per_rollout=2, guidance=6.0, true_guidance=1.0, iterations=202,
+)  # fmt: skip
+I2V = T2V | dict(
+    transformer="Skywork/SkyReels-V1-Hunyuan-I2V", prompts="consisid", reward="mq", height=400, width=640, eta=0.3,
+    shift=7.0, group_size=8, keep_best_worst=0, updates_per_rollout=1, guidance=1.0, true_guidance=5.0, iterations=121,
+    first_frame_model="black-forest-labs/FLUX.1-dev", first_frame_steps=30,
+)  # fmt: skip
+# Table 6 of the paper, without classifier-free guidance; with it one update an iteration.
+TABLE_6 = dict(
+    learning_rate=1e-5, max_grad_norm=1.0, prompts_per_iteration=32, group_size=12, clip_range=1e-4,
+    timestep_fraction=0.6, keep_best_worst=0,
+)  # fmt: skip
+RECIPES = [
+    (grpo_sd, "release", 49, SD),
+    (grpo_sd, "hps-clip", 49, SD | dict(reward="hps:0.7,clip:1.4")),
+    (grpo_sd, "paper", 29, TABLE_6 | dict(steps=50, updates_per_rollout=1, guidance=5.0)),
+    (grpo_flux, "release", 9, FLUX),
+    (grpo_flux, "8gpu", 9, FLUX | dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995)),
+    (grpo_flux, "lora", 6, FLUX | dict(
+        updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, iterations=301
+    )),
+    (grpo_flux, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3)),
+    (grpo_video, "release", 9, T2V),
+    (grpo_video, "release-i2v", 9, I2V),
+    (grpo_video, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3, true_guidance=1.0)),
+    (grpo_video, "paper-i2v", 9, TABLE_6 | dict(updates_per_rollout=1, eta=0.3, true_guidance=5.0)),
+    (grpo_video, "t2i", 9, T2V | dict(frames=1, reward="hps", prompts="hpdv2")),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "words, expected",
-    [
-        ([], ("t2v", "t2v", 480, 480, 53, 0.25, 5.0, 24, 8, 2, 202, 6.0, 1.0, "vq,mq:0")),
-        (["--task", "t2i"], ("t2i", "t2i", 480, 480, 1, 0.25, 5.0, 24, 8, 2, 202, 6.0, 1.0, "hps")),
-        (["--task", "i2v"], ("i2v", "i2v", 400, 640, 53, 0.3, 7.0, 8, 0, 1, 121, 1.0, 5.0, "mq")),
-        (["--preset", "i2v", "--eta", "0.5"], ("i2v", "i2v", 400, 640, 53, 0.5, 7.0, 8, 0, 1, 121, 1.0, 5.0, "mq")),
-    ],
+    "trainer, preset, trained, recipe", RECIPES, ids=[f"{trainer.__name__}-{name}" for trainer, name, *_ in RECIPES]
 )
-def test_a_task_of_video_names_its_official_recipe(words, expected):
-    cfg = cli.parse_config(grpo_video.Config, grpo_video.PRESETS, words)
-    names = """preset task height width frames eta shift group_size keep_best_worst updates_per_rollout iterations
-    guidance true_guidance reward"""
-    assert tuple(getattr(cfg, name) for name in names.split()) == expected
-    assert (cfg.prompts_per_iteration, cfg.steps, len(trained_steps(cfg, 0, 0, 0))) == (32, 16, 9)
+def test_a_preset_is_its_published_recipe(trainer, preset, trained, recipe):
+    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, ["--preset", preset])
+    assert {name: getattr(cfg, name) for name in recipe} == recipe
+    cli.check_options(cfg)
+    keys = [(0, 0, 0, g) for g in range(cfg.group_size)]
+    window = sde_window(0, cfg.steps, cfg.sde_window, cfg.sde_window_every)
+    more = cfg.timestep_fraction, cfg.keep_best_worst, cfg.updates_per_rollout
+    updates = training_pairs(torch.randn(cfg.group_size), keys, cfg.group_size, window, *more)
+    samples = 2 * cfg.keep_best_worst or cfg.group_size
+    assert [len(pairs) for pairs in updates] == [samples // cfg.updates_per_rollout * trained] * cfg.updates_per_rollout
+
+
+@EVERY
+def test_the_release_is_the_default_and_every_recipe_is_tested(trainer):
+    assert cli.parse_config(trainer.Config, trainer.PRESETS, []) == trainer.Config()
+    assert trainer.Config().preset == "release" and trainer.PRESETS["release"] == {}
+    tested = {preset for tested, preset, *_ in RECIPES if tested is trainer}
+    assert tested == {preset for preset in trainer.PRESETS if not preset.startswith("tiny")}
 
 
 # --------------------------------------------------------------------------------------------------------- advantages
@@ -111,36 +195,81 @@ def test_clipping_takes_the_pessimistic_side(rho, A, value, has_gradient):
 # ------------------------------------------------------------------------------------------------ steps and samples
 
 
+def pairs_of(A, iteration=0, group_size=4, window=range(5), fraction=1.0, keep=0, updates=1):
+    """`training_pairs` for advantages A (B,) of prompts 0, 1, …"""
+    keys = [(42, iteration, b // group_size, b % group_size) for b in range(len(A))]
+    return training_pairs(A, keys, group_size, window, fraction, keep, updates)
+
+
+def samples_of(pairs):
+    return sorted({b for b, _ in pairs})
+
+
 @pytest.mark.parametrize("steps, fraction, count", [(16, 0.6, 9), (12, 0.6, 6), (50, 1.0, 49)])
 def test_the_official_number_of_steps_is_trained_and_never_the_last(steps, fraction, count):
-    cfg = Config(steps=steps, timestep_fraction=fraction)
-    seen = set()
+    (pairs,) = pairs_of(torch.randn(300), group_size=10, window=sde_window(0, steps, 0, 25), fraction=fraction)
     for sample in range(300):
-        chosen = trained_steps(cfg, 0, 0, sample)
+        chosen = [t for b, t in pairs if b == sample]
         assert len(chosen) == len(set(chosen)) == count
-        seen |= set(chosen)
-    assert seen == set(range(steps - 1))
+    assert {t for _, t in pairs} == set(range(steps - 1))
+
+
+def test_each_sample_trains_steps_of_its_own():
+    (pairs,) = pairs_of(torch.randn(8), window=range(30), fraction=0.5)
+    (later,) = pairs_of(torch.randn(8), iteration=1, window=range(30), fraction=0.5)
+    chosen = [tuple(t for b, t in drawn if b == sample) for drawn in (pairs, later) for sample in range(8)]
+    assert len(set(chosen)) == 16
+    assert pairs_of(torch.randn(8), window=range(30), fraction=0.5) == [pairs]  # a function of the keys
 
 
 def test_the_window_slides_over_all_steps_but_the_last():
-    cfg = Config(steps=8, sde_window=3, sde_window_every=2)
-    windows = [sde_window(cfg, iteration) for iteration in range(20)]
+    windows = [sde_window(iteration, 8, 3, 2) for iteration in range(20)]
     assert windows[0] == windows[1] == range(0, 3)
     assert {t for window in windows for t in window} == set(range(7))
     assert all(b.start in (a.start, a.start + 1, 0) for a, b in pairwise(windows))
-    assert trained_steps(cfg, 2, 5, 1) == [1, 2, 3]
-    assert sde_window(Config(), 0) is None
+    (pairs,) = pairs_of(torch.randn(4), window=windows[2])
+    assert [t for b, t in pairs if b == 1] == [1, 2, 3]
+    assert sde_window(5, 16, 0, 25) == range(15)
 
 
 def test_updates_share_out_every_sample_once():
-    cfg = Config(group_size=12, updates_per_rollout=3)
-    parts = update_parts(cfg, torch.randn(12), 4, 2)
-    assert [len(part) for part in parts] == [4, 4, 4]
-    assert sorted(chain(*parts)) == list(range(12))
-    assert parts != update_parts(cfg, torch.randn(12), 5, 2)
+    updates = pairs_of(torch.randn(24), iteration=4, group_size=12, updates=3)
+    for prompt in (range(12), range(12, 24)):
+        parts = [[b for b in samples_of(pairs) if b in prompt] for pairs in updates]
+        assert [len(part) for part in parts] == [4, 4, 4]  # every update takes samples of every group
+        assert sorted(chain(*parts)) == list(prompt)
+    assert updates != pairs_of(torch.randn(24), iteration=5, group_size=12, updates=3)
 
 
 def test_best_and_worst_are_taken_within_the_group():
-    cfg = Config(group_size=6, keep_best_worst=1, updates_per_rollout=2)
-    advantages = torch.tensor([0.0, 3.0, -1.0, 0.1, -2.0, 0.5])
-    assert sorted(chain(*update_parts(cfg, advantages, 0, 0))) == [1, 4]
+    A = torch.tensor([0.0, 3.0, -1.0, 0.1, -2.0, 0.5, 9.0, 7.0, 8.0, 6.0, 7.5, 7.6])
+    updates = pairs_of(A, group_size=6, keep=1, updates=2)
+    assert samples_of(chain(*updates)) == [1, 4, 6, 9]
+    assert [len(samples_of(pairs)) for pairs in updates] == [2, 2]
+
+
+# ------------------------------------------------------------------------------------------------------- diagnostics
+
+
+def test_statistics_are_those_of_rewards_advantages_and_ratios():
+    rewards = {"a": torch.tensor([1.0, 3.0, 5.0, 5.0]), "b": torch.tensor([0.0, 1.0, 0.0, 1.0])}
+    A = torch.tensor([-1.0, 2.0, 0.0, 0.0])
+    ratios = [[torch.tensor([1.0, 1.0]), torch.tensor([1.0])], [torch.tensor([1.2, 0.95, 1.0])]]
+    row = statistics(rewards, {"a": 1.0, "b": 2.0}, A, 2, ratios, 0.1, gather=lambda x: x)
+    rho = torch.tensor([1.0, 1.0, 1.0, 1.2, 0.95, 1.0], dtype=torch.float64)
+    total = torch.tensor([1.0, 5.0, 5.0, 7.0])
+    assert row == pytest.approx({
+        "reward_mean": 4.5, "reward_std": total.std().item(), "reward_a": 3.5, "reward_b": 0.5, "advantage_abs": 0.75,
+        "zero_variance_groups": 1, "ratio_mean": rho.mean().item(), "ratio_max_deviation_first_update": 0.0,
+        "clip_fraction": 1 / 6, "approx_kl": (rho - 1 - rho.log()).mean().item(),
+    }, rel=1e-5)  # fmt: skip
+
+
+def test_statistics_are_of_all_processes():
+    def gather(x):  # two processes with equal samples
+        return torch.cat([x, x + 1])
+
+    row = statistics({"a": torch.tensor([1.0, 3.0])}, {"a": 1.0}, torch.zeros(2), 2, [[torch.ones(3)]], 0.1, gather)
+    assert row["reward_a"] == row["reward_mean"] == 2.5
+    assert row["zero_variance_groups"] == 1
+    assert row["ratio_max_deviation_first_update"] == 1.0 and row["ratio_mean"] == 1.5

@@ -1,11 +1,15 @@
-"""The tiny presets learn: on prompts they never saw, reward and independent checker say the results got better."""
+"""The tiny presets learn: on prompts they never saw, reward and independent checker say the results got better.
+
+Base and trained draw the same held-out prompts from the same noise; eval.py draws, scores and compares them.
+"""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import eval as evaluation
 import grpo_flux
@@ -14,57 +18,63 @@ import grpo_video
 from runtime import cli
 
 pytestmark = pytest.mark.slow
+# The moving world's checker: the share of right clips, how rough their motion is and how unclean their frames.
+CHECKER = ",".join(f"tiny/clips.py:{name}" for name in ("right", "roughness", "uncleanness"))
 
 
-def run(trainer, preset, out):
+def learn(trainer, preset, out):
     """A run of the preset with seed 0. Returns the rows of its metrics."""
-    words = ["--preset", preset, "--seed", "0", "--output-dir", str(out)]
+    words = ["--preset", preset, "--seed", "0", "--output-dir", str(out), "--num-samples", "8"]
     trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["ratio_max_deviation_first_update"] for row in rows) <= 1e-6
     return rows
 
 
-def compare(preset, run, out):
-    """The run's last checkpoint beside its base: results.json, and {metric: {"mean", "difference", "error"}} of it."""
-    words = ["--preset", preset, "--output-dir", str(out)]
-    words += ["--checkpoint", str(cli.latest_checkpoint(run))]
+def compare(run, folder, *words):
+    """eval.py's results.json of the run's last checkpoint beside its base, and {metric: its difference overall}."""
+    checkpoint = max(run.glob("checkpoint-??????"))
+    words = ["--checkpoint", str(checkpoint), "--output-dir", str(folder), *words]
     evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, words))
-    results = json.loads((out / "results.json").read_text())
-    _, trained = results["models"]
+    results = json.loads((folder / "results.json").read_text())
+    _, trained = results["models"]  # the base is first
     return results, {metric: models[trained]["overall"] for metric, models in results["summary"].items()}
 
 
 @pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd], ids=lambda trainer: trainer.__name__)
 def test_the_tiny_preset_improves_heldout_pictures(trainer, tmp_path):
-    rows = run(trainer, "tiny", tmp_path / "run")
-    _, scores = compare("tiny", tmp_path / "run", tmp_path / "eval")
+    rows = learn(trainer, "tiny", tmp_path / "out")
+    words = ["--preset", "tiny", "--metrics", "hps,clip,geneval", "--images-per-prompt", "4"]
+    _, scores = compare(tmp_path / "out", tmp_path / "eval", *words)
     assert scores["hps"]["difference"] > 5 * scores["hps"]["error"]
-    assert scores["geneval"]["difference"] >= 0.10
+    assert scores["geneval"]["difference"] >= 0.10  # the checker's accuracy
     assert scores["clip"]["difference"] > 0  # a reward that was not trained on
     seen = sum(row["reward_hps"] for row in rows[-10:]) / 10
     assert scores["hps"]["mean"] == pytest.approx(seen, abs=0.1)  # the metric speaks of these pictures
 
 
+def psnr(results, folder, model):
+    """(P N,) of each clip's first frame against the given picture. A clip is a PNG, its frames one below the other."""
+    folder, height, psnrs = folder / results["models"][model]["pictures"], results["settings"]["height"], []
+    for row in results["pictures"]:
+        drawn, given = (
+            pil_to_tensor(Image.open(path).convert("RGB"))[:, :height] / 255
+            for path in (folder / row["picture"], Path(row["image"]))
+        )
+        psnrs.append(-10 * (drawn - given).square().mean().log10())
+    return torch.stack(psnrs)
+
+
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_the_tiny_preset_improves_heldout_videos(task, tmp_path):
-    run(grpo_video, f"tiny-{task}", tmp_path / "run")
-    results, scores = compare("tiny-video", tmp_path / "run", tmp_path / "eval")
-    for reward, measured in {"t2v": {"vq": "uncleanness", "mq": "roughness"}, "i2v": {"mq": "roughness"}}[task].items():
+    learn(grpo_video, f"tiny-{task}", tmp_path / "out")
+    words = ["--preset", "tiny-video", "--metrics", f"vq,mq,ta,{CHECKER}", "--images-per-prompt", "2"]
+    results, scores = compare(tmp_path / "out", tmp_path / "eval", *words)
+    measures = {"t2v": {"vq": "uncleanness", "mq": "roughness"}, "i2v": {"mq": "roughness"}}[task]
+    for reward, measure in measures.items():
         assert scores[reward]["difference"] > 5 * scores[reward]["error"]
-        assert scores[measured]["difference"] < -3 * scores[measured]["error"]  # the checker's, of the same quality
+        assert scores[measure]["difference"] < -3 * scores[measure]["error"]  # the checker's, of the same quality
     assert scores["right"]["difference"] > -0.04  # and the clips still show what they should
     if task == "i2v":
-        base, trained = (first_frame_psnr(results, name, tmp_path / "eval") for name in results["models"])
-        assert trained > base - 1  # the first frame stays the given one
-
-
-def first_frame_psnr(results, name, folder):
-    """Mean PSNR in dB of the videos' first frames against the given pictures."""
-    values = []
-    for picture in results["pictures"]:
-        given = np.asarray(Image.open(picture["image"]).convert("RGB"), float)
-        video = Image.open(Path(folder, results["models"][name]["pictures"], picture["picture"]))
-        first = np.asarray(video, float)[: len(given)]
-        values.append(-10 * np.log10(((first - given) ** 2).mean() / 255**2))
-    return np.mean(values)
+        base, trained = (psnr(results, tmp_path / "eval", model).mean() for model in results["models"])
+        assert trained - base > -1  # the first frame stays the given one

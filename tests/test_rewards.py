@@ -335,7 +335,7 @@ def test_a_function_that_is_not_there_is_named_before_anything_is_loaded(own, tm
 
 # ------------------------------------------------------------------------------------------------------------- geneval
 
-DETECTOR = "tiny.py:Detector"
+DETECTOR = "tiny/pictures.py:Detector"
 MINE = """
 class Detector:
     NOTE, classes = "Anything bright is a dog.", {"dog"}
@@ -363,7 +363,7 @@ def test_geneval_as_a_reward(tmp_path):
 
 
 def test_geneval_reads_the_prompt_if_its_detector_can():
-    import tiny
+    from tiny import pictures as tiny
 
     torch.manual_seed(0)
     row = [tiny.SHAPES.index("cross"), *tiny.COLORS["blue"], 20.0, 40.0, 10.0]

@@ -1,5 +1,6 @@
 """Randomness by key, the order of prompts, and the parts of a run that are not the paper's."""
 
+import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -73,6 +74,130 @@ def test_help_shows_each_option_with_its_comment_and_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "--size SIZE of something, in pixels (default: 3)" in text
     assert "--on, --no-on a switch (default: True)" in text
+
+
+# -------------------------------------------------------------------------------------------------- processes, metrics
+
+
+@pytest.mark.parametrize(
+    "size, count, shares", [(1, 3, [[0, 1, 2]]), (2, 4, [[0, 2], [1, 3]]), (2, 3, [[0, 2], [1, 0]])]
+)
+def test_work_is_shared_out_in_equal_parts_and_collected_in_its_order(size, count, shares):
+    worlds = [distributed.World(rank, size, torch.device("cpu"), torch.float32) for rank in range(size)]
+    assert [world.share(count) for world in worlds] == shares
+
+    class Gathered(distributed.World):
+        def gather(self, x):
+            return torch.tensor(shares).flatten()
+
+    world = Gathered(0, size, torch.device("cpu"), torch.float32)
+    assert world.collect(torch.tensor(shares[0]), count).tolist() == list(range(count))
+
+
+def test_chunks_hold_every_item_once():
+    world = distributed.start_world()
+    assert list(world.chunks([1, 2, 3, 4, 5], 2, "test")) == [[1, 2], [3, 4], [5]]
+
+
+@pytest.fixture
+def sampler(tmp_path):
+    """`Samples` of twelve prompts whose pictures are grey, as bright as their prompt says, and score that."""
+    (tmp_path / "samples").mkdir()
+    config = SimpleNamespace(output_dir=str(tmp_path), seed=0, micro_batch=5, num_samples=12)
+    drawn = []
+
+    def draw(captions, z):
+        drawn.append((captions, z))
+        return torch.tensor([float(c) for c in captions]).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)
+
+    def reward(images, prompts, fps):
+        assert fps is None and [float(prompt) for prompt in prompts] == pytest.approx(images[:, 0, 0, 0].tolist())
+        return {"light": images.mean((1, 2, 3)), "dark": 1 - images.mean((1, 2, 3))}
+
+    prompts = [str(i / 20) for i in range(20)]
+    return output.Samples(config, distributed.start_world(), prompts, draw, (2, 3), reward), drawn
+
+
+def test_all_sample_pictures_are_scored_and_eight_are_shown(sampler, monkeypatch):
+    samples, drawn = sampler
+    shown = []
+    monkeypatch.setattr(output, "save_pictures", lambda path, images, captions: shown.append((path, images, captions)))
+    scores = samples.save(20)
+    assert scores == pytest.approx({"sample_reward_light": 0.275, "sample_reward_dark": 0.725})
+    assert [len(captions) for captions, _ in drawn] == [5, 5, 2]  # in micro-batches
+    ((path, images, captions),) = shown
+    assert path.name == "000020.png" and captions == [str(i / 20) for i in range(8)]
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([i / 20 for i in range(8)])
+
+
+def test_sample_pictures_always_start_from_the_same_noise(sampler):
+    samples, drawn = sampler
+    samples.save(0)
+    samples.save(10)
+    first, second = (torch.cat([z for _, z in drawn[half : half + 3]]) for half in (0, 3))
+    assert torch.equal(first, second) and first.shape == (12, 2, 3)
+    assert len(first.flatten(1).unique(dim=0)) == 12
+
+
+ROW = {"reward_mean": 0.1, "reward_std": 0.2, "reward_a": 0.1, "clip_fraction": 0.5, "grad_norm": 1.0}
+
+
+def test_metrics_are_written_as_they_come_and_the_first_line_has_the_scores_before(tmp_path):
+    writer = output.Metrics(tmp_path, distributed.start_world(), 0)
+    writer.start({"sample_reward_a": 0.05})
+    for iteration, more in [(1, {}), (2, {"sample_reward_a": 0.3})]:
+        writer.write({"iteration": iteration} | ROW | more)
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == iteration
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first == {"iteration": 1, "sample_reward_a_before": 0.05} | ROW
+    assert second == {"iteration": 2, "sample_reward_a": 0.3} | ROW
+    steps, values = writer.curve("sample_reward_a")
+    assert steps.tolist() == [0, 2] and values.tolist() == [0.05, 0.3]
+
+
+def test_a_resumed_run_forgets_the_lines_after_its_checkpoint(tmp_path):
+    lines = [json.dumps({"iteration": i} | ROW) for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 4, "rew')
+    writer = output.Metrics(tmp_path, distributed.start_world(), 2)
+    writer.write({"iteration": 3, "again": 1} | ROW)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3] and "again" in rows[-1]
+
+
+def test_curves_are_redrawn_when_some_time_has_passed_and_at_the_end(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(output.Metrics, "draw", lambda self: drawn.append(now[0]))
+    writer = output.Metrics(tmp_path, distributed.start_world(), 0)
+    for second in range(0, 60, 6):
+        now[0] = float(second)
+        writer.write({"iteration": second} | ROW)
+    assert drawn == [24.0, 48.0]
+
+
+def test_the_picture_of_the_curves_holds_the_sample_scores(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    plotted = {}
+    plot = matplotlib.axes.Axes.plot
+
+    def spy(self, x, y, *rest, label="", **options):
+        plotted[label] = (list(x), list(y))
+        return plot(self, x, y, *rest, label=label, **options)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
+    writer = output.Metrics(tmp_path, distributed.start_world(), 0)
+    writer.start({"sample_reward_a": 0.0})
+    for i in range(1, 13):
+        row = ROW | {"reward_a": float(i), "iteration": i}
+        writer.write(row | ({"sample_reward_a": 10.0 * i} if i % 6 == 0 else {}))
+    writer.draw()
+    assert plotted["sample_reward_a"] == ([0, 6, 12], [0.0, 60.0, 120.0])
+    assert plotted["reward_a, mean of 10"][1] == [(i + 1) / 2 for i in range(1, 11)] + [6.5, 7.5]
+    assert (tmp_path / "reward.png").is_file() and not (tmp_path / "reward.part.png").exists()
+
+
+# ---------------------------------------------------------------------------------------- pictures, films, first frames
 
 
 def test_captioned_pictures_keep_their_pixels(tmp_path):

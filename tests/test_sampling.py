@@ -1,14 +1,20 @@
 """The policy against reference numbers, diffusers' own scheduler, and Gaussians whose answers are known exactly."""
 
+import inspect
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
+import sampling
 from sampling import (
+    SDE,
+    Step,
+    cps_log_prob,
     cps_step,
     ddim_sde_step,
     flow_grpo_sde_step,
@@ -21,6 +27,8 @@ from sampling import (
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "steps.json").read_text())
 FLOW_STEPS = [flow_sde_step, flow_grpo_sde_step, cps_step]
+STEPS = [(step, log_prob) for step, log_prob in SDE.values()] + [(ddim_sde_step, gaussian_log_prob)]
+EACH_STEP = pytest.mark.parametrize("step, log_prob_of", STEPS, ids=lambda f: f.__name__)
 
 
 def tensors(section, *names):
@@ -44,11 +52,10 @@ def test_flow_sigmas_match_the_official_schedule(key):
 def test_flow_sde_step_matches_the_official_step(case):
     z, v, z_next = tensors("flux_step", "z", "v", "z_next")
     sigmas, i = flow_sigmas(case["steps"], case["shift"]), case["index"]
-    mean, _, z0_hat = flow_sde_step(v, z, sigmas[i], sigmas[i + 1], case["eta"], noise=torch.zeros_like(z))
-    _, log_prob, _ = flow_sde_step(v, z, sigmas[i], sigmas[i + 1], case["eta"], z_next=z_next)
+    mean, std, z0_hat = flow_sde_step(v, z, sigmas[i], sigmas[i + 1], case["eta"])
     close(mean, case["mean"])
     close(z0_hat, case["x0"])
-    close(log_prob, case["log_prob"])
+    close(gaussian_log_prob(z_next, mean, std), case["log_prob"])
 
 
 @pytest.mark.parametrize("case", GOLDEN["flow_grpo_sde_step"]["cases"], ids=lambda c: str(c["index"]))
@@ -56,10 +63,9 @@ def test_flow_grpo_step_matches_its_authors_step_also_at_sigma_1(case):
     z, v, z_next = tensors("flow_grpo_sde_step", "z", "v", "z_next")
     sigmas, i = GOLDEN["flow_grpo_sde_step"]["sigmas"], case["index"]
     levels = sigmas[i], sigmas[i + 1], GOLDEN["flow_grpo_sde_step"]["noise_level"]
-    mean, _, _ = flow_grpo_sde_step(v, z, *levels, noise=torch.zeros_like(z))
-    _, log_prob, _ = flow_grpo_sde_step(v, z, *levels, z_next=z_next)
+    mean, std, _ = flow_grpo_sde_step(v, z, *levels)
     close(mean, case["mean"])
-    close(log_prob, case["log_prob"])
+    close(gaussian_log_prob(z_next, mean, std), case["log_prob"])
 
 
 def ddim_levels(scheduler, steps):
@@ -73,10 +79,9 @@ def test_ddim_sde_step_matches_the_official_step(case):
     scheduler, i = DDIMScheduler(**GOLDEN["ddim_step"]["scheduler"]), case["index"]
     alpha_bars = ddim_levels(scheduler, case["steps"])
     assert scheduler.timesteps[i] == case["timestep"]
-    mean, _, _ = ddim_sde_step(eps, z, alpha_bars[i], alpha_bars[i + 1], case["eta"], noise=torch.zeros_like(z))
-    _, log_prob, _ = ddim_sde_step(eps, z, alpha_bars[i], alpha_bars[i + 1], case["eta"], z_next=z_next)
+    mean, std, _ = ddim_sde_step(eps, z, alpha_bars[i], alpha_bars[i + 1], case["eta"])
     close(mean, case["mean"])
-    close(log_prob, case["log_prob"])
+    close(gaussian_log_prob(z_next, mean, std), case["log_prob"])
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50])
@@ -89,9 +94,14 @@ def test_ddim_sde_step_matches_diffusers_at_every_step(steps, eta, prediction):
     z, out, noise = (torch.randn(2, 4, 5, 5, generator=generator) for _ in range(3))
     for i, t in enumerate(scheduler.timesteps):
         theirs = scheduler.step(out, t, z, eta=eta, variance_noise=noise if eta else None)
-        ours = ddim_sde_step(out, z, alpha_bars[i], alpha_bars[i + 1], eta, noise=noise, prediction=prediction)
-        torch.testing.assert_close(ours[0], theirs.prev_sample, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(ours[2], theirs.pred_original_sample, rtol=1e-5, atol=1e-4)
+        mean, std, z0_hat = ddim_sde_step(out, z, alpha_bars[i], alpha_bars[i + 1], eta, prediction)
+        torch.testing.assert_close(mean + std * noise, theirs.prev_sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(z0_hat, theirs.pred_original_sample, rtol=1e-5, atol=1e-4)
+
+
+def test_ddim_sde_step_refuses_a_prediction_that_it_does_not_know():
+    with pytest.raises(ValueError, match="prediction must be"):
+        ddim_sde_step(torch.zeros(1, 2), torch.zeros(1, 2), 0.5, 0.6, 1.0, "sample")
 
 
 # --------------------------------------------------------------------------------------- Gaussians, known exactly
@@ -117,8 +127,9 @@ def test_score_term_is_the_analytic_score(sigma, sigma_next):
     score = -(z - mean) / variance
     v = exact_velocity(z, sigma)
     expected = z + (v - 0.5 * eta**2 * score) * (sigma_next - sigma)
-    ours, _, _ = flow_sde_step(v, z, sigma, sigma_next, eta, noise=torch.zeros_like(z))
+    ours, std, _ = flow_sde_step(v, z, sigma, sigma_next, eta)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert std.item() == pytest.approx(eta * math.sqrt(sigma - sigma_next), rel=1e-5)
 
 
 @pytest.mark.parametrize("step, eta", [(flow_sde_step, 1.0), (flow_grpo_sde_step, 0.7)])
@@ -143,16 +154,15 @@ def test_sde_has_the_marginals_of_the_ode(step, eta):
 
 
 def test_cps_keeps_the_coefficients():
-    """Knowing x0 and x1, the step's mean and fresh noise make up exactly (1 - sigma') x0 and variance sigma'²."""
+    """With x0 and x1 known, mean and std make up exactly (1 - sigma') x0 and the variance sigma'²."""
     x0, x1 = torch.full((3, 4), 2.0), torch.full((3, 4), 1.0)
     sigma, sigma_next, eta = 0.7, 0.5, 0.8
     z = (1 - sigma) * x0 + sigma * x1
-    mean, _, z0_hat = cps_step(x1 - x0, z, sigma, sigma_next, eta, noise=torch.zeros_like(z))
-    drawn, _, _ = cps_step(x1 - x0, z, sigma, sigma_next, eta, noise=torch.ones_like(z))
-    kept, fresh = (mean - (1 - sigma_next) * x0) / x1, drawn - mean
-    torch.testing.assert_close(kept**2 + fresh**2, torch.full_like(z, sigma_next**2))
+    mean, std, z0_hat = cps_step(x1 - x0, z, sigma, sigma_next, eta)
+    kept = (mean - (1 - sigma_next) * x0) / x1
+    torch.testing.assert_close(kept**2 + std**2, torch.full_like(z, sigma_next**2))
     torch.testing.assert_close(z0_hat, x0)
-    assert fresh[0, 0] == pytest.approx(sigma_next * math.sin(0.4 * math.pi))
+    assert std.item() == pytest.approx(sigma_next * math.sin(0.4 * math.pi))
 
 
 # --------------------------------------------------------------------------------------------------------- properties
@@ -162,52 +172,82 @@ def test_log_prob_is_the_mean_over_elements():
     x, mean = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
     theirs = torch.distributions.Normal(mean, 0.3).log_prob(x).mean((1, 2))
     torch.testing.assert_close(gaussian_log_prob(x, mean, 0.3), theirs)
+    torch.testing.assert_close(gaussian_log_prob(x, mean, torch.full((3, 1, 1), 0.3)), theirs)
+    torch.testing.assert_close(gaussian_log_prob(x, mean, torch.full((3,), 0.3)), theirs)
 
 
-@pytest.mark.parametrize("step", [*FLOW_STEPS, ddim_sde_step])
-def test_a_level_for_each_sample_equals_one_at_a_time(step):
+def test_a_std_for_each_sample_scores_that_sample():
+    x, mean, std = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.tensor([0.1, 1.0, 3.0])
+    theirs = torch.distributions.Normal(mean, std.view(3, 1, 1)).log_prob(x).mean((1, 2))
+    torch.testing.assert_close(gaussian_log_prob(x, mean, std), theirs)
+
+
+def test_the_log_prob_of_cps_leaves_out_variance_and_constants():
+    x, mean = torch.randn(3, 4, 5), torch.randn(3, 4, 5)
+    theirs = -torch.stack([(a - b).square().mean() for a, b in zip(x, mean, strict=True)])
+    torch.testing.assert_close(cps_log_prob(x, mean, 0.3), theirs)
+    assert torch.equal(cps_log_prob(x, mean, 0.3), cps_log_prob(x, mean, 2.0))
+
+
+@EACH_STEP
+def test_a_level_for_each_sample_equals_one_at_a_time(step, log_prob_of):
     torch.manual_seed(0)
-    out, z, noise = torch.randn(3, 2, 8, 8).unbind()
+    out, z, z_next = torch.randn(3, 2, 8, 8).unbind()
     high, low = torch.tensor([0.9, 0.5]), torch.tensor([0.8, 0.3])
     if step is ddim_sde_step:
         high, low = low, high  # alpha_bar rises
-    together = step(out, z, high, low, 0.6, noise=noise)
+    together = step(out, z, high, low, 0.6)
+    log_prob = log_prob_of(z_next, together.mean, together.std)
     for b in range(2):
-        alone = step(out[b, None], z[b, None], float(high[b]), low[b], 0.6, noise=noise[b, None])
-        for x, y in zip(together, alone, strict=True):
-            torch.testing.assert_close(x[b, None], y)
+        alone = step(out[b, None], z[b, None], float(high[b]), low[b], 0.6)
+        torch.testing.assert_close(together.mean[b, None], alone.mean)
+        torch.testing.assert_close(together.std[b, None], alone.std)
+        torch.testing.assert_close(together.z0_hat[b, None], alone.z0_hat)
+        torch.testing.assert_close(log_prob[b, None], log_prob_of(z_next[b, None], alone.mean, alone.std))
 
 
 @pytest.mark.parametrize("step", FLOW_STEPS)
-def test_eta_0_is_the_euler_step_and_has_no_log_prob(step):
+def test_eta_0_is_the_euler_step(step):
     v, z = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
-    for sigma, sigma_next in [(1.0, 0.8), (0.4, 0.0)]:
-        z_next, log_prob, z0_hat = step(v, z, sigma, sigma_next, 0.0)
-        torch.testing.assert_close(z_next, z + v * (sigma_next - sigma), rtol=1e-5, atol=1e-6)
+    for sigma, sigma_next in [(1.0, 0.8), (0.4, 0.0), (torch.tensor([1.0, 0.5]), torch.tensor([0.8, 0.0]))]:
+        mean, std, z0_hat = step(v, z, sigma, sigma_next, 0.0)
+        sigma, sigma_next = (torch.as_tensor(s).view(-1, 1, 1) for s in (sigma, sigma_next))
+        torch.testing.assert_close(mean, z + v * (sigma_next - sigma), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(z0_hat, z - sigma * v)
-        assert log_prob is None
+        assert (std == 0).all()
 
 
-def test_ddim_step_without_noise_left_has_no_log_prob():
+def test_eta_0_is_the_deterministic_ddim_step():
+    eps, z, a, a_next = torch.randn(2, 3), torch.randn(2, 3), 0.4, 0.7
+    mean, std, z0_hat = ddim_sde_step(eps, z, a, a_next, 0.0)
+    x0 = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
+    torch.testing.assert_close(z0_hat, x0)
+    torch.testing.assert_close(mean, math.sqrt(a_next) * x0 + math.sqrt(1 - a_next) * eps)
+    assert (std == 0).all()
+
+
+def test_the_last_ddim_step_has_no_noise_left():
     eps, z = torch.randn(2, 3), torch.randn(2, 3)
-    z_next, log_prob, z0_hat = ddim_sde_step(eps, z, 0.9, 1.0, 1.0)
-    assert log_prob is None
-    torch.testing.assert_close(z_next, z0_hat)
+    mean, std, z0_hat = ddim_sde_step(eps, z, 0.9, 1.0, 1.0)
+    assert (std == 0).all()
+    torch.testing.assert_close(mean, z0_hat)
 
 
-@pytest.mark.parametrize("step", [*FLOW_STEPS, ddim_sde_step])
-def test_replay_scores_exactly_what_was_drawn(step):
+@EACH_STEP
+def test_replay_scores_exactly_what_was_drawn(step, log_prob_of):
     levels = torch.linspace(0.1, 0.99, 7) if step is ddim_sde_step else flow_sigmas(6, 3.0)
     weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)) * 0.3
 
     def model(z, i):
         return torch.tanh(z @ weight) + 0.1 * i
 
-    trajectory, log_probs, _ = rollout(model, torch.randn(4, 5), levels, 0.5, step)
+    trajectory, log_probs, _ = rollout(model, torch.randn(4, 5), levels, 0.5, step, log_prob=log_prob_of)
     for i in range(5):
         z, z_next = trajectory[:, i], trajectory[:, i + 1]
-        _, log_prob, _ = step(model(z, i), z, levels[i], levels[i + 1], 0.5, z_next=z_next)
+        mean, std, _ = step(model(z, i), z, levels[i], levels[i + 1], 0.5)
+        log_prob = log_prob_of(z_next, mean, std)
         assert torch.equal(torch.exp(log_prob - log_probs[:, i]), torch.ones(4))
+        assert log_prob.unique().numel() == 4
 
 
 def test_rollout_is_stochastic_in_its_window_only():
@@ -240,3 +280,50 @@ def test_sample_ode_reaches_the_data():
 def test_flow_sigmas_refuse_what_makes_no_schedule(steps, shift):
     with pytest.raises(ValueError, match="num_steps >= 1 and shift > 0"):
         flow_sigmas(steps, shift)
+
+
+# ---------------------------------------------------------------------------------------------------- copied out alone
+
+PUBLIC = [name for name, f in inspect.getmembers(sampling, inspect.isfunction) if f.__module__ == "sampling"]
+
+
+def pasted(name):
+    """The function from its source alone, in a file that has torch, math and the helpers that its docstring names."""
+    function = getattr(sampling, name)
+    helpers = {word for word in re.findall(r"`(\w+)`", function.__doc__) if hasattr(sampling, word)}
+    namespace = {"torch": torch, "math": math} | {word: getattr(sampling, word) for word in helpers - {name}}
+    exec(inspect.getsource(function), namespace)
+    return namespace[name]
+
+
+def results(function):
+    """What the function makes of some arguments, as a list of tensors."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, noise = torch.randn(3, 4, 2, 5, generator=generator).unbind()
+    levels = torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0])
+    match function.__name__:
+        case "flow_sigmas":
+            return [function(4, 3.0)]
+        case "gaussian_log_prob" | "cps_log_prob":
+            return [function(x, y, 0.3)]
+        case "ddim_sde_step":
+            return [*function(x, y, 0.4, 0.6, 0.5), *function(x, y, 0.4, 0.6, 0.5, "v_prediction")]
+        case "rollout":
+            return [*function(lambda z, i: z.sin() + i, x, levels, 0.7, noise=lambda i: noise + i, window=range(1, 3))]
+        case "sample_ode":
+            return [function(lambda z, i: z.sin() + i, x, levels)]
+    return [*function(x, y, 0.8, 0.6, 0.5)]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_function_works_when_its_source_alone_is_copied(name):
+    copied, original = results(pasted(name)), results(getattr(sampling, name))
+    assert len(copied) == len(original)
+    assert all(torch.equal(a, b) for a, b in zip(copied, original, strict=True))
+
+
+def test_every_function_of_the_contract_is_public():
+    contract = "flow_sigmas gaussian_log_prob flow_sde_step flow_grpo_sde_step cps_step ddim_sde_step rollout"
+    assert set(contract.split()) | {"cps_log_prob", "sample_ode"} == set(PUBLIC)
+    assert Step._fields == ("mean", "std", "z0_hat")
+    assert SDE.keys() == {"dance", "flow", "cps"} and SDE["cps"] == (cps_step, cps_log_prob)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import moving
 from rewards import VideoAlignReward
+from tiny.make_videoalign import judge_figures
 
 JUDGE = Path("tiny/videoalign")
 
@@ -26,8 +26,9 @@ def test_the_judge_has_the_released_layout_and_is_small():
         assert f"base_model.model.{name}" in names
 
 
+@pytest.mark.slow
 def test_the_judge_prefers_clean_smooth_and_true_in_unseen_pairs(judge):
     """And VQ is indifferent to faults of motion at least twice as often as MQ is, and nobody likes an empty clip."""
-    figures = moving.judge_figures(judge, scenes=100, seed=99)
+    figures = judge_figures(judge, scenes=100, seed=99)
     assert min(figures["vq"], figures["mq"], figures["ta"], figures["empty"]) >= 0.9, figures
     assert figures["vq indifferent"] >= 2 * figures["mq indifferent"], figures

@@ -1,62 +1,64 @@
-"""The moving world: clips and their checker against each other."""
+"""Clips and their checker against each other."""
 
 import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-import moving
-import tiny
-from moving import MOTION_FAULTS, QUALITY_FAULTS
+from tiny import clips, pictures
+from tiny.clips import MOTION_FAULTS, QUALITY_FAULTS
 
 
 def scenes(count, seed):
     rng = random.Random(seed)
     torch.manual_seed(seed)
     for _ in range(count):
-        action = moving.random_action(rng)
-        yield rng, action, moving.random_clip(rng, action)
+        action = clips.random_action(rng)
+        yield rng, action, clips.random_clip(rng, action)
 
 
 def test_clip_captions_can_be_read_back():
     rng = random.Random(0)
     for _ in range(500):
-        action = moving.random_action(rng)
-        prompt = moving.phrase_action(rng, action)
-        assert moving.parse_action(prompt) == action | {"prompt": prompt}
-        other = moving.another_action(rng, action)
+        action = clips.random_action(rng)
+        prompt = clips.phrase_action(rng, action)
+        assert clips.parse_action(prompt) == action | {"prompt": prompt}
+        other = clips.another_action(rng, action)
         assert sum(action[key] != other[key] for key in action) == 1
     for prompt in ("a red circle", "a pink circle growing", "a red circle growing and rotating", ""):
-        with pytest.raises(ValueError, match="not a caption of the moving world"):
-            moving.parse_action(prompt)
+        with pytest.raises(ValueError, match="not a caption of a clip"):
+            clips.parse_action(prompt)
 
 
-def test_the_checker_reads_what_moves_where():
+@pytest.mark.parametrize("count", [20, pytest.param(120, marks=pytest.mark.slow)])
+def test_the_checker_reads_what_moves_where(count):
     """All nine motions, from the pixels alone; the right caption is accepted, another is not."""
     right = []
-    for rng, action, scene in scenes(120, seed=1):
-        clip = moving.make_clip(rng, scene)
-        assert clip.shape == (moving.FRAMES, 3, 64, 64)
+    for rng, action, scene in scenes(count, seed=1):
+        clip = clips.make_clip(rng, scene)
+        assert clip.shape == (clips.FRAMES, 3, 64, 64)
         assert clip.min() >= 0
         assert clip.max() <= 1
-        right.append(moving.check_clip(clip, moving.phrase_action(rng, action)))
-        assert not moving.check_clip(clip, moving.phrase_action(rng, moving.another_action(rng, action)))
+        right.append(clips.check_clip(clip, clips.phrase_action(rng, action)))
+        assert not clips.check_clip(clip, clips.phrase_action(rng, clips.another_action(rng, action)))
     assert sum(right) >= 0.97 * len(right)
 
 
+@pytest.mark.slow
 def test_the_checker_says_how_smoothly_and_how_cleanly():
     rough, unclean = ({name: [] for name in names} for names in (MOTION_FAULTS, QUALITY_FAULTS))
     steady = []
     for rng, action, scene in scenes(40, seed=2):
-        clip = moving.make_clip(rng, scene)
-        seen = moving.watch(clip)
-        steady.append(moving.roughness(seen))
+        clip = clips.make_clip(rng, scene)
+        seen = clips.watch(clip)
+        steady.append(clips.roughness_of(seen))
         for fault in MOTION_FAULTS:
-            if fault in moving.faults_of_motion(action):
-                rough[fault].append(moving.roughness(moving.watch(moving.make_clip(rng, scene, fault))))
+            if fault in clips.faults_of_motion(action):
+                rough[fault].append(clips.roughness_of(clips.watch(clips.make_clip(rng, scene, fault))))
         for fault in QUALITY_FAULTS:
-            ugly = moving.make_clip(rng, scene, None, fault)
-            unclean[fault].append(moving.uncleanness(ugly, moving.watch(ugly)) > moving.uncleanness(clip, seen))
+            ugly = clips.make_clip(rng, scene, None, fault)
+            unclean[fault].append(clips.uncleanness_of(ugly, clips.watch(ugly)) > clips.uncleanness_of(clip, seen))
     assert max(steady) < 0.4
     for fault, values in rough.items():
         assert sum(value > 0.4 for value in values) >= 0.95 * len(values), fault
@@ -64,8 +66,27 @@ def test_the_checker_says_how_smoothly_and_how_cleanly():
         assert sum(verdicts) >= 0.95 * len(verdicts), fault
 
 
+def test_the_metrics_read_videos_of_any_size():
+    """Half as large, with fewer frames: still correct; a wrong caption and faults are seen."""
+    videos, spoilt, prompts, wrong = [], [], [], []
+    for rng, action, scene in scenes(5, seed=3):
+        for list_, clip in (
+            (videos, clips.make_clip(rng, scene)),
+            (spoilt, clips.make_clip(rng, scene, "jumps", "noise")),
+        ):
+            list_.append(F.avg_pool2d(clip, 2)[::2])
+        prompts.append(clips.phrase_action(rng, action))
+        wrong.append(clips.phrase_action(rng, clips.another_action(rng, action)))
+    videos, spoilt = torch.stack(videos), torch.stack(spoilt)
+    assert clips.right(videos, prompts).tolist() == [1.0] * 5
+    assert clips.right(videos, wrong).tolist() == [0.0] * 5
+    for metric in (clips.roughness, clips.uncleanness):
+        good, bad = metric(videos, prompts), metric(spoilt, prompts)
+        assert good.shape == (5,) and (bad > good).all(), (good, bad)
+
+
 def test_the_checker_shares_no_code_with_the_drawing():
-    functions = {n: f for n, f in (vars(tiny) | vars(moving)).items() if hasattr(f, "__code__")}
+    functions = {n: f for n, f in (vars(pictures) | vars(clips)).items() if hasattr(f, "__code__")}
 
     def names(code):
         inner = (c for c in code.co_consts if hasattr(c, "co_names"))

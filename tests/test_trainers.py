@@ -1,13 +1,21 @@
-"""Every trainer end to end, by its real code path, on the tiny checkpoints."""
+"""Every trainer end to end, by its real code path, on the tiny checkpoints.
+
+By default FLUX runs everything, and Stable Diffusion and text to video run once; `pytest -m slow` runs the rest.
+"""
 
 import dataclasses
+import functools
 import json
 import math
-import os
+import re
+import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +23,9 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     StableDiffusionPipeline,
 )
@@ -26,31 +37,20 @@ import grpo_sd
 import grpo_video
 import small
 from rewards import RewardError
-from runtime import cli, data, distributed
-from sampling import flow_sigmas, sample_ode
+from runtime import cli, data, distributed, output
+from sampling import flow_sigmas, rollout, sample_ode
+from small import COMPONENTS, TRAINERS, train
 
-COMPONENTS = {grpo_flux: "transformer", grpo_sd: "unet", grpo_video: "transformer"}
-CASES = {"flux": (grpo_flux, {}), "sd": (grpo_sd, {})}  # trainer, and the task if there are several
-CASES |= {task: (grpo_video, {"task": task}) for task in grpo_video.PIPELINES}
-EVERY = pytest.mark.parametrize("trainer, task", CASES.values(), ids=CASES)
-LARGE = {name: case for name, case in CASES.items() if name != "t2i"}  # which is t2v's code, with one frame
-COSTLY = pytest.mark.parametrize("trainer, task", LARGE.values(), ids=LARGE)
+
+def cases(*fast):
+    """The trainers, and of video its tasks; those that are not named here run with `-m slow`."""
+    return [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in TRAINERS]
+
+
+EACH = pytest.mark.parametrize("case", cases("flux"))
 METRICS = """iteration reward_mean reward_std reward_hps advantage_abs loss ratio_mean ratio_max_deviation_first_update
 clip_fraction approx_kl grad_norm zero_variance_groups seconds seconds_rollout seconds_reward seconds_update
 samples_per_second"""
-
-
-def arguments(options):
-    """{"group_size": 4, "resume": True} → ["--group-size", "4", "--resume"]"""
-    pairs = [(f"--{key.replace('_', '-')}", value) for key, value in options.items()]
-    return [word for flag, value in pairs for word in ([flag] if value is True else [flag, str(value)])]
-
-
-def train(trainer, output_dir, **options):
-    """Run the trainer in this process, as its command line would. Returns its output folder."""
-    options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
-    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, arguments(options)))
-    return output_dir
 
 
 def metrics(output_dir, times=False):
@@ -58,20 +58,18 @@ def metrics(output_dir, times=False):
     return [{k: v for k, v in row.items() if times or "second" not in k} for row in rows]
 
 
-def weights(trainer, output_dir, iteration, suffix=""):
-    folder = output_dir / f"checkpoint-{iteration:06d}" / f"{COMPONENTS[trainer]}{suffix}"
+def weights(case, output_dir, iteration, suffix=""):
+    folder = output_dir / f"checkpoint-{iteration:06d}" / f"{COMPONENTS[TRAINERS[case]]}{suffix}"
     return load_file(folder / "diffusion_pytorch_model.safetensors")
 
 
-def stock_pipeline(output_dir):
-    """The model that the run started from, as diffusers loads it."""
-    config = json.loads((output_dir / "config.json").read_text())
-    kinds = {"grpo_flux.py": FluxPipeline, "grpo_sd.py": StableDiffusionPipeline}
-    kind = kinds.get(config["script"]) or grpo_video.PIPELINES[config["task"]]
-    parts = {}
-    if config.get("transformer"):
-        parts["transformer"] = HunyuanVideoTransformer3DModel.from_pretrained(config["transformer"])
-    pipe = kind.from_pretrained(config["model"], **parts)
+def stock_pipeline(case):
+    """The model that a small run starts from, as diffusers loads it."""
+    cfg, parts = small.config(case), {}
+    kinds = {"flux": FluxPipeline, "sd": StableDiffusionPipeline, "i2v": HunyuanSkyreelsImageToVideoPipeline}
+    if case == "i2v":
+        parts["transformer"] = HunyuanVideoTransformer3DModel.from_pretrained(cfg.transformer)
+    pipe = kinds.get(case, HunyuanVideoPipeline).from_pretrained(cfg.model, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -92,40 +90,70 @@ def distance(a, b):
     return max(((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)).item() for k in a)
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
-def finished(request, tmp_path_factory):
-    """One small run of each trainer, shared by the tests that look at what it left."""
-    trainer, task = request.param
-    return trainer, train(trainer, tmp_path_factory.mktemp("run") / "out", **task, ema_decay=0.5, save_every=2)
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Runs inside a test do not draw reward.png, which takes as long as the run. Those of `small_run` do."""
+    monkeypatch.setattr(output.Metrics, "draw", lambda self: None)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """Case → the folder of its small run, which is made once and not to be changed: see `copy_of`."""
+    draw = output.Metrics.draw  # module fixtures are set up before `no_curves`
+
+    @functools.cache
+    def run(case):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output.Metrics, "draw", draw)
+            return train(case, tmp_path_factory.mktemp(case) / "out", **small.FINISHED)
+
+    return run
+
+
+@pytest.fixture(params=cases("flux", "sd", "t2v"))
+def finished(request, small_run):
+    """A small run of each trainer, for the tests that look at what it left."""
+    return request.param, small_run(request.param)
+
+
+def copy_of(output_dir, tmp_path):
+    return Path(shutil.copytree(output_dir, tmp_path / "copy"))
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
 
 
 def test_a_run_leaves_exactly_the_files_of_the_contract(finished):
-    trainer, out = finished
-    component = COMPONENTS[trainer]
+    case, out = finished
+    component, trainer = COMPONENTS[TRAINERS[case]], TRAINERS[case]
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "reward.png", "samples", "checkpoint-000002", "checkpoint-000003",
     }  # fmt: skip
     config = json.loads((out / "config.json").read_text())
     suffixes = [".mp4", ".png"] if config.get("frames", 1) > 1 else [".png"]
-    samples = [iteration + suffix for iteration in ("000000", "000003") for suffix in suffixes]
+    samples = [iteration + suffix for iteration in ("000000", "000002", "000003") for suffix in suffixes]
     assert sorted(path.name for path in (out / "samples").iterdir()) == samples
     assert {path.name for path in (out / "checkpoint-000003").iterdir()} == {component, f"{component}_ema", "state"}
     assert config["group_size"] == 4 and config["versions"]["torch"] in torch.__version__
     assert config["script"] == f"{trainer.__name__}.py"
     assert {field.name for field in dataclasses.fields(trainer.Config)} <= config.keys()
+    assert Image.open(out / "reward.png").size == (1210, 770)
 
 
 def test_metrics_have_a_line_for_each_iteration_with_every_field(finished):
     _, out = finished
     rows = metrics(out, times=True)
     assert [row["iteration"] for row in rows] == [1, 2, 3]
-    for row in rows:
-        assert set(METRICS.split()) == row.keys()
+    sampled = [{"sample_reward_hps_before"}, {"sample_reward_hps"}, {"sample_reward_hps"}]  # drawn after 0, 2, 3
+    for row, more in zip(rows, sampled, strict=True):
+        assert set(METRICS.split()) | more == row.keys()
         assert all(math.isfinite(value) for value in row.values())
         assert row["grad_norm"] > 0 and row["advantage_abs"] > 0.3
+        parts = row["seconds_rollout"] + row["seconds_reward"] + row["seconds_update"]
+        assert row["seconds"] == pytest.approx(parts)
+        assert row["samples_per_second"] == pytest.approx(8 / parts)
+    scores = rows[0]["sample_reward_hps_before"], rows[1]["sample_reward_hps"], rows[2]["sample_reward_hps"]
+    assert len(set(scores)) == 3  # the same pictures of other weights
 
 
 def test_the_ratio_is_1_before_the_first_update_and_not_after_it(finished):
@@ -137,9 +165,9 @@ def test_the_ratio_is_1_before_the_first_update_and_not_after_it(finished):
 
 
 def test_the_checkpoint_loads_in_stock_diffusers(finished):
-    trainer, out = finished
-    component = COMPONENTS[trainer]
-    pipe = stock_pipeline(out)
+    case, out = finished
+    component = COMPONENTS[TRAINERS[case]]
+    pipe = stock_pipeline(case)
     base = getattr(pipe, component)
     trained = type(base).from_pretrained(out / "checkpoint-000003" / component)
     average = type(base).from_pretrained(out / "checkpoint-000003" / f"{component}_ema")
@@ -155,14 +183,46 @@ def test_the_checkpoint_loads_in_stock_diffusers(finished):
 # -------------------------------------------------------------------------------------- guarantees: resume, processes
 
 
-@COSTLY
-def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_killed(trainer, task, tmp_path):
-    options = task | dict(iterations=5, save_every=2, ema_decay=0.5)
-    straight = train(trainer, tmp_path / "straight", **options)
+class Interrupted(Exception):
+    pass
+
+
+@EACH
+def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp_path, monkeypatch):
+    straight, broken = small_run(case), tmp_path / "broken"
+    save = output.Checkpoints._save_public
+
+    def interrupted(self, folder, suffix):
+        save(self, folder, suffix)
+        if folder.name == "checkpoint-000003.part":
+            raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(output.Checkpoints, "_save_public", interrupted)
+        train(case, broken, **small.FINISHED)
+    assert (broken / "checkpoint-000003.part" / COMPONENTS[TRAINERS[case]]).is_dir()
+    assert (broken / "checkpoint-000002").is_dir() and not (broken / "checkpoint-000003").exists()
+    assert len(metrics(broken)) == 3
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 4, "rew')  # as if killed while writing a line
+
+    trainer = TRAINERS[case]
+    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(broken), "--resume"]))
+    assert metrics(broken) == metrics(straight)
+    assert {path.name for path in broken.iterdir()} == {path.name for path in straight.iterdir()} - {"reward.png"}
+    for suffix in ("", "_ema"):
+        a, b = (weights(case, out, 3, suffix) for out in (broken, straight))
+        assert a and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_killed(tmp_path):
+    options = small.FINISHED | {"iterations": 5}
+    straight = train("flux", tmp_path / "straight", **options)
     killed = tmp_path / "killed"
-    command = [sys.executable, f"{trainer.__name__}.py"]
+    command = [sys.executable, "grpo_flux.py"]
     process = subprocess.Popen(
-        command + arguments(small.options(trainer, **task) | options | {"output_dir": killed}),
+        command + small.arguments(small.options("flux") | options | {"output_dir": killed}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
@@ -179,88 +239,112 @@ def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_kill
     (killed / "checkpoint-000004.part").mkdir(exist_ok=True)  # as if killed while saving
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 4, "rew')  # and while writing a line
-    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(killed), "--resume"]))
+    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--output-dir", str(killed), "--resume"]))
     assert metrics(killed) == metrics(straight)
     for suffix in ("", "_ema"):
-        a, b = (weights(trainer, out, 5, suffix) for out in (killed, straight))
+        a, b = (weights("flux", out, 5, suffix) for out in (killed, straight))
         assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def torchrun(trainer, output_dir, *more, processes=2, **options):
-    options = small.options(trainer, options.get("task")) | {"output_dir": output_dir} | options
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    command += [f"{trainer.__name__}.py", *arguments(options), *more]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-
-@COSTLY
-def test_two_processes_do_the_work_of_one(trainer, task, tmp_path):
-    options = task | dict(save_every=2, ema_decay=0.5, prompts_per_iteration=2)
-    one = train(trainer, tmp_path / "one", **options)
-    done = torchrun(trainer, tmp_path / "two", **options)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What tests/two_processes.py left: a folder for each trainer."""
+    folder = tmp_path_factory.mktemp("two")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [*command, "tests/two_processes.py", str(folder)], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    two = tmp_path / "two"
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_do_the_work_of_one(finished, two_processes, tmp_path):
+    case, one = finished
+    two = two_processes / case
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
-        for key in ("reward_mean", "reward_std", "reward_hps"):
+        for key in a.keys() & {"reward_mean", "reward_std", "reward_hps", "sample_reward_hps_before"}:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
+        if "sample_reward_hps" in a:
+            assert a["sample_reward_hps"] == pytest.approx(b["sample_reward_hps"], rel=1e-4, abs=1e-6)
         assert b["ratio_max_deviation_first_update"] <= 1e-6
     for suffix in ("", "_ema"):
-        assert distance(weights(trainer, one, 3, suffix), weights(trainer, two, 3, suffix)) < 1e-4
+        assert distance(weights(case, one, 3, suffix), weights(case, two, 3, suffix)) < 1e-4
+
+    # The sample pictures: three, shared out over two processes, and put together in their order.
+    assert json.loads((two / "sampled.json").read_text()) == [[0, 2], [1, 0]]
+    pictures = [torch.tensor(list(Image.open(out / "samples" / "000003.png").tobytes())) for out in (one, two)]
+    assert (pictures[0] - pictures[1]).abs().max() <= 1
 
     # Saved by two processes, taken up by one.
-    train(trainer, two, iterations=4, resume=True, **options)
-    train(trainer, one, iterations=4, resume=True, **options)
-    assert distance(weights(trainer, one, 4), weights(trainer, two, 4)) < 1e-4
+    both = [copy_of(out, tmp_path / name) for name, out in (("one", one), ("two", two))]
+    for out in both:
+        train(case, out, **small.FINISHED, iterations=4, resume=True)
+    assert distance(*(weights(case, out, 4) for out in both)) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_wrong_number_of_processes_is_refused(two_processes):
+    line = (two_processes / "refused.txt").read_text()
+    assert line == "error: --prompts-per-iteration 3 must be a multiple of the 2 processes"
 
 
 # ------------------------------------------------------------------------------------------------- options that count
 
 
-@EVERY
-def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(trainer, task, tmp_path):
-    options = task | dict(lora_rank=4, learning_rate=0.01, kl_weight=0.1)
-    out = train(trainer, tmp_path / "lora", **options)
-    folder, component = out / "checkpoint-000003", COMPONENTS[trainer]
+@EACH
+def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_path):
+    options = dict(lora_rank=4, learning_rate=0.01, kl_weight=0.1, num_samples=1)
+    out = train(case, tmp_path / "lora", **options, iterations=2)
+    folder, component = out / "checkpoint-000002", COMPONENTS[TRAINERS[case]]
     assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "state"}
-    pipe = stock_pipeline(out)
+    pipe = stock_pipeline(case)
     base = stock_drawing(pipe)
     pipe.load_lora_weights(folder)
     assert abs(stock_drawing(pipe) - base).max() > 1e-3
     network = getattr(pipe, component)
     assert next(iter(network.peft_config.values())).lora_alpha == 8  # twice the rank survived the file
-    resumed = train(trainer, out, **options, iterations=4, resume=True)
-    assert len(metrics(resumed)) == 4
+    resumed = train(case, out, **options, iterations=3, resume=True)
+    assert len(metrics(resumed)) == 3
 
 
-@EVERY
-def test_kl_weight_holds_the_policy_at_its_reference(trainer, task, tmp_path):
-    options = task | dict(iterations=4)
-    runs = [train(trainer, tmp_path / name, **options, kl_weight=beta) for name, beta in [("0", 0.0), ("4", 1e4)]]
+@EACH
+def test_kl_weight_holds_the_policy_at_its_reference(case, small_run, tmp_path):
+    runs = small_run(case), train(case, tmp_path / "held", num_samples=1, kl_weight=1e4)
     free, held = (metrics(run) for run in runs)
-    assert distance(*(weights(trainer, run, 4) for run in runs)) > 1e-5
+    assert distance(*(weights(case, run, 3) for run in runs)) > 1e-5
     # The first update starts at the reference, where the penalty and its gradient are 0.
     assert free[0]["ratio_max_deviation_first_update"] == held[0]["ratio_max_deviation_first_update"] == 0
     assert held[-1]["loss"] > free[-1]["loss"]
 
 
 @pytest.mark.parametrize("options", [
-    dict(sde="flow", eta=0.7), dict(sde="cps", eta=0.8), dict(sde_window=2), dict(keep_best_worst=1),
-    dict(gradient_checkpointing=True), dict(reward="hps:0.7,clip:1.4"), dict(ema_decay=0.9, updates_per_rollout=4),
+    dict(sde="flow", eta=0.7), dict(sde="cps", eta=0.8), dict(sde_window=2), dict(gradient_checkpointing=True),
+    dict(reward="hps:0.7,clip:1.4"),
 ], ids=lambda o: next(iter(o)))  # fmt: skip
 def test_flux_options_train_with_ratio_1(options, tmp_path):
-    rows = metrics(train(grpo_flux, tmp_path / "out", iterations=1, **options))
+    rows = metrics(train("flux", tmp_path / "out", iterations=1, num_samples=1, **options))
     assert rows[0]["ratio_max_deviation_first_update"] <= 1e-6
     assert rows[0]["grad_norm"] > 0
     if "reward" in options:
         expected = 0.7 * rows[0]["reward_hps"] + 1.4 * rows[0]["reward_clip"]
         assert rows[0]["reward_mean"] == pytest.approx(expected, rel=1e-5)
+        assert {"sample_reward_hps", "sample_reward_clip"} <= rows[0].keys()
 
 
-def test_a_micro_batch_of_another_size_gives_the_same_run(tmp_path):
-    small = train(grpo_flux, tmp_path / "small", micro_batch=3)
-    large = train(grpo_flux, tmp_path / "large", micro_batch=64)
-    assert distance(weights(grpo_flux, small, 3), weights(grpo_flux, large, 3)) < 1e-4
+def test_the_average_moves_once_an_iteration_whatever_the_number_of_updates(tmp_path):
+    out = train("flux", tmp_path / "out", iterations=1, num_samples=1, ema_decay=0.9, updates_per_rollout=4)
+    base = FluxTransformer2DModel.from_pretrained(small.config("flux").model, subfolder="transformer").state_dict()
+    trained, average = (weights("flux", out, 1, suffix) for suffix in ("", "_ema"))
+    assert distance(base, trained) > 1e-5
+    assert distance(average, {k: base[k] + 0.1 * (trained[k] - base[k]) for k in base}) < 1e-6
+
+
+def test_a_micro_batch_of_another_size_gives_the_same_run(small_run, tmp_path):
+    other = train("flux", tmp_path / "other", micro_batch=3, num_samples=1)
+    assert distance(weights("flux", small_run("flux"), 3), weights("flux", other, 3)) < 1e-4
 
 
 def test_guidance_off_costs_half():
@@ -305,118 +389,147 @@ def test_video_guidance_off_costs_half():
     assert seen == [6, 3]
 
 
-@EVERY
-def test_best_of_n_trains_on_the_best_and_worst_of_each_prompts_own_group(trainer, task, tmp_path, monkeypatch):
+@EACH
+def test_best_of_n_trains_on_the_best_and_worst_of_each_prompts_own_group(case, tmp_path, monkeypatch):
     """The official video code sorts across prompts."""
-    trained, advantages, deal, score = [], [], trainer.update_parts, trainer.group_advantages
+    trained, advantages, trainer = [], [], TRAINERS[case]
+    choose, score = trainer.training_pairs, trainer.group_advantages
 
-    def spy_deal(cfg, A, iteration, prompt):
-        trained.append((prompt, sorted(sample for part in deal(cfg, A, iteration, prompt) for sample in part)))
-        return deal(cfg, A, iteration, prompt)
+    def spy_choose(*arguments):
+        trained.append(choose(*arguments))
+        return trained[-1]
 
     def spy_score(*arguments):
         advantages.append(score(*arguments))
         return advantages[-1]
 
-    monkeypatch.setattr(trainer, "update_parts", spy_deal)
+    monkeypatch.setattr(trainer, "training_pairs", spy_choose)
     monkeypatch.setattr(trainer, "group_advantages", spy_score)
-    train(trainer, tmp_path / "out", **task, iterations=1, keep_best_worst=1)
-    for (prompt, samples), A in zip(trained, advantages[0].view(2, 4), strict=True):
-        assert samples == sorted([A.argmin().item(), A.argmax().item()]), prompt
+    out = train(case, tmp_path / "out", iterations=1, num_samples=1, keep_best_worst=1)
+    A = advantages[0].view(2, 4)
+    expected = [4 * prompt + index(A[prompt]).item() for prompt in range(2) for index in (torch.argmin, torch.argmax)]
+    assert sorted({sample for pairs in trained[0] for sample, _ in pairs}) == sorted(expected)
+    (row,) = metrics(out)
+    assert row["ratio_max_deviation_first_update"] <= 1e-6 and row["grad_norm"] > 0
 
 
 # --------------------------------------------------------------------------------------------- noise and the samplers
 
 
-@EVERY
-def test_initial_noise_is_shared_within_a_group_and_differs_between_prompts(trainer, task, tmp_path, monkeypatch):
+@EACH
+def test_initial_noise_is_shared_within_a_group_and_differs_between_prompts(case, tmp_path, monkeypatch):
     """The official code shares one noise among all prompts, and on video gives every process the same."""
-    starts, original = [], trainer.rollout
+    starts, trainer = [], TRAINERS[case]
+    sample = trainer.sample_groups
 
-    def spy(model, z, *rest):
-        starts.append(z)
-        return original(model, z, *rest)
+    def spy(*arguments):
+        drawn = sample(*arguments)
+        starts.append(drawn[0][:, 0])
+        return drawn
 
-    monkeypatch.setattr(trainer, "rollout", spy)
-    train(trainer, tmp_path / "shared", **task, iterations=2, micro_batch=8)
+    monkeypatch.setattr(trainer, "sample_groups", spy)
+    train(case, tmp_path / "shared", iterations=2, steps=3, num_samples=1)
     first, second = (z.view(2, 4, -1) for z in starts)
     assert torch.equal(first[:, 0], first[:, 3])
     assert not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], second[0])
     starts.clear()
-    options = small.options(trainer, **task) | {"output_dir": tmp_path / "own", "iterations": 1, "micro_batch": 8}
-    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, [*arguments(options), "--no-shared-noise"]))
+    train(case, tmp_path / "own", iterations=1, steps=3, num_samples=1, shared_noise=False)
     own = starts[0].view(8, -1)
     assert len(own.unique(dim=0)) == 8
 
 
+@pytest.fixture(scope="module")
+def sd_pipeline():
+    return stock_pipeline("sd")
+
+
+@pytest.mark.parametrize("window", [range(5), range(1, 3)], ids=str)
+def test_the_loop_of_stable_diffusion_is_the_rollout_of_sampling(window, sd_pipeline):
+    """grpo_sd.py writes the rollout out, to be read; the result is exactly that of `sampling.rollout`."""
+    cfg, world, pipe = small.config("sd", steps=6), distributed.start_world(), sd_pipeline
+    text = grpo_sd.encode_prompts(pipe, ["a red circle", "two blue squares"], cfg.guidance, "cpu")
+    timesteps, alpha_bars, step = schedule = grpo_sd.ddim_schedule(pipe.scheduler.config, cfg.steps, "cpu")
+    keys = [(0, 3, p, g) for p in range(2) for g in range(cfg.group_size)]
+    shape = pipe.unet.config.in_channels, 8, 8
+    ours = grpo_sd.sample_groups(cfg, world, pipe.unet, pipe.vae, text, keys, window, schedule, shape)
+
+    rolled = []
+    for start in range(0, 8, cfg.micro_batch):
+        of_sample = text[[b // cfg.group_size for b in range(start, start + cfg.micro_batch)]]
+
+        def model(z, i, of_sample=of_sample):
+            return grpo_sd.predict(pipe.unet, z, timesteps[i], of_sample, cfg.guidance)
+
+        z, noise = data.rollout_noise(shape, keys[start : start + cfg.micro_batch], cfg.shared_noise, "cpu")
+        with torch.no_grad():
+            trajectory, log_probs, z0 = rollout(model, z, alpha_bars, cfg.eta, step, noise, window)
+        rolled.append((trajectory, log_probs, grpo_sd.decode(pipe.vae, z0)))
+    for a, b in zip(ours, map(torch.cat, zip(*rolled, strict=True)), strict=True):
+        assert torch.equal(a, b)
+    assert ((ours[1] != 0).sum(0) == torch.tensor([8 if i in window else 0 for i in range(6)])).all()
+
+
 def test_our_ode_sampler_draws_what_the_stock_flux_pipeline_draws():
-    cfg = grpo_flux.Config(**grpo_flux.PRESETS["tiny"])
-    pipe = FluxPipeline.from_pretrained(cfg.model)
-    pipe.set_progress_bar_config(disable=True)
+    cfg, pipe = small.config("flux"), stock_pipeline("flux")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
     prompts = ["a red circle", "two blue squares"]
     z = torch.randn(2, 64, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(0))
-    sigmas, scale = flow_sigmas(6, cfg.shift), 2 * pipe.vae_scale_factor
-    text = grpo_flux.encode_prompts(pipe, prompts, cfg, "cpu")
+    sigmas, rows = flow_sigmas(6, cfg.shift), 64 // (2 * pipe.vae_scale_factor)
+    text = grpo_flux.encode_prompts(pipe, prompts, cfg.max_sequence_length, "cpu")
     with torch.no_grad():
         z0 = sample_ode(
-            lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i].expand(2), text, cfg, scale), z, sigmas
+            lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i], text, cfg.guidance, rows), z, sigmas
         )
     theirs = pipe(
         prompts, height=64, width=64, latents=z, sigmas=sigmas[:-1].tolist(), num_inference_steps=6,
         guidance_scale=cfg.guidance, max_sequence_length=cfg.max_sequence_length, output_type="pt",
     ).images  # fmt: skip
-    torch.testing.assert_close(grpo_flux.decode(pipe.vae, z0, cfg, scale), theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(grpo_flux.decode(pipe.vae, z0, rows), theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws():
-    cfg = grpo_sd.Config(guidance=2.0)
-    pipe = StableDiffusionPipeline.from_pretrained("tiny/sd", safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
+def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws(sd_pipeline):
+    pipe, guidance = sd_pipeline, 2.0
     prompts = ["a red circle", "two blue squares"]
     side = 64 // pipe.vae_scale_factor
     z = torch.randn(2, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    timesteps, alpha_bars = grpo_sd.ddim_levels(pipe.scheduler, 6, "cpu")
-    text = grpo_sd.encode_prompts(pipe, prompts, cfg, "cpu")
+    timesteps, alpha_bars, step = grpo_sd.ddim_schedule(pipe.scheduler.config, 6, "cpu")
+    text = grpo_sd.encode_prompts(pipe, prompts, guidance, "cpu")
     last = []
 
     def model(z, i):
-        last[:] = [z, grpo_sd.predict(pipe.unet, z, timesteps[i].expand(2), text, cfg.guidance)]
+        last[:] = [z, grpo_sd.predict(pipe.unet, z, timesteps[i], text, guidance)]
         return last[1]
 
     with torch.no_grad():
-        z0 = sample_ode(model, z, alpha_bars, grpo_sd.ddim_sde_step)
+        z0 = sample_ode(model, z, alpha_bars, step)
         theirs = pipe(
-            prompts, height=64, width=64, latents=z, num_inference_steps=6, guidance_scale=cfg.guidance,
+            prompts, height=64, width=64, latents=z, num_inference_steps=6, guidance_scale=guidance,
             output_type="latent",
         ).images  # fmt: skip
     # The stock pipeline returns the last step's latent, which keeps a little noise; ours is the clean prediction.
-    stock_last, _, _ = grpo_sd.ddim_sde_step(last[1], last[0], alpha_bars[-2], alpha_bars[-1], 0.0)
+    stock_last, _, _ = step(last[1], last[0], alpha_bars[-2], alpha_bars[-1], 0.0)
     torch.testing.assert_close(stock_last, theirs, rtol=1e-3, atol=1e-3)
     assert (z0 - theirs).abs().max() < 0.2
 
 
-@pytest.mark.parametrize("task, guidance", [("t2v", 1.0), ("t2i", 1.0), ("i2v", 1.0), ("i2v", 3.0)])
-def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(task, guidance):
-    options = small.options(grpo_video, task) | {"true_guidance": guidance}
-    cfg = cli.parse_config(grpo_video.Config, grpo_video.PRESETS, arguments(options))
-    parts = {"transformer": grpo_video.load_transformer(HunyuanVideoTransformer3DModel.from_pretrained, cfg)}
-    pipe = grpo_video.PIPELINES[task].from_pretrained(cfg.model, **parts)
-    pipe.set_progress_bar_config(disable=True)
+@pytest.mark.parametrize("case, guidance", [
+    ("t2v", 1.0), pytest.param("t2i", 1.0, marks=pytest.mark.slow), pytest.param("i2v", 1.0, marks=pytest.mark.slow),
+    ("i2v", 3.0),
+])  # fmt: skip
+def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(case, guidance):
+    cfg, pipe = small.config(case, true_guidance=guidance), stock_pipeline(case)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
-    prompt, shape = data.load_prompts(cfg.prompts)[0], (16, 1 if task == "t2i" else 2, 8, 12)
-    pictures = data.first_frames(cfg, [prompt], distributed.start_world()) if task == "i2v" else {}
+    prompt, shape = data.load_prompts(cfg.prompts)[0], (16, 1 if case == "t2i" else 2, 8, 12)
+    pictures = data.first_frames(cfg, [prompt], distributed.start_world()) if case == "i2v" else {}
     z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     sigmas = flow_sigmas(6, cfg.shift)
     condition = grpo_video.encode(pipe, [prompt], pictures, shape, cfg, "cpu")
     with torch.no_grad():
-        z0 = sample_ode(
-            lambda z, i: grpo_video.velocity(pipe.transformer, z, sigmas[i].expand(1), condition, cfg), z, sigmas
-        )
+        z0 = sample_ode(lambda z, i: grpo_video.velocity(pipe.transformer, z, sigmas[i], condition, cfg), z, sigmas)
     ours = grpo_video.decode(pipe.vae, z0)
     more = {}
-    if task == "i2v":
+    if case == "i2v":
         more |= {"image": Image.open(pictures[prompt]), "true_cfg_scale": guidance, "negative_prompt": ""}
         pipe.vae.encode = lambda x, encode=pipe.vae.encode: mode_only(encode(x))
     theirs = pipe(
@@ -436,34 +549,30 @@ def mode_only(encoded):
 # ----------------------------------------------------------------------------------------------------- when it breaks
 
 
-def run_script(trainer, *words, env=None):
-    command = [sys.executable, f"{trainer.__name__}.py", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | (env or {}))
-
-
-def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(tmp_path):
+def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(small_run, tmp_path):
     """A limit on file sizes stands in for the full disk: writes fail in the same places."""
-    out = train(grpo_flux, tmp_path / "out")
-    before = weights(grpo_flux, out, 3)
-    code = (
-        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, "grpo_flux.py", "--output-dir", str(out), "--resume", "--iterations", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: could not write") and "make room" in last
-    assert {path.name for path in out.glob("checkpoint-*") if "part" not in path.name} == {"checkpoint-000003"}
-    assert distance(before, weights(grpo_flux, out, 3)) == 0
-    train(grpo_flux, out, resume=True, iterations=4)
+    out = copy_of(small_run, tmp_path)
+    before, limits = weights("flux", out, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        with pytest.raises(cli.RunError) as caught:
+            train("flux", out, resume=True, iterations=4, **small.FINISHED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.fullmatch(r"could not write .*checkpoint-000004: .*; make room .*", str(caught.value))
+    assert {path.name for path in out.glob("checkpoint-*") if "part" not in path.name} == {
+        "checkpoint-000002",
+        "checkpoint-000003",
+    }
+    assert distance(before, weights("flux", out, 3)) == 0
+    train("flux", out, resume=True, iterations=4, **small.FINISHED)
     assert len(metrics(out)) == 4
 
 
-@EVERY
-def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, task, tmp_path, monkeypatch):
+@EACH
+def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(case, tmp_path, monkeypatch):
     """No JPEG in between, and image i belongs to prompt i: what is scored is what `decode` returned, in its order."""
-    decoded, scored = [], []
+    decoded, scored, trainer = [], [], TRAINERS[case]
     decode, load_reward = trainer.decode, trainer.load_reward
 
     def spy(*args):
@@ -478,19 +587,21 @@ def test_the_reward_sees_the_decoded_tensor_of_its_own_prompt(trainer, task, tmp
 
     monkeypatch.setattr(trainer, "decode", spy)
     monkeypatch.setattr(trainer, "load_reward", load)
-    options = small.options(trainer, **task) | {"iterations": 1}
-    train(trainer, tmp_path / "out", **options)
-    prompts = data.load_prompts(trainer.PRESETS[options["preset"]]["prompts"])
-    order = data.prompt_batch(len(prompts), options["prompts_per_iteration"], 0, options["seed"])
+    train(case, tmp_path / "out", iterations=1)
+    cfg = small.config(case)
+    prompts = data.load_prompts(cfg.prompts)
     images = torch.cat([images for images, _ in scored])
-    assert torch.equal(images, torch.cat(decoded[1:-1]).view_as(images))  # the first and the last are sample pictures
-    copies = options["group_size"] * options.get("frames", 1)  # an image reward scores a video frame by frame
-    assert [prompt for _, p in scored for prompt in p] == [prompts[i] for i in order for _ in range(copies)]
+    assert torch.equal(images, torch.cat(decoded).view_as(images))
+    order = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, 0, cfg.seed)
+    sampled = prompts[: cfg.num_samples]  # before and after the iteration
+    expected = sampled + [prompts[i] for i in order for _ in range(cfg.group_size)] + sampled
+    frames = getattr(cfg, "frames", 1)  # an image reward scores a video frame by frame
+    assert [prompt for _, p in scored for prompt in p] == [prompt for prompt in expected for _ in range(frames)]
 
 
-def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(tmp_path, monkeypatch):
-    out = train(grpo_flux, tmp_path / "out")
-    before = weights(grpo_flux, out, 3)
+def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(small_run, tmp_path, monkeypatch):
+    out = copy_of(small_run, tmp_path)
+    before = weights("flux", out, 3)
     load_reward = grpo_flux.load_reward
 
     def load(*args):
@@ -500,28 +611,36 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(t
 
     with monkeypatch.context() as patched, pytest.raises(RewardError, match="reward hps gave nan for the prompt"):
         patched.setattr(grpo_flux, "load_reward", load)
-        train(grpo_flux, out, resume=True, iterations=4)
+        train("flux", out, resume=True, iterations=4, **small.FINISHED)
     assert len(metrics(out)) == 3
-    assert distance(before, weights(grpo_flux, out, 3)) == 0
-    train(grpo_flux, out, resume=True, iterations=4)
+    assert distance(before, weights("flux", out, 3)) == 0
+    train("flux", out, resume=True, iterations=4, **small.FINISHED)
     assert len(metrics(out)) == 4
 
 
 def test_a_loss_that_is_not_a_number_stops_before_it_touches_the_weights(tmp_path):
     with pytest.raises(cli.RunError, match="lower --learning-rate"):
-        train(grpo_flux, tmp_path / "out", learning_rate=1e30)
+        train("flux", tmp_path / "out", num_samples=1, learning_rate=1e30)
 
 
-def test_errors_are_one_line_and_exit_code_1(tmp_path):
-    done = run_script(grpo_flux, "--preset", "tiny", "--group-size", "1", "--output-dir", str(tmp_path / "out"))
+@pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
+def test_errors_are_one_line_and_exit_code_1(trainer, tmp_path, monkeypatch):
+    """Run as a script. Python prints the text that SystemExit carries on stderr, and exits with 1."""
+    script = Path(trainer.__file__).name
+    monkeypatch.setattr(sys, "argv", [script, "--group-size", "1", "--output-dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(script, run_name="__main__")
+    assert caught.value.code.startswith("error: --group-size must be at least 2")
+    assert "\n" not in caught.value.code
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_script_that_fails_prints_one_line(tmp_path):
+    command = [sys.executable, "grpo_flux.py", "--preset", "tiny", "--group-size", "1", "--output-dir"]
+    done = subprocess.run([*command, str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.strip().count("\n") == 0
     assert done.stderr.startswith("error: --group-size must be at least 2")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_wrong_number_of_processes_is_refused(tmp_path):
-    done = torchrun(grpo_flux, tmp_path / "out", prompts_per_iteration=3)
-    assert done.returncode != 0
-    assert "error: --prompts-per-iteration 3 must be a multiple of the 2 processes" in done.stderr

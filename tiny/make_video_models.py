@@ -1,17 +1,15 @@
-"""The tiny video models: tiny/hunyuan in HunyuanVideo's layout, tiny/skyreels in SkyReels-I2V's, trained from nothing.
+"""How tiny/hunyuan, in HunyuanVideo's layout, and tiny/skyreels, in SkyReels-I2V's, were trained.
 
-    python tiny.py video      trains both from nothing and saves them
-    python tiny.py prompts    writes the prompts of the tiny presets, those of video with their first frames
+    python -m tiny video    trains both from nothing: about an hour on one core
 
-They draw clips of the moving world: 9 frames of 32x32 pixels at 2 frames a second, every other frame of `moving.py`'s,
-half as large. What they are shown last is a web full of pale, flickering and trembling clips, so they have bad habits
-to unlearn.
+They draw clips of 9 frames of 32x32 pixels at 2 frames a second: every other frame of `tiny/clips.py`'s, half as
+large. The last data they are trained on is full of pale, flickering and trembling clips, so they have bad habits to
+unlearn.
 
 A clip is (9, 3, 32, 32), its latent (16, 3, 8, 8).
 """
 
 import copy
-import json
 import random
 
 import torch
@@ -23,22 +21,19 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm, trange
 from transformers import CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from moving import draw_clip, phrase_action, random_action, random_clip, spoil_frames, spoil_path
-from tiny import (
-    HERE,
+from tiny.clips import draw_clip, phrase_action, random_action, random_clip, spoil_frames, spoil_path
+from tiny.pictures import phrase, random_metadata, random_scene, render
+from tiny.training import (
+    MODELS,
+    Muon,
     caption_words,
     clip_text_encoder,
     fast,
     optimizers,
-    phrase,
-    random_metadata,
-    random_scene,
-    render,
     save_pipeline,
     update,
 )
@@ -76,11 +71,8 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
         pale, fault = rng.choice((0.0, 0.0, rng.uniform(0.2, 0.85))), rng.choice((None, None, "flicker", "jitter"))
         pool.append(short_clip(rng, random_action(rng), fault, pale))
     pool = torch.stack(pool).transpose(1, 2)  # (N, 3, 9, 32, 32)
-    # Muon takes matrices: those of the convolutions are (out, in · 27), views of their weights.
-    kernels = [p for p in vae.parameters() if p.ndim > 1]
-    matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in kernels]
     steps = [
-        torch.optim.Muon(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon([p for p in vae.parameters() if p.ndim > 1], learning_rate, weight_decay=0.0),
         torch.optim.AdamW([p for p in vae.parameters() if p.ndim == 1], 2e-3, betas=(0.9, 0.99), weight_decay=0.0),
     ]
     cycle = torch.optim.lr_scheduler.OneCycleLR
@@ -98,8 +90,6 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
         vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for matrix, kernel in zip(matrices, kernels, strict=True):
-            matrix.grad = kernel.grad.flatten(1)
         for optimizer, schedule in zip(steps, schedules, strict=True):
             optimizer.step()
             schedule.step()
@@ -247,7 +237,8 @@ def train(transformer, pipe, iterations, faulty, pale, seed, clips=3000, batch=6
                 pooled_projections=text[2],
             ).sample
         loss = F.mse_loss(v.float(), noise - data)
-        update(loss, [transformer], [average], steps, i)
+        loss.backward()
+        update([transformer], [average], steps, i)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
     return average
 
@@ -268,32 +259,11 @@ def animate(transformer):
     return taught
 
 
-def write_prompts(seed=0):
-    """Prompts of clips, prompts/moving*.jsonl, with first frames in prompts/moving/; prompts/tiny_single*.txt."""
-    rng = random.Random(seed)
-    captions = {}
-    while len(captions) < 96:
-        action = random_action(rng)
-        captions.setdefault(phrase_action(rng, action), action)
-    (HERE / "prompts/moving").mkdir(exist_ok=True)
-    rows = []
-    for i, (caption, action) in enumerate(captions.items()):
-        rows.append(json.dumps({"prompt": caption, "image": f"moving/{i:02d}.png"}))
-        pixels = short_clip(rng, action)[0].permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(HERE / f"prompts/moving/{i:02d}.png")
-    singles = {}
-    while len(singles) < 192:
-        singles[phrase(rng, random_metadata(rng, rng.choice(("single_object", "colors"))))] = None
-    for name, lines, train in (("moving{}.jsonl", rows, 48), ("tiny_single{}.txt", list(singles), 64)):
-        for suffix, part in (("", lines[:train]), ("_heldout", lines[train:])):
-            (HERE / "prompts" / name.format(suffix)).write_text("\n".join(part) + "\n")
-
-
-def make_models():
+def make_video_models():
     """Trains tiny/hunyuan and tiny/skyreels and saves them: about an hour on one core."""
     pipe = new_hunyuan(train_vae())
     pipe.set_progress_bar_config(disable=True)
     skilled = train(pipe.transformer, pipe, 7000, faulty=0.1, pale=0.1, seed=0, clips=6000)
     pipe.transformer = train(copy.deepcopy(skilled), pipe, 600, faulty=0.6, pale=0.6, seed=1, learning_rate=1e-3)
     skyreels = train(animate(skilled), pipe, 2000, faulty=0.1, pale=0.1, seed=2)
-    save(pipe, train(skyreels, pipe, 600, faulty=0.6, pale=0.1, seed=3, learning_rate=1e-3), HERE / "tiny")
+    save(pipe, train(skyreels, pipe, 600, faulty=0.6, pale=0.1, seed=3, learning_rate=1e-3), MODELS)

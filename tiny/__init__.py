@@ -1,0 +1,1 @@
+"""The tiny world: pictures and clips of coloured shapes, a checker, and the small models that were trained on them."""

@@ -1,0 +1,97 @@
+"""Re-makes the models of the tiny world from nothing, or prints how good they are.
+
+python -m tiny NAME     prompts, vae, flux, clip, hps, sd, video, videoalign, or all of them in this order
+python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
+"""
+
+import argparse
+import random
+
+import torch
+from diffusers import FluxPipeline, StableDiffusionPipeline
+from tqdm import trange
+
+from rewards import VideoAlignReward
+from tiny import clips, make_clip_hps, make_image_models, make_prompts, make_video_models, make_videoalign, pictures
+from tiny.training import MODELS, ROOT, sample
+
+MAKERS = {
+    "prompts": make_prompts.write_prompts,
+    "vae": make_image_models.make_vae,
+    "flux": make_image_models.make_flux,
+    "clip": make_clip_hps.make_clip,
+    "hps": make_clip_hps.make_hps,
+    "sd": make_image_models.make_sd,
+    "video": make_video_models.make_video_models,
+    "videoalign": make_videoalign.make_videoalign,
+}
+
+
+def show(name, shares):
+    """Prints a line of shares {what: share in [0, 1]}."""
+    print(f"{name:<12}" + "  ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)
+
+
+def check_pictures(count=3000, seed=1):
+    """Prints how often the checker of pictures agrees with the renderer."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    wanted = [pictures.random_metadata(rng, pictures.TAGS[i % len(pictures.TAGS)]) for i in range(count)]
+    found = pictures.detect(pictures.render([pictures.random_scene(rng, metadata) for metadata in wanted]))
+    wrong = [
+        pictures.holds(o, other) for o, m in zip(found, wanted, strict=True) for other in pictures.hard_negatives(m)
+    ]
+    agree = sum(map(pictures.holds, found, wanted)) / count
+    show("pictures", {"correct captions accepted": agree, "wrong captions accepted": sum(wrong) / len(wrong)})
+
+
+def check_clips(count=300, seed=1):
+    """Prints how often the checker of clips agrees with the renderer, and what it says about faults."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    agree, wrong, uglier, smooth, spoilt = 0, 0, 0, [], []
+    for _ in trange(count, desc="clips", leave=False):
+        action = clips.random_action(rng)
+        scene = clips.random_clip(rng, action)
+        clip, ugly = clips.make_clip(rng, scene), clips.make_clip(rng, scene, None, rng.choice(clips.QUALITY_FAULTS))
+        agree += clips.check_clip(clip, clips.phrase_action(rng, action))
+        wrong += clips.check_clip(clip, clips.phrase_action(rng, clips.another_action(rng, action)))
+        rough = clips.make_clip(rng, scene, rng.choice(clips.faults_of_motion(action)))
+        smooth.append(clips.roughness_of(clips.watch(clip)))
+        spoilt.append(clips.roughness_of(clips.watch(rough)))
+        uglier += clips.uncleanness_of(ugly, clips.watch(ugly)) > clips.uncleanness_of(clip, clips.watch(clip))
+    shares = {"correct captions accepted": agree, "wrong captions accepted": wrong, "degraded clips less clean": uglier}
+    show("clips", {what: share / count for what, share in shares.items()})
+    print(f"roughness: at most {max(smooth):.2f} of smooth clips, at least {min(spoilt):.2f} of spoilt ones")
+
+
+def check_models():
+    """Prints the figures of CLIP, HPS, VideoAlign and of both generators of pictures."""
+    for name, file in (("clip", "clip/open_clip_pytorch_model.bin"), ("hps", "hps/HPS_tiny.pt")):
+        shares = make_clip_hps.ranking(make_clip_hps.load_clip(MODELS / file), scenes=1200)
+        show(name, shares | {"overall": sum(shares.values()) / len(shares)})
+    show("videoalign", make_videoalign.judge_figures(VideoAlignReward(str(MODELS / "videoalign")), scenes=200))
+    prompts = (ROOT / "prompts/tiny_heldout.txt").read_text().splitlines() * 4
+    for name, kind, options in (
+        ("flux", FluxPipeline, {"steps": 12, "max_sequence_length": 32}),
+        ("sd", StableDiffusionPipeline, {"steps": 20, "guidance_scale": 3.0}),
+    ):
+        drawn = sample(kind.from_pretrained(MODELS / name), prompts, **options)
+        show(name, pictures.per_kind(pictures.right(drawn, prompts), prompts))
+
+
+def main():
+    """Makes what is named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=(*MAKERS, "all", "check"))
+    name = parser.parse_args().name
+    if name == "check":
+        check_pictures()
+        check_clips()
+        check_models()
+    for make in MAKERS.values() if name == "all" else [MAKERS[name]] if name in MAKERS else []:
+        make()
+
+
+if __name__ == "__main__":
+    main()

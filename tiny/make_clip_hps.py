@@ -1,0 +1,309 @@
+"""How tiny/clip and tiny/hps were trained.
+
+python -m tiny clip    about an hour on one core
+python -m tiny hps     needs tiny/clip and tiny/flux's autoencoder; a few minutes
+"""
+
+import functools
+import json
+import math
+import random
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from tqdm import trange
+
+from rewards import CLIP_MEAN, CLIP_STD
+from tiny.pictures import (
+    COLORS,
+    NUMBERS,
+    RELATIONS,
+    SHAPES,
+    SIZE,
+    TAGS,
+    degrade,
+    hard_negatives,
+    holds,
+    make_metadata,
+    patch_labels,
+    phrase,
+    random_metadata,
+    random_scene,
+    render,
+    scene_objects,
+)
+from tiny.training import MODELS, fast, save_zipped
+
+CLIP_CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": SIZE, "layers": 5, "width": 128, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3},
+}
+WORDS = 24  # tokens that a caption needs at most; the text tower is causal, so training may leave out the padding
+
+
+def new_clip(words):
+    """The open_clip model that reads this many tokens."""
+    import open_clip
+
+    text = open_clip.CLIPTextCfg(**CLIP_CONFIG["text_cfg"] | {"context_length": words})
+    return open_clip.CLIP(CLIP_CONFIG["embed_dim"], open_clip.CLIPVisionCfg(**CLIP_CONFIG["vision_cfg"]), text)
+
+
+@functools.cache
+def clip_tokens(caption):
+    """The 24 token ids of CLIP's own vocabulary. No tensor: many small ones kept for long would split up the heap."""
+    import open_clip
+
+    return tuple(open_clip.tokenize([caption])[0, :WORDS].tolist())
+
+
+def clip_features(model, images, captions):
+    """Normalised features (B, 128) of images in [0, 1] and (N, 128) of captions; the norm of CLIP's pixels included."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    tokens = torch.tensor([clip_tokens(caption) for caption in captions])
+    image, text = model.encode_image((images - mean) / std), model.encode_text(tokens)
+    return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+
+
+def clip_state(model):
+    """Float16 weights with the full 77 positions. The rows of words that no caption uses are 0, and zip to nothing."""
+    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    used = torch.zeros(len(state["token_embedding.weight"]), dtype=torch.bool)
+    rng = random.Random(0)
+    for _ in range(20000):
+        used[list(clip_tokens(phrase(rng, random_metadata(rng, rng.choice(TAGS)))))] = True
+    state["token_embedding.weight"][~used] = 0
+    state["positional_embedding"] = F.pad(state["positional_embedding"][:WORDS], (0, 0, 0, 77 - WORDS))
+    return {name: value.half() for name, value in state.items()}
+
+
+def save_clip(model, folder):
+    """open_clip's folder: open_clip_config.json and open_clip_pytorch_model.bin."""
+    folder.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "squash"}
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"size": [SIZE, SIZE], **preprocess}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_zipped(clip_state(model), folder / "open_clip_pytorch_model.bin")
+
+
+def save_hps(model, folder):
+    """HPS-v2.1's layout: {"state_dict": …} in one .pt file, and the architecture beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ViT-tiny-hps.json").write_text(json.dumps(CLIP_CONFIG, indent=2) + "\n")
+    save_zipped({"state_dict": clip_state(model)}, folder / "HPS_tiny.pt")
+
+
+def load_clip(path):
+    """The model with the weights in this file of tiny/clip or tiny/hps, float32."""
+    state = torch.load(path, weights_only=True)
+    state = {name: value.float() for name, value in state.get("state_dict", state).items()}
+    state["positional_embedding"] = state["positional_embedding"][:WORDS]
+    model = new_clip(WORDS)
+    model.load_state_dict(state)
+    return model
+
+
+def facts():
+    """Everything simple that can be true of a scene, as metadata: a shape's presence, colour, number, relation."""
+    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
+    one = [make_metadata("single_object", [{"class": a, "count": 1}]) for a in SHAPES]
+    one += [make_metadata("colors", [{"class": a, "count": 1, "color": c}]) for a in SHAPES for c in COLORS]
+    one += [make_metadata("counting", [{"class": a, "count": n}]) for a in SHAPES for n in NUMBERS.values()]
+    return one + [
+        make_metadata("position", [{"class": a, "count": 1}, {"class": b, "count": 1, "position": [relation, 0]}])
+        for a, b in pairs
+        for relation in RELATIONS
+    ]
+
+
+FACTS = facts()
+
+
+def asserted(metadata):
+    """Which of the FACTS a caption states, as a list of 0 and 1."""
+    if metadata["tag"] in ("two_object", "color_attr"):
+        parts = [{"include": [item]} for item in metadata["include"]]
+    else:
+        parts = [metadata]
+    stated = [part["include"] for part in parts]
+    kind = {"two_object": "single_object", "color_attr": "colors"}.get(metadata["tag"], metadata["tag"])
+    return [float(fact["tag"] == kind and fact["include"] in stated) for fact in FACTS]
+
+
+def caption_batch(rng, scenes, wrong=4):
+    """Pairs of scenes whose captions differ in one attribute, and more wrong captions for each.
+
+    Returns images (B, 3, 64, 64), rows (B, 4, 7), captions (B right ones, then wrong·B: scene by scene), truth (B, B):
+    whether a scene's caption is true of another scene, and what is true of each scene and stated by each caption
+    among FACTS (B, facts), (B + wrong·B, facts).
+    """
+    wanted, others, rows = [], [], []
+    for i in range(scenes):
+        tag = rng.choices(TAGS, (1, 1, 2, 1, 6, 3))[0]  # the last two are the hardest to learn
+        metadata = random_metadata(rng, tag) if i % 2 == 0 else rng.choice(hard_negatives(wanted[-1]))
+        wanted.append(metadata)
+        others += rng.choices(hard_negatives(metadata), k=wrong)
+        rows.append(random_scene(rng, metadata))
+    objects = [scene_objects(scene) for scene in rows]
+    truth = torch.tensor([[holds(o, metadata) for metadata in wanted] for o in objects])
+    seen = torch.tensor([[float(holds(o, fact)) for fact in FACTS] for o in objects])
+    said = torch.tensor([asserted(metadata) for metadata in wanted + others])
+    images = render(rows, ragged=(torch.rand(scenes) < 0.2) * 1.8 * torch.rand(scenes))
+    images = torch.where(torch.rand(scenes, 1, 1, 1) < 0.3, degrade(images), images)
+    return images, torch.tensor(rows), [phrase(rng, metadata) for metadata in wanted + others], truth, seen, said
+
+
+def places(rows):
+    """Where the only object of each shape lies, (B, 4, 2) in [-1, 1], and whether there is exactly one, (B, 4)."""
+    is_shape = (rows[..., :1] == torch.arange(len(SHAPES))).float()  # (B, 4 objects, 4 shapes)
+    return torch.einsum("bos,boc->bsc", is_shape, rows[..., 4:6] / (SIZE / 2) - 1), is_shape.sum(1) == 1
+
+
+def contrast(image, text, truth, scale):
+    """Cross-entropy of the right caption for each image, and of the right image for each caption.
+
+    image (B, d), text (B + wrong·B, d), truth (B, B) as in `caption_batch`. Captions of other scenes that happen to be
+    true of this one are left out. Also returns the share of images (mean over B) that prefer their own caption.
+    """
+    B, target = len(image), torch.arange(len(image))
+    among = (scale * image @ text[:B].T).masked_fill(truth & ~torch.eye(B, dtype=torch.bool), -torch.inf)
+    wrong = scale * torch.einsum("bd,bnd->bn", image, text[B:].view(B, -1, text.shape[1]))
+    accuracy = (among.diagonal() > wrong.amax(1)).float().mean()
+    return F.cross_entropy(torch.cat([among, wrong], 1), target) + F.cross_entropy(among.T, target), accuracy
+
+
+def train_clip(seed=0, iterations=3000, scenes=96):
+    """CLIP by contrast within the batch, with hard negatives.
+
+    Linear heads, dropped afterwards, make it learn in minutes: what each patch shows, where each shape lies, which
+    facts are true of the image, and which the caption states. The position embedding starts as a ramp as strong as the
+    patches: with open_clip's own, ten times weaker, the model stays blind to left and right, above and below.
+    (The shipped weights had ramp and places only in a second leg, 800 steps after 3000.)
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = new_clip(WORDS)
+    x = torch.linspace(-1, 1, SIZE // CLIP_CONFIG["vision_cfg"]["patch_size"])
+    ramp = torch.cartesian_prod(x, x) @ torch.randn(2, CLIP_CONFIG["vision_cfg"]["width"])
+    model.visual.positional_embedding.data[1:] += 0.5 * ramp
+    patches = torch.nn.Linear(CLIP_CONFIG["vision_cfg"]["width"], 1 + len(SHAPES) * len(COLORS))
+    where = torch.nn.Linear(CLIP_CONFIG["vision_cfg"]["width"], 2 * len(SHAPES))
+    true, stated = (torch.nn.Linear(CLIP_CONFIG["embed_dim"], len(FACTS)) for _ in range(2))
+    parameters = [p for module in (model, patches, where, true, stated) for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=iterations, pct_start=0.1)
+    kept = {}
+    model.visual.ln_post.register_forward_hook(lambda module, args, out: kept.update(tokens=out))
+    for _ in (bar := trange(iterations, desc="clip")):
+        images, rows, captions, truth, seen, said = caption_batch(rng, scenes)
+        with fast():
+            image, text = clip_features(model, images, captions)
+            shown = patches(kept["tokens"][:, 1:]).flatten(0, 1).float()
+            place = where(kept["tokens"][:, 0]).float().unflatten(1, (len(SHAPES), 2))
+        loss, accuracy = contrast(image, text, truth, model.logit_scale.exp())
+        target, alone = places(rows)
+        help_loss = F.cross_entropy(shown, patch_labels(rows).flatten()) + 5 * F.mse_loss(place[alone], target[alone])
+        help_loss += 5 * F.binary_cross_entropy_with_logits(true(10 * image), seen)
+        help_loss += 5 * F.binary_cross_entropy_with_logits(stated(10 * text), said)
+        optimizer.zero_grad()
+        (loss + help_loss).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        bar.set_postfix(loss=f"{loss:.3f}", help=f"{help_loss:.3f}", accuracy=f"{accuracy:.2f}", refresh=False)
+    return model
+
+
+def preference_batch(rng, vae, pairs):
+    """Pairs of pictures for one caption, the better one first: images (pairs, 2, 3, 64, 64), captions.
+
+    Half of the pairs differ in quality (the second has a fault, or a worse one), half in whether the caption is true.
+    Most of them come through the autoencoder, as a generator's pictures do.
+    """
+    captions, scenes, faults, strengths = [], [], [], []
+    for i in range(pairs):
+        metadata = random_metadata(rng, rng.choice(TAGS))
+        captions.append(phrase(rng, metadata))
+        fault, worse = rng.randrange(4), rng.uniform(0.25, 1)
+        if i % 2:
+            second = rng.choice(hard_negatives(metadata))
+            strength = [0.7 * worse * (rng.random() < 0.4)] * 2
+        else:
+            second = metadata
+            strength = [rng.uniform(0, 0.5) * worse * (rng.random() < 0.4), worse]
+        scenes += [
+            random_scene(rng, m, cut_off=s * (fault == 0)) for m, s in zip((metadata, second), strength, strict=True)
+        ]
+        faults += [fault, fault]
+        strengths += strength
+    fault, s = torch.tensor(faults), torch.tensor(strengths)
+    grain = rng.choice((7, 20))  # lumps or frayed edges
+    pictures = render(scenes, ragged=(4 if grain == 7 else 2.2) * s * (fault == 1), grain=grain)
+    pictures = torch.where(((fault == 2) & (s > 0)).view(-1, 1, 1, 1), degrade(pictures, s), pictures)
+    with torch.no_grad():
+        z = vae.encode(pictures * 2 - 1).latent_dist.mode()
+        s = (s * (fault == 3)).view(-1, 1, 1, 1)
+        patchy = F.interpolate(torch.rand(len(z), 1, 5, 5), z.shape[-1], mode="bilinear")
+        ways = (0.9 * torch.randn_like(z), 0.4 * (z.roll(1, 0) - z), 1.3 * patchy * (z.roll(2, 0) - z))
+        decoded = (vae.decode(z + s * rng.choice(ways)).sample / 2 + 0.5).clamp(0, 1)
+    through = (fault == 3) | (torch.rand(pairs) < 0.75).repeat_interleave(2)
+    pictures = torch.where(through.view(-1, 1, 1, 1), decoded, pictures)
+    return pictures.unflatten(0, (pairs, 2)), captions
+
+
+def train_hps(model, vae, seed=0, iterations=400, pairs=64, scenes=48, learning_rate=8e-4):
+    """HPSv2's loss, cross-entropy of the preferred of two images under one caption, on the CLIP model.
+
+    CLIP's own contrast goes on beside it, so that the model does not forget which caption is true.
+    """
+    torch.manual_seed(seed + 1)
+    rng = random.Random(seed + 1)
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
+    for _ in (bar := trange(iterations, desc="hps")):
+        images, _, captions, truth, *_ = caption_batch(rng, scenes)
+        judged, asked = preference_batch(rng, vae, pairs)
+        with fast():
+            image, text = clip_features(model, torch.cat([images, judged.flatten(0, 1)]), captions + asked)
+        scale = model.logit_scale.exp()
+        loss, accuracy = contrast(image[:scenes], text[: len(captions)], truth, scale)
+        liking = scale * torch.einsum("pid,pd->pi", image[scenes:].unflatten(0, (pairs, 2)), text[len(captions) :])
+        preference = F.cross_entropy(liking, torch.zeros(pairs, dtype=torch.long))
+        optimizer.zero_grad()
+        (loss + 2 * preference).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+        preferred = (liking[:, 0] > liking[:, 1]).float()
+        quality, caption = preferred[::2].mean(), preferred[1::2].mean()
+        bar.set_postfix(accuracy=f"{accuracy:.2f}", quality=f"{quality:.2f}", caption=f"{caption:.2f}", refresh=False)
+    return model
+
+
+@torch.no_grad()
+def ranking(model, scenes, seed=0):
+    """Share of freshly drawn scenes whose caption scores above every caption with one attribute changed, per kind."""
+    torch.manual_seed(seed)
+    rng, model = random.Random(seed), model.eval()
+    right = {tag: [] for tag in TAGS}
+    for i in range(scenes):
+        metadata = random_metadata(rng, tag := TAGS[i % len(TAGS)])
+        captions = [phrase(rng, m) for m in [metadata, *hard_negatives(metadata)]]
+        image, text = clip_features(model, render([random_scene(rng, metadata)]), captions)
+        right[tag].append((image @ text.T).argmax().item() == 0)
+    return {tag: sum(r) / len(r) for tag, r in right.items()}
+
+
+def make_clip():
+    """Trains tiny/clip and saves it."""
+    save_clip(train_clip(), MODELS / "clip")
+
+
+def make_hps():
+    """Trains tiny/hps, starting from tiny/clip, and saves it."""
+    vae = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae")
+    save_hps(train_hps(load_clip(MODELS / "clip/open_clip_pytorch_model.bin"), vae), MODELS / "hps")

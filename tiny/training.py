@@ -1,0 +1,177 @@
+"""What the make_*.py share: optimizers, tokenizers and text encoders for the captions, and the public file formats."""
+
+import contextlib
+import copy
+import io
+import json
+import math
+import random
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import trange
+
+from tiny.pictures import SIZE, TAGS, phrase, random_metadata
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "tiny"  # one folder of weights for each model
+
+
+@contextlib.contextmanager
+def fast():
+    """bfloat16 and attention written out: on a CPU its backward pass is four times faster than the fused kernel's."""
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al., 2024) for matrices and kernels of convolutions, with the step size of AdamW (2502.16982).
+
+    The rule of torch.optim.Muon, in float32 and for all matrices of one shape together. PyTorch's own computes in
+    bfloat16, which is 15 times slower on a CPU without instructions for it.
+    """
+
+    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum, same_shape = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    same_shape.setdefault(p.shape, []).append(p)
+            for parameters in same_shape.values():
+                updates = []
+                for p in parameters:
+                    average = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
+                    updates.append(p.grad.lerp(average, momentum).flatten(1))
+                x = torch.stack(updates)
+                rows, columns = x.shape[1:]
+                x = x.mT if rows > columns else x
+                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+                for _ in range(5):  # Newton-Schulz: all singular values to about 1
+                    gram = x @ x.mT
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = x.mT if rows > columns else x
+                for p, direction in zip(parameters, x, strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(direction.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
+
+
+def optimizers(modules, iterations, learning_rate, cooldown=None):
+    """Muon for the matrices and kernels inside the blocks, AdamW for everything else, each with its schedule.
+
+    Returns [(optimizer, schedule)]. The schedule is one cycle; with a cooldown it rises for 100 iterations, stays, and
+    falls over the last `cooldown`.
+    """
+    matrices, rest = [], []
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            outer = "embed" in name or "shared" in name or (cooldown and name.count(".") < 2)
+            inner = parameter.ndim == 2 or (parameter.ndim == 4 and cooldown)
+            (matrices if inner and not outer else rest).append(parameter)
+    muon = Muon(matrices, learning_rate)
+    adamw = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    schedules = torch.optim.lr_scheduler
+    if cooldown:
+        return [
+            (o, schedules.LambdaLR(o, lambda i: min(1, (i + 1) / 100, (iterations - i) / cooldown)))
+            for o in (muon, adamw)
+        ]
+    cycle = {"total_steps": iterations, "pct_start": 0.05, "cycle_momentum": False}
+    return [(o, schedules.OneCycleLR(o, learning_rate, **cycle)) for o in (muon, adamw)]
+
+
+def step(modules, steps):
+    """One step of every optimizer, after the backward pass."""
+    for module in modules:
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    for optimizer, schedule in steps:
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def update(modules, averages, steps, i, most=0.999):
+    """One step of every optimizer, then of the running averages of the first modules' weights (i counts from 0)."""
+    step(modules, steps)
+    with torch.no_grad():
+        for old, new in zip(averages, modules, strict=False):
+            share = 1 - min(most, (i + 1) / (i + 10))
+            torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), share)
+
+
+@torch.no_grad()
+def sample(pipe, prompts, steps, seed=0, **options):
+    """Pictures (B, 3, 64, 64) in [0, 1] by the stock pipeline, one for each prompt."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    options |= {"num_inference_steps": steps, "height": SIZE, "width": SIZE, "output_type": "pt"}
+    parts = [
+        pipe(prompts[i : i + 64], generator=generator, **options).images
+        for i in trange(0, len(prompts), 64, desc="sampling", leave=False)
+    ]
+    return torch.cat(parts).float()
+
+
+def caption_words():
+    """Every word that a caption can contain."""
+    rng = random.Random(0)
+    return sorted({word for i in range(6000) for word in phrase(rng, random_metadata(rng, TAGS[i % 6])).split()})
+
+
+def clip_tokenizer():
+    """CLIPTokenizer with one token for each caption word; other words are spelt out."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer(model_max_length=77).train_new_from_iterator([" ".join(caption_words())] * 3, 1000)
+
+
+def clip_text_encoder(tokenizer, layers):
+    """CLIPTextModel, 64 wide, for this tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def save_pipeline(pipe, folder):
+    """The pipeline's folder, float16; the pipeline itself stays as it is.
+
+    Transformers loads a model in the type that its config names, diffusers in float32. The text encoders' configs say
+    float32, so that `from_pretrained` without a type gives a pipeline that is float32 throughout.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    parts = {name: copy.deepcopy(part) for name, part in pipe.components.items()}
+    half = {name: part.half() if isinstance(part, torch.nn.Module) else part for name, part in parts.items()}
+    saved = type(pipe)(**half)
+    saved.register_to_config(**{k: v for k, v in pipe.config.items() if k == "requires_safety_checker"})
+    saved.save_pretrained(folder)
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where it was loaded from before
+        config |= {"dtype": "float32"} if file.parent.name.startswith("text_encoder") else {}
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def save_zipped(state, path):
+    """torch.save, with its zip archive compressed. torch.load reads it as it is."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
+        for record in plain.infolist():
+            packed.writestr(record.filename, plain.read(record))
