@@ -48,6 +48,21 @@ def pictures(folder):
     return torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).float() / 255
 
 
+@pytest.fixture(scope="module", autouse=True)
+def rewards_are_loaded_once():
+    """The same reward models for all evaluations of this file."""
+    loaded = {}
+
+    def load(spec, paths, device):
+        key = spec, tuple(paths.items())
+        loaded[key] = loaded.get(key) or load_reward(spec, paths, device)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "load_reward", load)
+        yield
+
+
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
