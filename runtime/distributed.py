@@ -213,9 +213,9 @@ def load_network(
     return network
 
 
-def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
-    """A network on the meta device, without weights. `dtype` of the master weights, arguments of `prepare_network`."""
-    with torch.device("meta"):
+def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare, device: str = "meta") -> nn.Module:
+    """A network without weights. `dtype` of the master weights, arguments of `prepare_network`."""
+    with torch.device(device):
         network = network_class.from_config(config)
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype)
