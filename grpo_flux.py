@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, dryrun, output
 from runtime.cli import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, rollout, sample_ode
 
@@ -77,6 +77,9 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
+    dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
+    processes: Count = 1  # of the run that --dry-run describes
+    gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
@@ -264,7 +267,30 @@ def check(cfg: Config) -> None:
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
 
 
+def dry_run(cfg: Config) -> None:
+    """Print what a run with these options takes, and write OUTPUT_DIR/dryrun.json."""
+    cli.check_options(cfg)
+    config = dryrun.config_of(FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
+    vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
+    rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
+    dtype, length = dryrun.compute_dtype(cfg.dtype), cfg.max_sequence_length
+    known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
+    dryrun.run(
+        cfg, FluxTransformer2DModel, config,
+        predict=lambda network, z, text: velocity(network, z, torch.ones(()), text, cfg.guidance, rows),
+        shape=(rows * columns, config["in_channels"]),
+        condition=lambda b: (
+            torch.empty(b, length, config["joint_attention_dim"], dtype=dtype),
+            torch.empty(b, config["pooled_projection_dim"], dtype=dtype),
+        ),
+        frozen=dryrun.frozen_parameters(cfg.model, known),
+        lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
+    )  # fmt: skip
+
+
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return dry_run(cfg)
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)

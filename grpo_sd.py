@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, dryrun, output
 from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import ddim_sde_step, gaussian_log_prob, sample_ode
 
@@ -76,6 +76,9 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the UNet's repeated blocks
+    dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
+    processes: Count = 1  # of the run that --dry-run describes
+    gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
@@ -268,7 +271,25 @@ def check(cfg: Config) -> None:
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
 
 
+def dry_run(cfg: Config) -> None:
+    """Print what a run with these options takes, and write OUTPUT_DIR/dryrun.json."""
+    cli.check_options(cfg)
+    config = dryrun.config_of(UNet2DConditionModel, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
+    vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
+    side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
+    dryrun.run(
+        cfg, UNet2DConditionModel, config,
+        predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),
+        shape=(config["in_channels"], cfg.height // side, cfg.width // side),
+        condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dryrun.compute_dtype(cfg.dtype)),
+        frozen=dryrun.frozen_parameters(cfg.model, {"vae": 83_653_863, "text_encoder": 123_060_480}),
+        lora_targets=LORA_TARGETS, fits_whole=True,
+    )  # fmt: skip
+
+
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return dry_run(cfg)
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)

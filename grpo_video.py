@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, dryrun, output
 from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, rollout, sample_ode
 
@@ -91,6 +91,9 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
+    dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
+    processes: Count = 1  # of the run that --dry-run describes
+    gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample videos; also before the first and at the end
@@ -321,7 +324,32 @@ def check(cfg: Config) -> None:
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
 
 
+def dry_run(cfg: Config) -> None:
+    """Print what a run with these options takes, and write OUTPUT_DIR/dryrun.json."""
+    cli.check_options(cfg)
+    known = {"in_channels": 32} if cfg.transformer else {}  # SkyReels'
+    config = dryrun.config_of(HunyuanVideoTransformer3DModel, **transformer_source(cfg), guidance_embeds=True, **known)
+    vae = dryrun.config_of(AutoencoderKLHunyuanVideo, cfg.model, "vae")
+    side, stride = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
+    shape = (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
+    dtype, n, length = dryrun.compute_dtype(cfg.dtype), 1 if cfg.true_guidance == 1 else 2, cfg.max_sequence_length
+    known = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}
+    dryrun.run(
+        cfg, HunyuanVideoTransformer3DModel, config,
+        predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
+        condition=lambda b: [
+            torch.empty(b, n, length, config["text_embed_dim"], dtype=dtype), torch.ones(b, n, length, dtype=dtype),
+            torch.empty(b, n, config["pooled_projection_dim"], dtype=dtype),
+            torch.empty(b, config["in_channels"] - config["out_channels"], *shape[1:]),
+        ],
+        frozen=dryrun.frozen_parameters(cfg.model, known),
+        lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
+    )  # fmt: skip
+
+
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        return dry_run(cfg)
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
@@ -342,10 +370,8 @@ def main(cfg: Config) -> None:
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
-    encoders = (pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
-    embed = distributed.PromptCache(
-        lambda prompts: encode(pipe, prompts, pictures, shape, cfg, world.device), world, *encoders
-    )
+    embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
+    embed = distributed.PromptCache(embed, world, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)

@@ -36,7 +36,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 
 # Options that may differ between a run and its continuation: they do not change what an iteration computes.
 FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
-FREE_ON_RESUME |= {"shard_size", "offload", "keep_states"}
+FREE_ON_RESUME |= {"shard_size", "offload", "keep_states", "dry_run", "processes", "gpu_memory"}
 
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):

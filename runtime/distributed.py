@@ -151,9 +151,14 @@ def shard_mesh(device_type: str, size: int, shard_size: int) -> DeviceMesh | Non
     return init_device_mesh(device_type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
+def check_path(option: str, path: str) -> None:
+    """Raise RunError unless `path` is a folder here, or looks like a hub id."""
+    require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; give a local folder or a hub id (OWNER/NAME)")
+
+
 def load_pretrained(loader, path: str, option: str = "--model", **options):
     """Call a `from_pretrained` or `load_config` of diffusers; missing or gated weights become one line of advice."""
-    require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; give a local folder or a hub id (OWNER/NAME)")
+    check_path(option, path)
     try:
         return loader(path, **options)
     except (OSError, ValueError) as e:  # diffusers' and the hub's errors for files that are missing or not allowed
@@ -226,9 +231,9 @@ def load_pipeline(pipeline_class: type, path: str, world: World, **components):
     return pipe
 
 
-def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
-    """A network on the meta device, without weights. `dtype` of the master weights, arguments of `prepare_network`."""
-    with torch.device("meta"):
+def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare, device: str = "meta") -> nn.Module:
+    """A network without weights. `dtype` of the master weights, arguments of `prepare_network`."""
+    with torch.device(device):
         network = network_class.from_config(config)
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype)
