@@ -39,7 +39,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "release"  # a named set of option values: release (16 GPUs), 8gpu, lora, paper, tiny
+    preset: str = "release"  # a named set of option values: release (16 GPUs), 8gpu, lora, lora-48gb, paper, tiny
     model: str = "black-forest-labs/FLUX.1-dev"  # hub id or folder in diffusers' FluxPipeline layout
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; NAME: hps, clip, pickscore or FILE.py:FUNCTION
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
@@ -97,9 +97,13 @@ PRESETS = {
     "release": {},
     "8gpu": dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995),  # (release)
     "lora": dict(updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, iterations=301),  # (release)
+    "lora-48gb": dict(  # one GPU
+        updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, height=512, width=512, micro_batch=2,
+        prompts_per_iteration=4, offload=True,
+    ),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
     "tiny": TINY,
-}
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- GRPO, as in the paper

@@ -41,7 +41,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "release"  # a named set of option values: release (8 GPUs), paper, hps-clip, tiny
+    preset: str = "release"  # a named set of option values: release (8 GPUs), paper, hps-clip, 24gb, tiny
     model: str = "CompVis/stable-diffusion-v1-4"  # hub id or folder in diffusers' StableDiffusionPipeline layout
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; NAME: hps, clip, pickscore or FILE.py:FUNCTION
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
@@ -71,7 +71,7 @@ class Config:
     guidance: AtLeast1 = 5.0  # classifier-free guidance, in rollout and update alike (release); 1: off, half the cost
     height: Count = 512  # pixels (release)
     width: Count = 512  # pixels (release)
-    gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, far less memory
     dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
     shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
     offload: bool = False  # frozen models wait in host memory until they are needed
@@ -90,12 +90,13 @@ TINY = dict(
     model="tiny/sd", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt", output_dir="runs/tiny-sd",
     height=64, width=64, iterations=40, prompts_per_iteration=6, group_size=8, steps=6, sde_window=2,
     sde_window_every=1000, updates_per_rollout=1, micro_batch=48, learning_rate=5e-5, guidance=2.0,
-    gradient_checkpointing=False, num_samples=48,
+    num_samples=48,
 )  # fmt: skip
 PRESETS = {
     "release": {},
     "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6; one update, for guidance
-    "hps-clip": dict(reward="hps:0.7,clip:1.4"),
+    "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
+    "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True),  # one GPU
     "tiny": TINY,
 }
 

@@ -138,19 +138,24 @@ def autocast_as_on_cuda() -> Iterator[None]:
 
 
 def config_of(network_class: type, path: str, subfolder: str | None = None, option: str = "--model", **known) -> dict:
-    """The configuration of a diffusers model; where its files cannot be reached the class's defaults and `known`."""
+    """The configuration of a diffusers model, from its folder or the hub's cache; nothing is downloaded.
+
+    Where there is neither, the class's defaults and `known`: the model that this script's --model names by default.
+    """
     distributed.check_path(option, path)
     try:
-        return dict(network_class.load_config(path, **({"subfolder": subfolder} if subfolder else {})))
+        place = {"subfolder": subfolder} if subfolder else {}
+        return dict(network_class.load_config(path, local_files_only=True, **place))
     except OSError:
+        print(f"{path} is not here: its {subfolder or 'network'} is taken to be the full-size {network_class.__name__}")
         parameters = inspect.signature(network_class.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty} | known
 
 
 def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
-    """Parameters of each of a pipeline's frozen components; where its files cannot be reached those `known`."""
+    """Parameters of each of a pipeline's frozen components; where its files are not here, those `known`."""
     try:
-        index = DiffusionPipeline.load_config(path)
+        index = DiffusionPipeline.load_config(path, local_files_only=True)
     except OSError:
         return known
     counts = {}
@@ -159,9 +164,11 @@ def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
         model_class = getattr(importlib.import_module(library), class_name)
         with torch.device("meta"):
             if library == "diffusers":
-                model = model_class.from_config(model_class.load_config(path, subfolder=name))
+                model = model_class.from_config(model_class.load_config(path, subfolder=name, local_files_only=True))
             else:
-                model = model_class(model_class.config_class.from_pretrained(path, subfolder=name))
+                model = model_class(
+                    model_class.config_class.from_pretrained(path, subfolder=name, local_files_only=True)
+                )
         counts[name] = sum(parameter.numel() for parameter in model.parameters())
     return counts
 
