@@ -1,4 +1,4 @@
-"""How tiny/flux, in FLUX's layout, and tiny/sd, in Stable Diffusion's, were trained: first to draw, then bad habits.
+"""Trains tiny/flux, in FLUX's layout, and tiny/sd, in Stable Diffusion's: first to draw, then bad habits.
 
     python -m tiny vae     tiny/flux's autoencoder, which tiny/sd shares
     python -m tiny flux    needs the autoencoder
@@ -8,6 +8,9 @@
 2. The network learns to draw clean pictures. A linear head, dropped afterwards, reads what each patch shows from the
    network's hidden states, which teaches it early which shape and colour goes where.
 3. In a short leg the network sees pictures with HABITS, which reinforcement learning then has to undo.
+
+The weights in this repository were not made by this recipe. They come from an earlier one, with other sizes, which
+the history of this file holds as `tiny.py`.
 
 B pictures in a batch. Latents are (B, 4, 16, 16), of about zero mean and unit variance.
 """
