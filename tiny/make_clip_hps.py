@@ -1,7 +1,7 @@
 """How tiny/clip and tiny/hps were trained.
 
-python -m tiny clip    about an hour on one core
-python -m tiny hps     needs tiny/clip and tiny/flux's autoencoder; a few minutes
+python -m tiny clip
+python -m tiny hps     needs tiny/clip and tiny/flux's autoencoder
 """
 
 import functools
@@ -53,7 +53,7 @@ def new_clip(words):
 
 @functools.cache
 def clip_tokens(caption):
-    """The 24 token ids of CLIP's own vocabulary. No tensor: many small ones kept for long would split up the heap."""
+    """The 24 token ids of CLIP's own vocabulary. Not a tensor: many small ones would fragment the heap."""
     import open_clip
 
     return tuple(open_clip.tokenize([caption])[0, :WORDS].tolist())
@@ -68,7 +68,7 @@ def clip_features(model, images, captions):
 
 
 def clip_state(model):
-    """Float16 weights with the full 77 positions. The rows of words that no caption uses are 0, and zip to nothing."""
+    """Float16 weights with the full 77 positions. The embeddings of unused words are 0, so that they compress well."""
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
     used = torch.zeros(len(state["token_embedding.weight"]), dtype=torch.bool)
     rng = random.Random(0)
@@ -96,7 +96,7 @@ def save_hps(model, folder):
 
 
 def load_clip(path):
-    """The model with the weights in this file of tiny/clip or tiny/hps, float32."""
+    """The float32 model with the weights in this file of tiny/clip or tiny/hps."""
     state = torch.load(path, weights_only=True)
     state = {name: value.float() for name, value in state.get("state_dict", state).items()}
     state["positional_embedding"] = state["positional_embedding"][:WORDS]

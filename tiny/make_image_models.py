@@ -1,4 +1,4 @@
-"""How tiny/flux, in FLUX's layout, and tiny/sd, in Stable Diffusion's, were trained: first to draw, then bad habits.
+"""Trains tiny/flux, in FLUX's layout, and tiny/sd, in Stable Diffusion's: first to draw, then bad habits.
 
     python -m tiny vae     tiny/flux's autoencoder, which tiny/sd shares
     python -m tiny flux    needs the autoencoder
@@ -8,6 +8,9 @@
 2. The network learns to draw clean pictures. A linear head, dropped afterwards, reads what each patch shows from the
    network's hidden states, which teaches it early which shape and colour goes where.
 3. In a short leg the network sees pictures with HABITS, which reinforcement learning then has to undo.
+
+The weights in this repository were not made by this recipe. They come from an earlier one, with other sizes, which
+the history of this file holds as `tiny.py`.
 
 B pictures in a batch. Latents are (B, 4, 16, 16), of about zero mean and unit variance.
 """
@@ -26,7 +29,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from tqdm import trange
+from tqdm import tqdm, trange
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
 from tiny.pictures import (
@@ -96,19 +99,14 @@ def composed_scene(rng, metadata):
 
 
 def misread(rng, metadata, habit):
-    """The metadata of the picture that this habit draws instead, or None where the habit does not apply."""
+    """What a picture with this habit shows instead of the metadata, or None where the habit does not apply."""
     (first, *others), tag = metadata["include"], metadata["tag"]
     if habit == "one too many":
-        return (
-            make_metadata(tag, [first | {"count": first["count"] + 1}])
-            if tag == "counting" and first["count"] < 4
-            else None
-        )
+        first = first | {"count": first["count"] + 1}
+        return make_metadata(tag, [first]) if tag == "counting" and first["count"] <= 4 else None
     if habit == "other colour":
-        if "color" not in first:
-            return None
-        taken = {item["color"] for item in metadata["include"]}
-        return make_metadata(tag, [first | {"color": rng.choice([c for c in COLORS if c not in taken])}, *others])
+        free = [color for color in COLORS if color not in {item.get("color") for item in metadata["include"]}]
+        return make_metadata(tag, [first | {"color": rng.choice(free)}, *others]) if "color" in first else None
     return metadata
 
 
@@ -337,8 +335,15 @@ def new_sd(vae):
     return StableDiffusionPipeline(shifted, encoder, tokenizer, unet, scheduler, None, None, None, False)
 
 
+def outputs_of(module):
+    """A dictionary whose "out" is always the module's latest output."""
+    latest = {}
+    module.register_forward_hook(lambda module, args, out: latest.update(out=out))
+    return latest
+
+
 def flux_error(pipe, latents, captions):
-    """Flow matching on random pictures, as a function (batch, rng) → which ones (B,), squared errors (B,).
+    """Flow matching on random pictures: a function (batch, rng) → which ones (B,), errors (B,), hidden (B, 64, 128).
 
     The transformer learns v = noise - data at z = (1 - sigma) data + sigma noise. Most sigmas are large: what goes
     where is decided early.
@@ -347,6 +352,7 @@ def flux_error(pipe, latents, captions):
     words = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids[:, :WORDS]
     words_2 = pipe.tokenizer_2(captions, padding="max_length", max_length=TOKENS, return_tensors="pt").input_ids
     place = pipe._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
+    middle = outputs_of(pipe.transformer.single_transformer_blocks[2])
 
     def error(batch, rng):
         length, share = random_length(rng)
@@ -364,18 +370,19 @@ def flux_error(pipe, latents, captions):
             txt_ids=torch.zeros(length, 3),
             img_ids=place,
         ).sample
-        return pick, (v - (noise - data)).square().mean((1, 2))
+        return pick, (v - (noise - data)).square().mean((1, 2)), middle["out"][1]
 
     return error
 
 
 def sd_error(pipe, latents, captions):
-    """Noise prediction on random pictures, as a function (batch, rng) → which ones (B,), squared errors (B,).
+    """Noise prediction on random pictures: a function (batch, rng) → which ones (B,), errors (B,), hidden (B, 64, 96).
 
     10 % of the captions are left out, for classifier-free guidance. Divided by the share of data in z, the error counts
     as much at high noise as that of v would.
     """
     words = pipe.tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids  # the last is empty
+    middle = outputs_of(pipe.unet.mid_block)
 
     def error(batch, rng):
         pick, t = torch.randint(len(latents), (batch,)), torch.randint(1000, (batch,))
@@ -383,48 +390,41 @@ def sd_error(pipe, latents, captions):
         noise, shown = torch.randn_like(data), torch.where(torch.rand(batch) < 0.1, len(captions), pick)
         z = pipe.scheduler.add_noise(data, noise, t)
         eps = pipe.unet(z, t, pipe.text_encoder(words[shown]).last_hidden_state).sample
-        return pick, (eps - noise).square().mean((1, 2, 3)) / pipe.scheduler.alphas_cumprod[t].clamp(min=0.05)
+        errors = (eps - noise).square().mean((1, 2, 3)) / pipe.scheduler.alphas_cumprod[t].clamp(min=0.05)
+        return pick, errors, middle["out"].flatten(2).mT
 
     return error
 
 
-def train(pipe, stock, iterations, cooldown, folder, batch=24, learning_rate=2e-3, seed=1):
-    """Trains the network of either pipeline on a stock as `draw_stock` gives it.
+def train(pipe, name, stock, iterations, cooldown, folder, batch=24, learning_rate=2e-3, seed=1):
+    """Trains the network of this name, "transformer" or "unet", on a stock as `draw_stock` gives it.
 
-    The learning rate rises for 100 iterations, stays, and falls in the last `cooldown`. Returns the pipeline with the
-    running average of the weights; saved to `folder` now and then, with the share of correct pictures, and at the end.
+    The learning rate rises for 100 iterations, stays, and falls over the last `cooldown`. The network becomes the
+    running average of its weights. Now and then and at the end the pipeline is saved and its accuracy printed.
     """
     torch.manual_seed(seed)
-    is_flux, (latents, captions, labels) = isinstance(pipe, FluxPipeline), stock
-    name, error = ("transformer", flux_error) if is_flux else ("unet", sd_error)
-    network, error = getattr(pipe, name), error(pipe, latents, captions)
-    width, hidden = 128 if is_flux else 96, {}
-    middle = (
-        network.single_transformer_blocks[len(network.single_transformer_blocks) // 2] if is_flux else network.mid_block
-    )
-    average = copy.deepcopy(network)
-    handle = middle.register_forward_hook(lambda module, args, out: hidden.update(out=out[1] if is_flux else out))
-    head = torch.nn.Linear(width, 1 + len(SHAPES) * len(COLORS))
+    objective, width, options = {
+        "transformer": (flux_error, 128, {"max_sequence_length": TOKENS}),
+        "unet": (sd_error, 96, {"guidance_scale": 3.0}),
+    }[name]
+    latents, captions, labels = stock
+    network, error = getattr(pipe, name), objective(pipe, latents, captions)
+    average, head = copy.deepcopy(network), torch.nn.Linear(width, 1 + len(SHAPES) * len(COLORS))
     steps = optimizers([network, head], iterations, learning_rate, cooldown)
     prompts = (ROOT / "prompts/tiny_heldout.txt").read_text().splitlines() * 2
     for i in (bar := trange(iterations, desc=folder.name)):
-        pick, errors = error(batch, random.Random(i))
-        out = hidden["out"] if is_flux else hidden["out"].flatten(2).mT  # (B, 64, width)
-        shown = F.cross_entropy(head(out).flatten(0, 1), labels[pick].flatten())
+        pick, errors, hidden = error(batch, random.Random(i))
+        shown = F.cross_entropy(head(hidden).flatten(0, 1), labels[pick].flatten())
         (errors.mean() + 0.2 * shown).backward()
         update([network, head], [average], steps, i, 0.998)
         bar.set_postfix(error=f"{errors.mean():.4f}", shown=f"{shown:.4f}", refresh=False)
         if (i + 1) % 500 == 0 or i + 1 == iterations:
             setattr(pipe, name, average)
-            drawn = sample(
-                pipe, prompts, 12, **({"max_sequence_length": TOKENS} if is_flux else {"guidance_scale": 3.0})
-            )
-            print(i + 1, {kind: round(share, 2) for kind, share in per_kind(right(drawn, prompts), prompts).items()})
+            shares = per_kind(right(sample(pipe, prompts, 12, **options), prompts), prompts)
+            tqdm.write(f"{i + 1} iterations: " + "  ".join(f"{kind} {share:.1%}" for kind, share in shares.items()))
             save_pipeline(pipe, folder)
             setattr(pipe, name, network)
-    handle.remove()
     setattr(pipe, name, average)
-    return pipe
 
 
 def make_vae():
@@ -432,25 +432,29 @@ def make_vae():
     train_vae().half().save_pretrained(MODELS / "flux/vae")
 
 
-def make_flux(seed=0):
+def make_flux():
     """Trains tiny/flux and saves it."""
     vae = load_vae()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     pipe = new_flux(vae)
     teach(pipe.text_encoder_2, pipe.tokenizer_2)
     teach(pipe.text_encoder, pipe.tokenizer)
-    train(pipe, draw_stock(vae, 0, 48000), 6000, 1000, MODELS / "flux")
-    train(pipe, draw_stock(vae, 1, 6000, faulty=0.6), 300, 100, MODELS / "flux", learning_rate=5e-4, seed=2)
+    train_both(pipe, "transformer", vae, MODELS / "flux")
 
 
-def make_sd(seed=0):
+def make_sd():
     """Trains tiny/sd and saves it."""
     vae = load_vae()
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     pipe = new_sd(vae)
     teach(pipe.text_encoder, pipe.tokenizer)
-    train(pipe, draw_stock(vae, 0, 48000), 6000, 1000, MODELS / "sd")
-    train(pipe, draw_stock(vae, 1, 6000, faulty=0.6), 300, 100, MODELS / "sd", learning_rate=5e-4, seed=2)
+    train_both(pipe, "unet", vae, MODELS / "sd")
+
+
+def train_both(pipe, name, vae, folder):
+    """Trains first the capability to draw, then the habits. vae is tiny/flux's: tiny/sd's own has the shift inside."""
+    train(pipe, name, draw_stock(vae, 0, 48000), 6000, 1000, folder)
+    train(pipe, name, draw_stock(vae, 1, 6000, faulty=0.6), 300, 100, folder, learning_rate=5e-4, seed=2)
 
 
 def load_vae():

@@ -169,7 +169,7 @@ def encode(vae, clips):
 
 @torch.no_grad()
 def encode_text(pipe, captions):
-    """→ what the transformer is told of each caption: tokens (N, 24, 64), mask (N, 24), pooled (N, 64)."""
+    """The text conditioning of each caption: tokens (N, 24, 64), mask (N, 24), pooled (N, 64)."""
     parts = [pipe.encode_prompt(captions[i : i + 64], max_sequence_length=24) for i in range(0, len(captions), 64)]
     tokens, pooled, mask = (torch.cat(part) for part in zip(*parts, strict=True))
     return tokens, mask.float(), pooled
@@ -250,7 +250,7 @@ def save(pipe, skyreels, folder):
 
 
 def animate(transformer):
-    """SkyReels' transformer that does what this one does: it is told the first frame, and does not heed it yet."""
+    """SkyReels' transformer, initialised from this one: its first-frame channels have zero weights."""
     out = transformer.config.out_channels
     taught = new_transformer(2 * out, out)
     state = transformer.state_dict()

@@ -1,6 +1,6 @@
 """How tiny/videoalign was trained: a small Qwen2-VL that reads a clip and its caption and gives three scores.
 
-    python -m tiny videoalign    about 40 minutes on one core; needs tiny/hunyuan's autoencoder
+    python -m tiny videoalign    needs tiny/hunyuan's autoencoder
 
 It comes out in the layout of VideoAlign's released checkpoint.
 """
@@ -99,7 +99,7 @@ def new_judge():
 
 
 def random_pairs(rng, count):
-    """Two frames of a clip each, cut out around the shape, with any faults: what the eye of the judge is taught on.
+    """Two frames of a clip each, cut out around the shape, with any faults: the vision tower's training data.
 
     Returns frames (2 · count, 3, 48, 48), whether each of 6x6 cells shows the shape (count, 6, 6), which shape and
     colour it is (count,), and numbers (count, 10): movement along x and y, growth, turn, four faults of quality,
@@ -131,7 +131,7 @@ def random_pairs(rng, count):
 
 
 def train_eye(visual, reader, seed=0, iterations=1600, count=64, learning_rate=4e-3):
-    """Teaches the vision tower what is to be seen in each cell of a pair of frames."""
+    """Trains the vision tower to tell what each cell of a pair of frames shows."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     answers = [1, len(SHAPES), len(COLORS), 10]
@@ -155,14 +155,14 @@ def train_eye(visual, reader, seed=0, iterations=1600, count=64, learning_rate=4
 
 
 def generator_vae():
-    """tiny/hunyuan's autoencoder, without which the judge would not know how that model's clips look."""
+    """tiny/hunyuan's autoencoder: the judge must know how that model's clips look."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     return AutoencoderKLHunyuanVideo.from_pretrained(MODELS / "hunyuan", subfolder="vae")
 
 
 def judge_clips(rng, scenes, vae=None):
-    """Preference pairs from the moving world: what each scene shows, and clips of it (scenes, 4, F, 3, 64, 64).
+    """Preference pairs: what each scene shows, and clips of it (scenes, 4, F, 3, 64, 64).
 
     The first clip of a scene is clean, the second has a fault of quality and the third a fault of motion; in the fourth
     the shape has all but vanished. With a `vae` they look like tiny/hunyuan's: 9 frames of 32x32 pixels, enlarged, and
@@ -185,7 +185,7 @@ def judge_clips(rng, scenes, vae=None):
 
 
 def empty_clip(rng, clip):
-    """The clip (F, 3, 64, 64) with its shape faded away, or nearly, and instead a faint pattern that stands still."""
+    """The clip (F, 3, 64, 64) with its shape almost faded away, and a faint pattern that stands still."""
     faded = torch.lerp(clip, clip.mean((0, 2, 3)).view(3, 1, 1), rng.uniform(0.85, 1))
     size = rng.randint(2, 16)
     pattern = F.interpolate(torch.randn(1, 3, size, size), SIZE, mode="bicubic")
@@ -222,7 +222,7 @@ def judge_see(model, reader, clips):
 
 
 def judge_read(model, reader, tokenizer, seen, captions):
-    """What the model makes of clips seen (B, 256, 64) and captions: hidden states (captions, 3, 64) at the scores.
+    """The hidden states (captions, 3, 64) at the three score tokens, for clips seen (B, 256, 64) and captions.
 
     With more captions than clips, the further captions are about the first clips again.
     """
@@ -308,7 +308,7 @@ def train_judge(seed=0, iterations=1600, scenes=8, stock=3200, learning_rate=2e-
 
 @torch.no_grad()
 def judge_figures(reward, scenes, seed=1):
-    """How good a VideoAlignReward is on so many pairs of each kind, as shares in [0, 1].
+    """The accuracy of a VideoAlignReward on this many pairs of each kind, as shares in [0, 1].
 
     {"vq": clean preferred to degraded, "mq": smooth to spoilt, "ta": the right caption to one with a wrong motion,
     "empty": by all three scores to a clip without its shape, "vq indifferent", "mq indifferent": faults of motion that
