@@ -1,1 +1,1 @@
-"""The evaluation's parts: GenEval, and the report."""
+"""What eval.py is made of: models, prompts, GenEval, report."""
