@@ -1,0 +1,334 @@
+"""--dry-run: what a run of any size takes in memory, arithmetic and disk, found on fake tensors in one process.
+
+The network is built, sharded and run by the code of a real run; only its tensors have no content. What CUDA does
+differently is imitated: autocast computes norms in float32, and attention keeps no matrix of its weights.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from . import distributed
+from .cli import require
+from .data import write_atomically
+
+GIB = 2**30
+NODE = 8  # processes of a node
+CUDA_CONTEXT = 1.0  # GiB of GPU memory of a process beside its tensors: CUDA, NCCL, workspaces (an estimate)
+HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python, torch, CUDA (an estimate)
+# Parameters of the reward models, and bytes of each: VideoAlign is kept in bfloat16, the others in float32.
+REWARDS = {"hps": (986_109_441, 4), "clip": (986_659_585, 4), "pickscore": (985_512_961, 4)}
+REWARDS |= {"videoalign": (2_208_987_136, 2)}
+FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
+        flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors on this process: of a sharded tensor its own part."""
+    return sum(_local(tensor).nbytes for tensor in tensors)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class Counter(TorchDispatchMode):
+    """Counts bytes that are allocated and floating-point operations. FSDP's buffers are counted apart: what it
+    gathers parameters and reduces gradients in.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.of_fsdp, self.in_fsdp = weakref.WeakSet(), weakref.WeakSet(), False
+        self.flops = self.tensors = self.buffers = self.peak = self.peak_buffers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function._overloadpacket in FLOPS:
+            self.flops += FLOPS[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(_local(tensor).untyped_storage())
+        if self.tensors + self.buffers > self.peak:
+            self.peak, self.peak_buffers = self.tensors + self.buffers, self.buffers
+        return out
+
+    def _add(self, storage) -> None:
+        if storage in self.seen:
+            return
+        self.seen.add(storage)
+        if self.in_fsdp:
+            self.of_fsdp.add(storage)
+            self.buffers += storage.nbytes()
+        else:
+            self.tensors += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+
+    def _free(self, count: int) -> None:
+        self.tensors -= count
+
+    def reset_peak(self) -> None:
+        self.peak, self.peak_buffers = self.tensors + self.buffers, self.buffers
+
+    @contextlib.contextmanager
+    def watching_fsdp(self) -> Iterator["Counter"]:
+        def watched(method):
+            def call(group, *args, **kwargs):
+                outer, self.in_fsdp = self.in_fsdp, True
+                try:
+                    return method(group, *args, **kwargs)
+                finally:
+                    self.in_fsdp = outer
+                    self.buffers = sum(storage.nbytes() for storage in self.of_fsdp)  # freed by resizing to nothing
+
+            return call
+
+        with contextlib.ExitStack() as stack:
+            for name in ("unshard", "wait_for_unshard", "reshard", "post_backward"):
+                stack.enter_context(mock.patch.object(FSDPParamGroup, name, watched(getattr(FSDPParamGroup, name))))
+            yield self
+
+
+@contextlib.contextmanager
+def autocast_as_on_cuda() -> Iterator[None]:
+    """Autocast on CUDA computes norms in float32, autocast on the CPU does not: inside the block it does too."""
+
+    def in_float32(function):
+        def call(x, *args, **kwargs):
+            return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("layer_norm", "group_norm"):
+            norm = getattr(nn.functional, name)
+            stack.enter_context(mock.patch.object(nn.functional, name, in_float32(norm)))
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------- configurations
+
+
+def config_of(network_class: type, path: str, subfolder: str | None = None, option: str = "--model", **known) -> dict:
+    """The configuration of a diffusers model; where its files cannot be reached the class's defaults and `known`."""
+    distributed.check_local_or_hub(option, path)
+    try:
+        return dict(network_class.load_config(path, **({"subfolder": subfolder} if subfolder else {})))
+    except OSError:
+        parameters = inspect.signature(network_class.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | known
+
+
+def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
+    """Parameters of each of a pipeline's frozen components; where its files cannot be reached those `known`."""
+    try:
+        index = DiffusionPipeline.load_config(path)
+    except OSError:
+        return known
+    counts = {}
+    for name in known:
+        library, class_name = index[name]
+        model_class = getattr(importlib.import_module(library), class_name)
+        with torch.device("meta"):
+            if library == "diffusers":
+                model = model_class.from_config(model_class.load_config(path, subfolder=name))
+            else:
+                model = model_class(model_class.config_class.from_pretrained(path, subfolder=name))
+        counts[name] = sum(parameter.numel() for parameter in model.parameters())
+    return counts
+
+
+def reward_bytes(names: Iterable[str], paths: dict[str, str]) -> int:
+    """Of the named reward models; those of a folder that is here are as large as its largest file."""
+    total = 0
+    for name in set(names):
+        files = [file.stat().st_size for file in Path(paths.get(name, "")).glob("*") if name in paths]
+        count, width = REWARDS.get(name, (0, 0))  # a reader's own function: not known
+        total += max(files, default=count * width)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def run(
+    cfg,
+    network_class: type,
+    config: dict,
+    predict: Callable[[nn.Module, Tensor, Sequence[Tensor]], Tensor],
+    shape: Sequence[int],
+    condition: Callable[[int], Sequence[Tensor]],
+    pixels: int,
+    frozen: dict[str, int],
+    rewards: Sequence[str],
+    reward_paths: dict[str, str],
+    lora_targets: Sequence[str],
+    fits_whole: bool,
+) -> dict:
+    """Print what --processes would need, write OUTPUT_DIR/dryrun.json, and return its content.
+
+    predict       (network, z (M, *shape), conditions of M samples) → prediction, the trainer's own
+    condition     M → text embeddings and the like of M samples, in the compute dtype
+    pixels        numbers in one decoded sample, which wait in float32 for the end of the iteration
+    frozen        parameters of each frozen component
+    fits_whole    what --shard-size 0 means, as for `distributed.start_world`
+    """
+    require(cfg.processes >= 1, f"--processes must be at least 1, got {cfg.processes}")
+    require(
+        cfg.prompts_per_iteration % cfg.processes == 0,
+        f"--prompts-per-iteration {cfg.prompts_per_iteration} must be a multiple of the {cfg.processes} processes",
+    )
+    node = min(cfg.processes, NODE)
+    shard_size = distributed.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
+    dtype = compute_dtype(cfg.dtype)
+    with contextlib.ExitStack() as stack:
+        if cfg.processes > 1:
+            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cfg.processes)
+            stack.callback(dist.destroy_process_group)
+        mesh = distributed.shard_mesh("cpu", cfg.processes, shard_size)
+        world = distributed.World(0, cfg.processes, torch.device("cpu"), dtype, shard_size, cfg.offload, mesh)
+        counter = Counter()
+        for context in (FakeTensorMode(), counter, counter.watching_fsdp(), autocast_as_on_cuda()):
+            stack.enter_context(context)
+        measured = _measure(cfg, world, counter, network_class, config, predict, shape, condition, lora_targets)
+
+    # What this process does in an iteration: B samples drawn, and their pairs (sample, step) trained.
+    P, G, M = cfg.prompts_per_iteration // cfg.processes, cfg.group_size, cfg.micro_batch
+    stochastic = cfg.sde_window or cfg.steps - 1
+    trained = stochastic if cfg.sde_window else int(stochastic * cfg.timestep_fraction)
+    pairs = P * (2 * cfg.keep_best_worst or G) * trained // cfg.updates_per_rollout
+    forwards = -(-P * G // M) * cfg.steps
+    micro_batches = -(-pairs // M) * cfg.updates_per_rollout
+    whole, parts = measured["elements"], measured["bytes"]
+    master = dtype.itemsize if cfg.lora_rank else 4
+    if cfg.kl_weight and not cfg.lora_rank:
+        parts["parameters"] += whole * dtype.itemsize // shard_size  # the reference policy
+        measured["forward_flops_update"] += measured["forward_flops"]
+    gathered = whole * dtype.itemsize * (shard_size - 1) / shard_size  # of one pass over the network
+    parts["trajectories"] = 4 * P * G * ((cfg.steps + 1) * torch.Size(shape).numel() + cfg.steps + pixels)
+    parts["trajectories"] += P * measured["condition_bytes"]
+    parts["frozen"] = sum(frozen.values()) * dtype.itemsize
+    parts["reward"] = reward_bytes(rewards, reward_paths)
+    waiting = parts["frozen"] + parts["reward"]  # with --offload in host memory while the network is trained
+    peak = sum(parts.values()) - (waiting if cfg.offload else 0)
+    if cfg.offload:  # the rewards, say, when nothing is there of the update
+        idle = sum(parts[name] for name in ("parameters", "optimizer", "ema", "trajectories"))
+        peak = max(peak, idle + max(parts["frozen"], parts["reward"]))
+    public = measured["trainable"] * 4 if cfg.lora_rank else whole * dtype.itemsize
+    copies = 2 if cfg.ema_decay else 1
+    host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)
+    gpu = {name: count / GIB for name, count in parts.items()}
+    gpu["buffers"] += CUDA_CONTEXT
+    peak = peak / GIB + CUDA_CONTEXT
+    result = {
+        "processes": cfg.processes,
+        "shard_size": shard_size,
+        "fits": peak <= cfg.gpu_memory,
+        "gpu_gib": {"peak": peak} | gpu,
+        "host_gib": host / GIB + node * HOST_PROCESS,
+        "checkpoint_gib": {
+            "public": public * copies / GIB,
+            "state": measured["trainable"] * 4 * (3 + copies - 1) / GIB,
+        },
+        "pflop": {
+            "rollout": forwards * measured["forward_flops"] / 1e15,
+            "update": micro_batches * measured["forward_flops_update"] / 1e15,
+        },
+        "gathered_gib": (forwards + 2 * micro_batches) * gathered / GIB,
+    }
+    path = Path(cfg.output_dir) / "dryrun.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(result, indent=2) + "\n")
+    print(text_of(result, cfg.gpu_memory))
+    return result
+
+
+def compute_dtype(option: str) -> torch.dtype:
+    """What --dtype means on CUDA."""
+    require(option in ("auto", *distributed.DTYPES), f"--dtype must be one of auto, bfloat16, float32, got {option!r}")
+    return distributed.DTYPES["bfloat16" if option == "auto" else option]
+
+
+def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
+    """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
+    network = distributed.empty_network(
+        network_class, config, world.dtype if cfg.lora_rank else torch.float32,
+        world, cfg.lora_rank, lora_targets, cfg.gradient_checkpointing, False, device="cpu",
+    )  # fmt: skip
+    network = distributed.shard(network, world)
+    trained = distributed.trainable(network)
+    z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
+    parts = {"parameters": nbytes(network.parameters())}
+    elements, trainable_elements = (sum(p.numel() for p in ps) for ps in (network.parameters(), trained))
+    held, start = counter.tensors, counter.flops
+    with torch.no_grad():
+        predict(network, z, of_sample)
+    forward = counter.flops - start
+    counter.reset_peak()
+    for last in (False, True):
+        distributed.reduce_gradients(network, now=last)
+        start = counter.flops
+        torch.autograd.backward((predict(network, z, of_sample) ** 2).mean())
+    gradients = [p.grad for p in distributed.trainable(network) if p.grad is not None]
+    parts["gradients"] = nbytes(gradients)
+    sharded = isinstance(network, FSDPModule)
+    parts["buffers"] = max(0, counter.peak_buffers - (parts["gradients"] if sharded else 0))
+    parts["activations"] = counter.peak - held - parts["gradients"] - parts["buffers"]
+    # The optimizer does to every part of a parameter what it does to a parameter.
+    shards = [nn.Parameter(_local(p).detach()) for p in distributed.trainable(network)]
+    for parameter in shards:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(shards, lr=cfg.learning_rate)
+    optimizer.step()
+    parts["optimizer"] = sum(nbytes(state.values()) for state in optimizer.state.values())
+    parts["ema"] = nbytes(distributed.EMA(network, cfg.ema_decay).average)
+    return {
+        "bytes": parts,
+        "elements": elements,
+        "trainable": trainable_elements,
+        "forward_flops": forward,
+        "forward_flops_update": counter.flops - start,
+        "condition_bytes": nbytes(of_sample) // cfg.micro_batch,
+    }
+
+
+def text_of(result: dict, gpu_memory: float) -> str:
+    gpu = result["gpu_gib"]
+    lines = [f"{result['processes']} processes, {result['shard_size']} share a copy of the network"]
+    lines += [f"  {name:<14}{gib:8.2f} GiB" for name, gib in gpu.items() if name != "peak"]
+    verdict = "fits" if result["fits"] else "DOES NOT FIT"
+    lines.append(f"  {'peak':<14}{gpu['peak']:8.2f} GiB on each GPU: {verdict} into {gpu_memory:g} GiB")
+    checkpoint, pflop = result["checkpoint_gib"], result["pflop"]
+    lines.append(f"host memory {result['host_gib']:.0f} GiB on each node")
+    lines.append(f"a checkpoint {checkpoint['public']:.2f} GiB, and {checkpoint['state']:.2f} GiB to resume from")
+    lines.append(
+        f"an iteration on each GPU: {pflop['rollout']:.3g} PFLOP of rollout, {pflop['update']:.3g} of update, "
+        f"{result['gathered_gib']:.0f} GiB of parameters received"
+    )
+    return "\n".join(lines)
