@@ -277,10 +277,13 @@ def compute_dtype(option: str) -> torch.dtype:
 
 def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
-    network = distributed.empty_network(
-        network_class, config, world.dtype if cfg.lora_rank else torch.float32,
-        world, cfg.lora_rank, lora_targets, cfg.gradient_checkpointing, False, device="cpu",
-    )  # fmt: skip
+    master = world.dtype if cfg.lora_rank else torch.float32
+    prepare = (world, cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
+    network = distributed.empty_network(network_class, config, master, *prepare)
+    for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
+        for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            empty = torch.empty(x.shape, dtype=x.dtype)
+            setattr(module, name, nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty)
     network = distributed.shard(network, world)
     trained = distributed.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
