@@ -25,6 +25,8 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rewards import is_folder_or_hub_id
+
 from . import distributed
 from .cli import require
 from .data import write_atomically
@@ -137,7 +139,7 @@ def autocast_as_on_cuda() -> Iterator[None]:
 
 def config_of(network_class: type, path: str, subfolder: str | None = None, option: str = "--model", **known) -> dict:
     """The configuration of a diffusers model; where its files cannot be reached the class's defaults and `known`."""
-    distributed.check_local_or_hub(option, path)
+    require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; give a local folder or a hub id (OWNER/NAME)")
     try:
         return dict(network_class.load_config(path, **({"subfolder": subfolder} if subfolder else {})))
     except OSError:
@@ -244,8 +246,10 @@ def run(
     copies = 2 if cfg.ema_decay else 1
     host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
-    gpu["buffers"] += CUDA_CONTEXT
-    peak = peak / GIB + CUDA_CONTEXT
+    # Beside what was measured: the context, and the text embeddings that the run keeps.
+    beside = CUDA_CONTEXT + distributed.PromptCache.SIZE * measured["condition_bytes"] / GIB
+    gpu["buffers"] += beside
+    peak = peak / GIB + beside
     result = {
         "processes": cfg.processes,
         "shard_size": shard_size,
@@ -278,7 +282,7 @@ def compute_dtype(option: str) -> torch.dtype:
 def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
     master = world.dtype if cfg.lora_rank else torch.float32
-    prepare = (world, cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
+    prepare = (cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
     network = distributed.empty_network(network_class, config, master, *prepare)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

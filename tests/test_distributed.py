@@ -242,7 +242,7 @@ def test_eight_processes_fetch_an_absent_prompt_set_at_the_same_moment(tmp_path,
     assert [path.name for path in (tmp_path / "cache" / "dancegrpo").iterdir()] == ["hpdv2.txt"]
 
 
-# ------------------------------------------------------------------------------------------- a trainer on four processes
+# ------------------------------------------------------------------------------------------ a trainer on four processes
 
 
 def command(output_dir, processes, **options):
@@ -283,9 +283,8 @@ def test_a_run_that_gets_sigterm_saves_and_ends_well(tmp_path, processes):
     assert run.wait(timeout=120) == 0
     done = lines(out)[-1]["iteration"]
     assert done < 1000 and cli.latest_checkpoint(out).name == f"checkpoint-{done:06d}"
-    subprocess.run(
-        command(out, processes, iterations=done + 1, save_every=1000) + ["--resume"], check=True, timeout=600
-    )
+    again = command(out, processes, iterations=done + 1, save_every=1000)
+    subprocess.run([*again, "--resume"], check=True, timeout=600)
     assert lines(out)[-1]["iteration"] == done + 1
 
 
