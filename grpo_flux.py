@@ -271,15 +271,15 @@ def check(cfg: Config) -> None:
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
 
 
-def dry_run(cfg: Config) -> None:
-    """Print what a run with these options takes, and write OUTPUT_DIR/dryrun.json."""
+def dry_run(cfg: Config) -> dict:
+    """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
     config = dryrun.config_of(FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
     vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
     rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
     dtype, length = dryrun.compute_dtype(cfg.dtype), cfg.max_sequence_length
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
-    dryrun.run(
+    return dryrun.run(
         cfg, FluxTransformer2DModel, config,
         predict=lambda network, z, text: velocity(network, z, torch.ones(()), text, cfg.guidance, rows),
         shape=(rows * columns, config["in_channels"]),
@@ -294,7 +294,8 @@ def dry_run(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.dry_run:
-        return dry_run(cfg)
+        dry_run(cfg)
+        return
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)

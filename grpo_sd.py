@@ -272,13 +272,13 @@ def check(cfg: Config) -> None:
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
 
 
-def dry_run(cfg: Config) -> None:
-    """Print what a run with these options takes, and write OUTPUT_DIR/dryrun.json."""
+def dry_run(cfg: Config) -> dict:
+    """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
     config = dryrun.config_of(UNet2DConditionModel, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
-    dryrun.run(
+    return dryrun.run(
         cfg, UNet2DConditionModel, config,
         predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),
         shape=(config["in_channels"], cfg.height // side, cfg.width // side),
@@ -290,7 +290,8 @@ def dry_run(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.dry_run:
-        return dry_run(cfg)
+        dry_run(cfg)
+        return
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)

@@ -324,8 +324,8 @@ def check(cfg: Config) -> None:
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
 
 
-def dry_run(cfg: Config) -> None:
-    """Print what a run with these options takes, and write OUTPUT_DIR/dryrun.json."""
+def dry_run(cfg: Config) -> dict:
+    """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
     known = {"in_channels": 32} if cfg.transformer else {}  # SkyReels'
     config = dryrun.config_of(HunyuanVideoTransformer3DModel, **transformer_source(cfg), guidance_embeds=True, **known)
@@ -334,7 +334,7 @@ def dry_run(cfg: Config) -> None:
     shape = (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
     dtype, n, length = dryrun.compute_dtype(cfg.dtype), 1 if cfg.true_guidance == 1 else 2, cfg.max_sequence_length
     known = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}
-    dryrun.run(
+    return dryrun.run(
         cfg, HunyuanVideoTransformer3DModel, config,
         predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
         condition=lambda b: [
@@ -349,7 +349,8 @@ def dry_run(cfg: Config) -> None:
 
 def main(cfg: Config) -> None:
     if cfg.dry_run:
-        return dry_run(cfg)
+        dry_run(cfg)
+        return
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)

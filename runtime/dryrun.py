@@ -230,9 +230,7 @@ def run(
     pairs = P * (2 * cfg.keep_best_worst or G) * trained // cfg.updates_per_rollout
     forwards = -(-P * G // M) * cfg.steps
     micro_batches = -(-pairs // M) * cfg.updates_per_rollout
-    pixels = (
-        3 * getattr(cfg, "frames", 1) * cfg.height * cfg.width
-    )  # of a decoded sample, float32 until the iteration ends
+    pixels = 3 * getattr(cfg, "frames", 1) * cfg.height * cfg.width  # of a decoded sample, in float32
     whole, parts = measured["elements"], measured["bytes"]
     master = dtype.itemsize if cfg.lora_rank else 4
     if cfg.kl_weight and not cfg.lora_rank:
@@ -252,8 +250,10 @@ def run(
     copies = 2 if cfg.ema_decay else 1
     host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
-    gpu["buffers"] += CUDA_CONTEXT
-    peak = peak / GIB + CUDA_CONTEXT
+    # Beside what was measured: the context, and the text embeddings that the run keeps.
+    beside = CUDA_CONTEXT + distributed.PromptCache.SIZE * measured["condition_bytes"] / GIB
+    gpu["buffers"] += beside
+    peak = peak / GIB + beside
     result = {
         "processes": cfg.processes,
         "shard_size": shard_size,
@@ -285,10 +285,13 @@ def compute_dtype(option: str) -> torch.dtype:
 
 def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
-    network = distributed.empty_network(
-        network_class, config, world.dtype if cfg.lora_rank else torch.float32,
-        cfg.lora_rank, lora_targets, cfg.gradient_checkpointing, device="cpu",
-    )  # fmt: skip
+    master = world.dtype if cfg.lora_rank else torch.float32
+    prepare = (cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
+    network = distributed.empty_network(network_class, config, master, *prepare)
+    for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
+        for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            empty = torch.empty(x.shape, dtype=x.dtype)
+            setattr(module, name, nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty)
     network = distributed.shard(network, world)
     trained = distributed.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 import distributed_cases
+import grpo_flux
+import small
 from runtime import cli, data, distributed, output
 
 
@@ -237,3 +240,53 @@ def test_eight_processes_fetch_an_absent_prompt_set_at_the_same_moment(tmp_path,
         process.join()
     assert all(prompts_of_one == [prompt.strip() for prompt in prompts] for prompts_of_one in fetched)
     assert [path.name for path in (tmp_path / "cache" / "dancegrpo").iterdir()] == ["hpdv2.txt"]
+
+
+# ------------------------------------------------------------------------------------------ a trainer on four processes
+
+
+def command(output_dir, processes, **options):
+    options = small.options(grpo_flux) | {"prompts_per_iteration": 4, "output_dir": output_dir} | options
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+    return [sys.executable, *(launcher if processes > 1 else []), "grpo_flux.py", *words]
+
+
+def lines(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_trainer_on_four_processes_does_the_work_of_one_with_every_shard_size(tmp_path):
+    subprocess.run(command(tmp_path / "one", 1), check=True, timeout=600)
+    one = load_file(tmp_path / "one" / "checkpoint-000003" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for shard_size in (1, 2, 4):
+        folder = tmp_path / f"four-{shard_size}"
+        subprocess.run(command(folder, 4, shard_size=shard_size, dtype="float32"), check=True, timeout=600)
+        for a, b in zip(lines(tmp_path / "one"), lines(folder), strict=True):
+            assert b["reward_hps"] == pytest.approx(a["reward_hps"], abs=1e-5)
+            assert b["ratio_max_deviation_first_update"] <= 1e-6
+        four = load_file(folder / "checkpoint-000003" / "transformer" / "diffusion_pytorch_model.safetensors")
+        assert distance(four, one) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_gets_sigterm_saves_and_ends_well(tmp_path, processes):
+    out = tmp_path / "run"
+    run = subprocess.Popen(command(out, processes, iterations=1000, save_every=1000))
+    while not (out / "metrics.jsonl").exists() or not lines(out):
+        assert run.poll() is None
+        time.sleep(0.2)
+    worker = run.pid if processes == 1 else int(children(run.pid)[0])  # one of the processes is enough
+    os.kill(worker, signal.SIGTERM)
+    assert run.wait(timeout=120) == 0
+    done = lines(out)[-1]["iteration"]
+    assert done < 1000 and cli.latest_checkpoint(out).name == f"checkpoint-{done:06d}"
+    again = command(out, processes, iterations=done + 1, save_every=1000)
+    subprocess.run([*again, "--resume"], check=True, timeout=600)
+    assert lines(out)[-1]["iteration"] == done + 1
+
+
+def children(pid):
+    return subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
