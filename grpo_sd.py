@@ -289,9 +289,6 @@ def dry_run(cfg: Config) -> dict:
 
 
 def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        dry_run(cfg)
-        return
     check(cfg)
     prompts = data.load_prompts(cfg.prompts)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
@@ -380,4 +377,5 @@ def main(cfg: Config) -> None:
 
 if __name__ == "__main__":
     with cli.one_line_errors(RewardError):
-        main(cli.parse_config(Config, PRESETS))
+        config = cli.parse_config(Config, PRESETS)
+        dry_run(config) if config.dry_run else main(config)
