@@ -1,6 +1,6 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, vae, flux, clip, hps, sd, video, videoalign, or all of them in this order
+python -m tiny NAME     prompts, flux, clip, hps, sd, video, videoalign, or all of them in this order
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
 """
 
@@ -17,7 +17,6 @@ from tiny.training import MODELS, ROOT, sample
 
 MAKERS = {
     "prompts": make_prompts.write_prompts,
-    "vae": make_image_models.make_vae,
     "flux": make_image_models.make_flux,
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,

@@ -29,7 +29,6 @@ from tiny.clips import draw_clip, phrase_action, random_action, random_clip, spo
 from tiny.pictures import phrase, random_metadata, random_scene, render
 from tiny.training import (
     MODELS,
-    Muon,
     caption_words,
     clip_text_encoder,
     fast,
@@ -71,8 +70,11 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
         pale, fault = rng.choice((0.0, 0.0, rng.uniform(0.2, 0.85))), rng.choice((None, None, "flicker", "jitter"))
         pool.append(short_clip(rng, random_action(rng), fault, pale))
     pool = torch.stack(pool).transpose(1, 2)  # (N, 3, 9, 32, 32)
+    # Muon takes matrices: those of the convolutions are (out, in · 27), views of their weights.
+    kernels = [p for p in vae.parameters() if p.ndim > 1]
+    matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in kernels]
     steps = [
-        Muon([p for p in vae.parameters() if p.ndim > 1], learning_rate, weight_decay=0.0),
+        torch.optim.Muon(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW([p for p in vae.parameters() if p.ndim == 1], 2e-3, betas=(0.9, 0.99), weight_decay=0.0),
     ]
     cycle = torch.optim.lr_scheduler.OneCycleLR
@@ -90,6 +92,8 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
         vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            matrix.grad = kernel.grad.flatten(1)
         for optimizer, schedule in zip(steps, schedules, strict=True):
             optimizer.step()
             schedule.step()

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import json
-import math
 import random
 import shutil
 import zipfile
@@ -27,63 +26,17 @@ def fast():
         yield
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for matrices and kernels of convolutions, with the step size of AdamW (2502.16982).
-
-    The rule of torch.optim.Muon, in float32 and for all matrices of one shape together. PyTorch's own computes in
-    bfloat16, which is 15 times slower on a CPU without instructions for it.
-    """
-
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.01):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, momentum, same_shape = group["lr"], group["momentum"], {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    same_shape.setdefault(p.shape, []).append(p)
-            for parameters in same_shape.values():
-                updates = []
-                for p in parameters:
-                    average = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(average, momentum).flatten(1))
-                x = torch.stack(updates)
-                rows, columns = x.shape[1:]
-                x = x.mT if rows > columns else x
-                x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-                for _ in range(5):  # Newton-Schulz: all singular values to about 1
-                    gram = x @ x.mT
-                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-                x = x.mT if rows > columns else x
-                for p, direction in zip(parameters, x, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(direction.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(rows, columns)))
-
-
-def optimizers(modules, iterations, learning_rate, cooldown=None):
-    """Muon for the matrices and kernels inside the blocks, AdamW for everything else, each with its schedule.
-
-    Returns [(optimizer, schedule)]. The schedule is one cycle; with a cooldown it rises for 100 iterations, stays, and
-    falls over the last `cooldown`.
-    """
+def optimizers(modules, iterations, learning_rate):
+    """Muon for the matrices of the blocks, AdamW for everything else, each with its one-cycle schedule."""
     matrices, rest = [], []
     for module in modules:
         for name, parameter in module.named_parameters():
-            outer = "embed" in name or "shared" in name or (cooldown and name.count(".") < 2)
-            inner = parameter.ndim == 2 or (parameter.ndim == 4 and cooldown)
-            (matrices if inner and not outer else rest).append(parameter)
-    muon = Muon(matrices, learning_rate)
+            hidden = parameter.ndim == 2 and "embed" not in name and "shared" not in name
+            (matrices if hidden else rest).append(parameter)
+    muon = torch.optim.Muon(matrices, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    schedules = torch.optim.lr_scheduler
-    if cooldown:
-        return [
-            (o, schedules.LambdaLR(o, lambda i: min(1, (i + 1) / 100, (iterations - i) / cooldown)))
-            for o in (muon, adamw)
-        ]
     cycle = {"total_steps": iterations, "pct_start": 0.05, "cycle_momentum": False}
-    return [(o, schedules.OneCycleLR(o, learning_rate, **cycle)) for o in (muon, adamw)]
+    return [(o, torch.optim.lr_scheduler.OneCycleLR(o, learning_rate, **cycle)) for o in (muon, adamw)]
 
 
 def step(modules, steps):
@@ -96,12 +49,12 @@ def step(modules, steps):
         optimizer.zero_grad()
 
 
-def update(modules, averages, steps, i, most=0.999):
+def update(modules, averages, steps, i):
     """One step of every optimizer, then of the running averages of the first modules' weights (i counts from 0)."""
     step(modules, steps)
     with torch.no_grad():
-        for old, new in zip(averages, modules, strict=False):
-            share = 1 - min(most, (i + 1) / (i + 10))
+        for old, new in zip(averages, modules, strict=True):
+            share = 1 - min(0.999, (i + 1) / (i + 10))
             torch._foreach_lerp_(list(old.parameters()), list(new.parameters()), share)
 
 
