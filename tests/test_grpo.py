@@ -14,7 +14,7 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 from grpo_flux import group_advantages, grpo_loss, sde_window, statistics, training_pairs
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, dryrun, output
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
@@ -22,7 +22,8 @@ SHARED = ["group_advantages", "grpo_loss", "sde_window", "training_pairs", "stat
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
 group_size steps eta sde_window sde_window_every timestep_fraction shared_noise updates_per_rollout micro_batch
 clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay guidance height
-width gradient_checkpointing compile save_every sample_every num_samples"""
+width gradient_checkpointing dtype shard_size offload compile dry_run processes gpu_memory save_every keep_states
+sample_every num_samples"""
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts
@@ -62,7 +63,7 @@ def test_every_option_of_the_contract_is_there_and_read(trainer):
     expected = set(CONTRACT.split()) | ({"sde", "shift"} if trainer is not grpo_sd else set())
     assert expected <= set(names)
     assert trainer is not grpo_sd or not {"sde", "shift"} & set(names)
-    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, distributed, output)))
+    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, distributed, dryrun, output)))
     unread = {name for name in names if not re.search(rf"\b(cfg|config|c)\.{name}\b", source)}
     assert unread <= {"preset"}  # which parse_config reads, before there is a config
     for preset in trainer.PRESETS.values():
@@ -100,11 +101,16 @@ TABLE_6 = dict(
 RECIPES = [
     (grpo_sd, "release", 49, SD),
     (grpo_sd, "hps-clip", 49, SD | dict(reward="hps:0.7,clip:1.4")),
+    (grpo_sd, "24gb", 49, SD | dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True)),
     (grpo_sd, "paper", 29, TABLE_6 | dict(steps=50, updates_per_rollout=1, guidance=5.0)),
     (grpo_flux, "release", 9, FLUX),
     (grpo_flux, "8gpu", 9, FLUX | dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995)),
     (grpo_flux, "lora", 6, FLUX | dict(
         updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, iterations=301
+    )),
+    (grpo_flux, "lora-48gb", 6, FLUX | dict(
+        updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, height=512, width=512, micro_batch=2,
+        prompts_per_iteration=4, offload=True,
     )),
     (grpo_flux, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3)),
     (grpo_video, "release", 9, T2V),
