@@ -230,6 +230,8 @@ def load_models(cfg: Config, world: distributed.World):
     )
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
+    for network in dict.fromkeys((transformer, reference)):
+        distributed.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
     kind = HunyuanSkyreelsImageToVideoPipeline if takes_first_frame(cfg) else HunyuanVideoPipeline
     return distributed.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
 
@@ -238,10 +240,14 @@ def load_models(cfg: Config, world: distributed.World):
 def encode(pipe, prompts: list[str], pictures: dict[str, Path], shape: tuple, cfg: Config, device) -> list[Tensor]:
     """→ Llama embedding of each token (P, n, L, D), which tokens count (P, n, L), CLIP embedding (P, n, D'),
     and latents of the first frame, followed by zeros, (P, C, f, h, w); of no channels if there are no pictures.
+
+    L is the length of the longest of these texts, not max_sequence_length: attention over padding costs as much.
     """
     texts = prompts if cfg.true_guidance == 1 else [text for prompt in prompts for text in ("", prompt)]
     tokens, pooled, mask = pipe.encode_prompt(texts, device=device, max_sequence_length=cfg.max_sequence_length)
-    text = [rearrange(x, "(p n) ... -> p n ...", p=len(prompts)) for x in (tokens, mask.to(tokens), pooled)]
+    length = int(mask.sum(1).max())
+    text = (tokens[:, :length], mask[:, :length].to(tokens), pooled)
+    text = [rearrange(x, "(p n) ... -> p n ...", p=len(prompts)) for x in text]
     frames = torch.zeros(len(prompts), shape[0] if pictures else 0, *shape[1:], device=device)
     for frame, prompt in zip(frames, prompts if pictures else [], strict=False):
         pixels = pipe.video_processor.preprocess(data.read_picture(pictures[prompt]), cfg.height, cfg.width)

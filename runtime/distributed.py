@@ -358,9 +358,33 @@ class PromptCache:
         rows = [self.kept[prompt] for prompt in prompts]
         for prompt in list(self.kept)[: -self.SIZE]:
             del self.kept[prompt]
-        return (
-            torch.cat(rows) if isinstance(rows[0], Tensor) else type(rows[0])(map(torch.cat, zip(*rows, strict=True)))
-        )
+        return join(rows) if isinstance(rows[0], Tensor) else type(rows[0])(map(join, zip(*rows, strict=True)))
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors (n, …); shorter ones are padded with zeros to the size of the largest."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    pads = [
+        [x for size, own in zip(sizes[::-1], t.shape[:0:-1], strict=True) for x in (0, size - own)] for t in tensors
+    ]
+    return torch.cat([nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])
+
+
+def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
+    """Blocks get None instead of an attention mask that masks nothing, which shuts out the kernels of flash attention.
+
+    position: the mask's among the arguments of a block.
+    """
+    last = {"mask": None, "full": False}  # the blocks of one forward pass get the same mask, which is read once
+
+    def hook(block: nn.Module, args: tuple) -> tuple:
+        mask = args[position]
+        if last["mask"] is not mask:
+            last.update(mask=mask, full=bool(mask.all()))
+        return (*args[:position], None if last["full"] else mask, *args[position + 1 :])
+
+    for block in blocks:
+        block.register_forward_pre_hook(hook)
 
 
 class Preemption:

@@ -540,6 +540,40 @@ def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(case, guidanc
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+def test_trimmed_text_without_a_mask_gives_the_same_velocity():
+    """Padding of the text changes nothing but the cost, and a mask that masks nothing shuts out flash attention."""
+    load = HunyuanVideoTransformer3DModel.from_pretrained
+    plain, lean = (load("tiny/hunyuan", subfolder="transformer").eval() for _ in range(2))
+    blocks, masks = [*lean.transformer_blocks, *lean.single_transformer_blocks], []
+    distributed.drop_full_masks(blocks, position=3)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, args: masks.append(args[3]))
+    generator = torch.Generator().manual_seed(0)
+    z, tokens = (torch.randn(size, generator=generator) for size in ((2, 16, 2, 8, 8), (2, 1, 24, 64)))
+    pooled, lengths = torch.randn(2, 1, 64, generator=generator), torch.tensor([7, 7])
+    tokens = tokens[..., : lean.config.text_embed_dim]
+    mask = (torch.arange(24) < lengths[:, None]).float()[:, None]
+    first_frame, cfg, sigma = torch.zeros(2, 0, 2, 8, 8), grpo_video.Config(), torch.tensor(0.7)
+    with torch.no_grad():
+        padded = grpo_video.velocity(plain, z, sigma, [tokens, mask, pooled, first_frame], cfg)
+        short = [tokens[:, :, :7], mask[:, :, :7], pooled, first_frame]
+        torch.testing.assert_close(grpo_video.velocity(lean, z, sigma, short, cfg), padded, rtol=1e-4, atol=1e-5)
+        assert masks == [None] * len(blocks)
+        mask[1, :, 5:] = 0
+        grpo_video.velocity(lean, z, sigma, short, cfg)
+    assert all(mask is not None and not mask.all() for mask in masks[len(blocks) :])
+
+
+def test_prompts_of_different_lengths_are_padded_together():
+    cache = distributed.PromptCache(
+        lambda prompts: [torch.ones(1, 2, len(prompts[0]), 3), torch.ones(1, 2, len(prompts[0]))],
+        distributed.start_world(),
+    )
+    tokens, mask = cache(["four", "two", "four"])
+    assert tokens.shape == (3, 2, 4, 3) and mask[:, 0].sum(1).tolist() == [4, 3, 4]
+    assert torch.equal(tokens[..., 0], mask)
+
+
 def mode_only(encoded):
     """An encoding whose draws are its mode."""
     encoded.latent_dist.sample = lambda generator=None: encoded.latent_dist.mode()
