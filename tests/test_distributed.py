@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import distributed_cases
-import grpo_flux
 import small
 from runtime import cli, data, distributed, output
 
@@ -79,7 +78,8 @@ def test_lora_in_bfloat16_is_the_same_on_two_processes_to_the_bit(one, two, shar
 def test_full_fine_tuning_in_bfloat16_is_as_exact_on_two_processes_as_on_one(one, two):
     a, whole, sharded = one["full-bfloat16"], two["full-bfloat16", 1], two["full-bfloat16", 2]
     assert torch.equal(a["predictions"], whole["predictions"])  # each process has the network that one has
-    assert whole["norms"] == pytest.approx(a["norms"], rel=1e-3)
+    assert whole["norms"][0] == pytest.approx(a["norms"][0], rel=1e-5)
+    assert whole["norms"] == pytest.approx(a["norms"], rel=2**-8)  # later ones to bfloat16's rounding
     # FSDP rounds the weights of norms, which one process keeps in float32: no more than bfloat16 does elsewhere.
     world = distributed.start_world()
     network_class, path = distributed_cases.NETWORKS["hunyuan"]
@@ -246,7 +246,7 @@ def test_eight_processes_fetch_an_absent_prompt_set_at_the_same_moment(tmp_path,
 
 
 def command(output_dir, processes, **options):
-    options = small.options(grpo_flux) | {"prompts_per_iteration": 4, "output_dir": output_dir} | options
+    options = small.options("flux") | {"prompts_per_iteration": 4, "output_dir": output_dir} | options
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     return [sys.executable, *(launcher if processes > 1 else []), "grpo_flux.py", *words]
@@ -257,28 +257,27 @@ def lines(output_dir):
 
 
 @pytest.mark.slow
-def test_a_trainer_on_four_processes_does_the_work_of_one_with_every_shard_size(tmp_path):
+def test_a_trainer_on_four_processes_two_of_which_share_a_copy_does_the_work_of_one(tmp_path):
     subprocess.run(command(tmp_path / "one", 1), check=True, timeout=600)
-    one = load_file(tmp_path / "one" / "checkpoint-000003" / "transformer" / "diffusion_pytorch_model.safetensors")
-    for shard_size in (1, 2, 4):
-        folder = tmp_path / f"four-{shard_size}"
-        subprocess.run(command(folder, 4, shard_size=shard_size, dtype="float32"), check=True, timeout=600)
-        for a, b in zip(lines(tmp_path / "one"), lines(folder), strict=True):
-            assert b["reward_hps"] == pytest.approx(a["reward_hps"], abs=1e-5)
-            assert b["ratio_max_deviation_first_update"] <= 1e-6
-        four = load_file(folder / "checkpoint-000003" / "transformer" / "diffusion_pytorch_model.safetensors")
-        assert distance(four, one) < 1e-4
+    subprocess.run(command(tmp_path / "four", 4, shard_size=2, dtype="float32"), check=True, timeout=600)
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "four"), strict=True):
+        assert b["reward_hps"] == pytest.approx(a["reward_hps"], abs=1e-5)
+        assert b["ratio_max_deviation_first_update"] <= 1e-6
+    one, four = (
+        load_file(tmp_path / name / "checkpoint-000003" / "transformer" / "diffusion_pytorch_model.safetensors")
+        for name in ("one", "four")
+    )
+    assert distance(four, one) < 1e-4
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_gets_sigterm_saves_and_ends_well(tmp_path, processes):
-    out = tmp_path / "run"
+def test_a_run_that_gets_sigterm_saves_and_ends_well(tmp_path):
+    out, processes = tmp_path / "run", 2
     run = subprocess.Popen(command(out, processes, iterations=1000, save_every=1000))
     while not (out / "metrics.jsonl").exists() or not lines(out):
         assert run.poll() is None
         time.sleep(0.2)
-    worker = run.pid if processes == 1 else int(children(run.pid)[0])  # one of the processes is enough
+    worker = int(children(run.pid)[0])  # one of the processes is enough
     os.kill(worker, signal.SIGTERM)
     assert run.wait(timeout=120) == 0
     done = lines(out)[-1]["iteration"]
