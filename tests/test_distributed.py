@@ -242,14 +242,13 @@ def test_eight_processes_fetch_an_absent_prompt_set_at_the_same_moment(tmp_path,
     assert [path.name for path in (tmp_path / "cache" / "dancegrpo").iterdir()] == ["hpdv2.txt"]
 
 
-# ------------------------------------------------------------------------------------------ a trainer on four processes
+# ------------------------------------------------------------------------------------------------------- preemption
 
 
-def command(output_dir, processes, **options):
-    options = small.options("flux") | {"prompts_per_iteration": 4, "output_dir": output_dir} | options
+def command(output_dir, **options):
+    options = small.options("flux") | {"output_dir": output_dir} | options
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    return [sys.executable, *(launcher if processes > 1 else []), "grpo_flux.py", *words]
+    return [sys.executable, "grpo_flux.py", *words]
 
 
 def lines(output_dir):
@@ -257,35 +256,16 @@ def lines(output_dir):
 
 
 @pytest.mark.slow
-def test_a_trainer_on_four_processes_two_of_which_share_a_copy_does_the_work_of_one(tmp_path):
-    subprocess.run(command(tmp_path / "one", 1), check=True, timeout=600)
-    subprocess.run(command(tmp_path / "four", 4, shard_size=2, dtype="float32"), check=True, timeout=600)
-    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "four"), strict=True):
-        assert b["reward_hps"] == pytest.approx(a["reward_hps"], abs=1e-5)
-        assert b["ratio_max_deviation_first_update"] <= 1e-6
-    one, four = (
-        load_file(tmp_path / name / "checkpoint-000003" / "transformer" / "diffusion_pytorch_model.safetensors")
-        for name in ("one", "four")
-    )
-    assert distance(four, one) < 1e-4
-
-
-@pytest.mark.slow
 def test_a_run_that_gets_sigterm_saves_and_ends_well(tmp_path):
-    out, processes = tmp_path / "run", 2
-    run = subprocess.Popen(command(out, processes, iterations=1000, save_every=1000))
+    out = tmp_path / "run"
+    run = subprocess.Popen(command(out, iterations=1000, save_every=1000))
     while not (out / "metrics.jsonl").exists() or not lines(out):
         assert run.poll() is None
         time.sleep(0.2)
-    worker = int(children(run.pid)[0])  # one of the processes is enough
-    os.kill(worker, signal.SIGTERM)
+    run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=120) == 0
     done = lines(out)[-1]["iteration"]
     assert done < 1000 and cli.latest_checkpoint(out).name == f"checkpoint-{done:06d}"
-    again = command(out, processes, iterations=done + 1, save_every=1000)
+    again = command(out, iterations=done + 1, save_every=1000)
     subprocess.run([*again, "--resume"], check=True, timeout=600)
     assert lines(out)[-1]["iteration"] == done + 1
-
-
-def children(pid):
-    return subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True).stdout.split()
