@@ -27,7 +27,6 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor
-from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, dryrun, output
@@ -260,8 +259,8 @@ def sample_groups(
 # ---------------------------------------------------------------------------------------------------------- Algorithm 1
 
 
-def check(cfg: Config) -> None:
-    """Everything that can be wrong with the options is found here, before any model is loaded."""
+def check(cfg: Config) -> list[str]:
+    """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
     cli.check_options(cfg)
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
@@ -269,6 +268,9 @@ def check(cfg: Config) -> None:
     distributed.check_family(cfg.model, "FluxPipeline")
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
+    prompts = data.load_prompts(cfg.prompts)
+    check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
+    return prompts
 
 
 def dry_run(cfg: Config) -> dict:
@@ -293,14 +295,13 @@ def dry_run(cfg: Config) -> dict:
 
 
 def main(cfg: Config) -> None:
-    check(cfg)
-    prompts = data.load_prompts(cfg.prompts)
+    prompts = check(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     output.open_folder(cfg, world, prompts)
-    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
+    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world)
-    optimizer = AdamW(distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
+    optimizer = distributed.adamw(transformer, cfg.learning_rate)
     ema = distributed.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
@@ -312,7 +313,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, max_length=cfg.max_sequence_length, device=world.device)
-    encode = distributed.PromptCache(encode, world, pipe.text_encoder, pipe.text_encoder_2)
+    encode = distributed.PromptCache(encode, world, transformer, pipe.text_encoder, pipe.text_encoder_2)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)

@@ -29,7 +29,6 @@ from functools import partial
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
-from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, dryrun, output
@@ -263,13 +262,16 @@ def sample_groups(
 # ---------------------------------------------------------------------------------------------------------- Algorithm 1
 
 
-def check(cfg: Config) -> None:
-    """Everything that can be wrong with the options is found here, before any model is loaded."""
+def check(cfg: Config) -> list[str]:
+    """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
     cli.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
     distributed.check_family(cfg.model, "StableDiffusionPipeline")
     vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
+    prompts = data.load_prompts(cfg.prompts)
+    check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
+    return prompts
 
 
 def dry_run(cfg: Config) -> dict:
@@ -289,14 +291,13 @@ def dry_run(cfg: Config) -> dict:
 
 
 def main(cfg: Config) -> None:
-    check(cfg)
-    prompts = data.load_prompts(cfg.prompts)
+    prompts = check(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
     output.open_folder(cfg, world, prompts)
-    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
+    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, unet, reference = load_models(cfg, world)
-    optimizer = AdamW(distributed.trainable(unet), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
+    optimizer = distributed.adamw(unet, cfg.learning_rate)
     ema = distributed.EMA(unet, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world, cfg.keep_states)
 
@@ -307,7 +308,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
-    encode = distributed.PromptCache(encode, world, pipe.text_encoder)
+    encode = distributed.PromptCache(encode, world, unet, pipe.text_encoder)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by deterministic DDIM
         text = encode(captions)

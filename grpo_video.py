@@ -34,7 +34,6 @@ from diffusers import (
 )
 from einops import rearrange
 from torch import Tensor
-from torch.optim import AdamW
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, dryrun, output
@@ -103,7 +102,7 @@ class Config:
 I2V = dict(
     transformer="Skywork/SkyReels-V1-Hunyuan-I2V", reward="mq", prompts="consisid", first_frames="runs/first-frames",
     first_frame_model="black-forest-labs/FLUX.1-dev", height=400, width=640, eta=0.3, shift=7.0, updates_per_rollout=1,
-    keep_best_worst=0, guidance=1.0, true_guidance=5.0,
+    keep_best_worst=0, guidance=1.0, true_guidance=5.0, shard_size=16,  # 63 GiB a GPU with 8
 )  # fmt: skip
 # In so short a run the first two steps, which decide most of the clip, learn fastest: the window stays there.
 TINY = dict(
@@ -315,12 +314,12 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
 # ---------------------------------------------------------------------------------------------------------- Algorithm 1
 
 
-def check(cfg: Config) -> None:
-    """Everything that can be wrong with the options is found here, before any model is loaded."""
+def check(cfg: Config) -> list[str]:
+    """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
     cli.check_options(cfg)
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
-    check_reward(cfg.reward, cfg.reward_paths, video=cfg.frames > 1)
+    check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1)
     distributed.check_family(cfg.model, "HunyuanVideoPipeline")
     vae = distributed.load_pretrained(AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
     network = distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
@@ -328,6 +327,9 @@ def check(cfg: Config) -> None:
     stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(cfg) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
+    prompts = data.load_prompts(cfg.prompts)
+    check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1, prompts, data.load_metadata(cfg.prompts))
+    return prompts
 
 
 def dry_run(cfg: Config) -> dict:
@@ -354,16 +356,15 @@ def dry_run(cfg: Config) -> dict:
 
 
 def main(cfg: Config) -> None:
-    check(cfg)
-    prompts = data.load_prompts(cfg.prompts)
+    prompts = check(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(cfg) else {}
     output.open_folder(cfg, world, prompts)
     data.paint_first_frames(cfg, pictures, world)
-    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
+    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world)
-    optimizer = AdamW(distributed.trainable(transformer), lr=cfg.learning_rate, weight_decay=1e-4)  # (release)
+    optimizer = distributed.adamw(transformer, cfg.learning_rate)
     ema = distributed.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
@@ -375,7 +376,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
-    embed = distributed.PromptCache(embed, world, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+    embed = distributed.PromptCache(embed, world, transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)

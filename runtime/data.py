@@ -77,6 +77,14 @@ def load_prompts(source: str) -> list[str]:
     return prompts
 
 
+def load_metadata(source: str) -> dict[str, dict]:
+    """{prompt: its row} of a JSONL file, for rewards that read more than prompts (GenEval); {} of any other source."""
+    path = Path(source).expanduser()
+    if source in PROMPT_SETS or path.suffix.lower() != ".jsonl":
+        return {}
+    return {row["prompt"].strip(): row for row in map(json.loads, read_lines(path))}
+
+
 def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file, with or without byte order mark; a blank last line is left out.
 

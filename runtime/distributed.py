@@ -82,17 +82,25 @@ class World:
             module.to("cpu" if self.offload else self.device).eval().requires_grad_(False)
 
     @contextlib.contextmanager
-    def on_device(self, *modules: nn.Module) -> Iterator[None]:
-        """Frozen modules are on the device inside the block. With --offload they wait in host memory outside it."""
-        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())] if self.offload else []
-        host = [tensor.data for tensor in tensors]
+    def on_device(self, *modules: nn.Module, instead_of: nn.Module | None = None) -> Iterator[None]:
+        """Frozen modules are on the device inside the block. With --offload they wait in host memory outside it.
+
+        instead_of: a network that waits in host memory meanwhile, if --offload is on and it is not sharded.
+        """
+        host = [(tensor, tensor.data) for tensor in tensors_of(modules)] if self.offload else []
+        away = [] if instead_of is None or isinstance(instead_of, FSDPModule) else tensors_of([instead_of])
+        away = away if self.offload else []
         try:
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self.device)
+            for tensor in away:
+                tensor.data = tensor.data.to("cpu")
+            for tensor, data in host:
+                tensor.data = data.to(self.device)
             yield
         finally:
-            for tensor, data in zip(tensors, host, strict=True):  # nothing changed them, so nothing is copied back
+            for tensor, data in host:  # nothing changed them, so nothing is copied back
                 tensor.data = data
+            for tensor in away:
+                tensor.data = tensor.data.to(self.device)
 
     def progress(self, iterable: Iterable, **options) -> tqdm:
         """A progress bar, on rank 0 only."""
@@ -102,6 +110,11 @@ class World:
         """items[0:size], items[size:2 size], … under a progress bar of its own that disappears when it is done."""
         starts = self.progress(range(0, len(items), size), desc=text, leave=False, mininterval=1.0, delay=2.0)
         return (items[start : start + size] for start in starts)
+
+
+def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """All parameters and buffers."""
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False, fits_whole: bool = True) -> World:
@@ -251,7 +264,7 @@ def prepare_network(
     """Make a diffusers network ready to train, in place: LoRA, gradient checkpointing, compilation.
 
     Master weights of what is trained are float32. The rest is kept in the compute dtype: with LoRA (alpha = 2 rank, as
-    in the official recipe) the network itself, or all of it if it is frozen.
+    in the release) the network itself, or all of it if it is frozen.
     """
     network.requires_grad_(not frozen and not lora_rank)
     if lora_rank:
@@ -291,6 +304,12 @@ def shard(network: nn.Module, world: World) -> nn.Module:
         if type(module).__name__ in (network._no_split_modules or []):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     return fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+def adamw(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
+    """The release's optimizer for what is trained: constant learning rate, betas 0.9 and 0.999, weight decay 1e-4."""
+    parameters = trainable(network)
+    return torch.optim.AdamW(parameters, learning_rate, weight_decay=1e-4, fused=parameters[0].is_cuda)
 
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
@@ -342,18 +361,19 @@ class PromptCache:
     """What frozen encoders make of prompts, so that each prompt is encoded once.
 
     encode   list of prompts → a tensor (P, …), or a tuple or list of them
+    network  the trained one, which with --offload makes room for the encoders
     Prompts are encoded one by one: the result must not depend on which were encoded before, or in another process.
     """
 
     SIZE = 256  # prompts that are kept
 
-    def __init__(self, encode: Callable, world: World, *encoders: nn.Module):
-        self.encode, self.world, self.encoders, self.kept = encode, world, encoders, {}
+    def __init__(self, encode: Callable, world: World, network: nn.Module, *encoders: nn.Module):
+        self.encode, self.world, self.network, self.encoders, self.kept = encode, world, network, encoders, {}
 
     def __call__(self, prompts: Sequence[str]):
         """What `encode` gives for these prompts."""
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]:
-            with self.world.on_device(*self.encoders):
+            with self.world.on_device(*self.encoders, instead_of=self.network):
                 self.kept |= {prompt: self.encode([prompt]) for prompt in missing}
         rows = [self.kept[prompt] for prompt in prompts]
         for prompt in list(self.kept)[: -self.SIZE]:

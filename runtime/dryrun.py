@@ -243,9 +243,11 @@ def run(
     parts["reward"] = reward_bytes([term.model for term in parse_spec(cfg.reward)], parse_paths(cfg.reward_paths))
     waiting = parts["frozen"] + parts["reward"]  # with --offload in host memory while the network is trained
     peak = sum(parts.values()) - (waiting if cfg.offload else 0)
-    if cfg.offload:  # the rewards, say, when nothing is there of the update
+    if cfg.offload:  # at other times only one of these is there: the encoders, instead of a network that is whole
         idle = sum(parts[name] for name in ("parameters", "optimizer", "ema", "trajectories"))
-        peak = max(peak, idle + max(parts["frozen"], parts["reward"]))
+        vae = frozen.get("vae", 0) * dtype.itemsize
+        encoders = parts["frozen"] - vae - (parts["parameters"] if shard_size == 1 else 0)
+        peak = max(peak, idle + max(encoders, vae, parts["reward"]))
     public = measured["trainable"] * 4 if cfg.lora_rank else whole * dtype.itemsize
     copies = 2 if cfg.ema_decay else 1
     host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)

@@ -193,19 +193,28 @@ def test_sigterm_is_noted_and_does_not_end_the_process():
         signal.signal(signal.SIGTERM, handler)
 
 
-def test_frozen_models_are_on_the_device_when_used_and_in_host_memory_else():
+def test_frozen_models_are_on_the_device_when_used_and_the_network_may_make_room():
     class Weights:  # stands for a tensor: a device that is not the host may not be there
+        def __init__(self, where):
+            self.where = where
+
         def to(self, device):
-            return f"copy on {device}"
+            return Weights(str(device))
+
+    def module(where):
+        tensor = SimpleNamespace(data=Weights(where))
+        return tensor, SimpleNamespace(parameters=lambda: [tensor], buffers=lambda: [])
 
     for offload in (True, False):
         world = distributed.World(0, 1, torch.device("cuda"), torch.float32, offload=offload)
-        tensor = SimpleNamespace(data=Weights())
-        model, kept = SimpleNamespace(parameters=lambda t=tensor: [t], buffers=lambda: []), tensor.data
-        with pytest.raises(ValueError), world.on_device(model):
-            assert tensor.data == ("copy on cuda" if offload else kept)
+        (frozen, model), (trained, network) = module("host"), module("cuda")
+        kept = frozen.data
+        with pytest.raises(ValueError), world.on_device(model, instead_of=network):
+            assert frozen.data.where == ("cuda" if offload else "host")
+            assert trained.data.where == ("cpu" if offload else "cuda")
             raise ValueError  # a reward that fails, say
-        assert tensor.data is kept  # not copied back: nothing changed it
+        assert frozen.data is kept  # not copied back: nothing changed it
+        assert trained.data.where == "cuda"
 
 
 def test_frozen_models_are_not_trained():

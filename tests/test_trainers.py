@@ -568,6 +568,7 @@ def test_prompts_of_different_lengths_are_padded_together():
     cache = distributed.PromptCache(
         lambda prompts: [torch.ones(1, 2, len(prompts[0]), 3), torch.ones(1, 2, len(prompts[0]))],
         distributed.start_world(),
+        torch.nn.Linear(1, 1),
     )
     tokens, mask = cache(["four", "two", "four"])
     assert tokens.shape == (3, 2, 4, 3) and mask[:, 0].sum(1).tolist() == [4, 3, 4]
