@@ -415,8 +415,12 @@ class Preemption:
 
     def __init__(self, world: World):
         self.world, self.received = world, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore(self) -> None:
+        """From now on the signals do again what they did before."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _) -> None:
         self.received = number

@@ -297,8 +297,11 @@ class Run:
             self.metrics.start(self.samples.save(0))
         options = {"initial": self.done, "total": self.config.iterations, "desc": "GRPO"}
         self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
-        yield from self.bar
-        self.metrics.draw()
+        try:
+            yield from self.bar
+            self.metrics.draw()
+        finally:
+            self.preempted.restore()
 
     def finish(self, iteration: int, row: dict) -> None:
         """Write the line of metrics; draw sample pictures and save a checkpoint if it is time."""

@@ -259,3 +259,16 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
     )  # fmt: skip
     pictures = data.first_frames(config, data.load_prompts(str(file)), distributed.start_world())
     assert pictures == {"a red circle": tmp_path / "one.png"}
+
+
+def test_signals_are_noted_during_a_run_only():
+    import os
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+    preempted = distributed.Preemption(distributed.start_world())
+    assert not preempted()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preempted() and preempted.exit_code == 0
+    preempted.restore()
+    assert signal.getsignal(signal.SIGTERM) is before
