@@ -8,7 +8,7 @@ Algorithm 1 of the paper, which `main` follows line by line:
         choose a random part of the timesteps and replay them: ratio rho = new probability / old probability
         climb the clipped objective  min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
-    python grpo_flux.py --preset tiny                                   on a laptop, no download, about a minute
+    python grpo_flux.py --preset tiny                                   on a laptop, no download, some minutes
     torchrun --nproc_per_node=8 --nnodes=2 … grpo_flux.py --reward hps  the release's run, 16 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_flux.py --preset lora              the release's LoRA recipe, 8 GPUs
 
@@ -279,7 +279,7 @@ def dry_run(cfg: Config) -> dict:
     config = dryrun.config_of(FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
     vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
     rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
-    dtype, length = dryrun.compute_dtype(cfg.dtype), cfg.max_sequence_length
+    dtype, length = distributed.compute_dtype(cfg.dtype, cuda=True), cfg.max_sequence_length
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
     return dryrun.run(
         cfg, FluxTransformer2DModel, config,

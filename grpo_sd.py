@@ -8,7 +8,7 @@ Algorithm 1 of the paper, which `main` follows line by line:
         choose a random part of the timesteps and replay them: ratio rho = new probability / old probability
         climb the clipped objective  min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
-    python grpo_sd.py --preset tiny                                 on a laptop, no download, about a minute
+    python grpo_sd.py --preset tiny                                 on a laptop, no download, some minutes
     torchrun --nproc_per_node=8 grpo_sd.py --reward hps             the release's run, 8 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_sd.py --preset hps-clip        both rewards, weighted as the author advises
 
@@ -280,11 +280,12 @@ def dry_run(cfg: Config) -> dict:
     config = dryrun.config_of(UNet2DConditionModel, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
+    dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
     return dryrun.run(
         cfg, UNet2DConditionModel, config,
         predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),
         shape=(config["in_channels"], cfg.height // side, cfg.width // side),
-        condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dryrun.compute_dtype(cfg.dtype)),
+        condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dtype),
         frozen=dryrun.frozen_parameters(cfg.model, {"vae": 83_653_863, "text_encoder": 123_060_480}),
         lora_targets=LORA_TARGETS, fits_whole=True,
     )  # fmt: skip

@@ -212,9 +212,12 @@ def transformer_source(cfg: Config) -> dict:
     return {"path": cfg.model, "subfolder": "transformer"}
 
 
-def takes_first_frame(cfg: Config) -> bool:
+def transformer_config(cfg: Config) -> dict:
+    return distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
+
+
+def takes_first_frame(config: dict) -> bool:
     """Is it image to video? SkyReels' transformer reads the first frame in as many channels again as the latent has."""
-    config = distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
     return config["in_channels"] == 2 * config["out_channels"]
 
 
@@ -231,7 +234,7 @@ def load_models(cfg: Config, world: distributed.World):
         reference = load(frozen=True)
     for network in dict.fromkeys((transformer, reference)):
         distributed.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
-    kind = HunyuanSkyreelsImageToVideoPipeline if takes_first_frame(cfg) else HunyuanVideoPipeline
+    kind = HunyuanSkyreelsImageToVideoPipeline if takes_first_frame(transformer.config) else HunyuanVideoPipeline
     return distributed.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
 
 
@@ -322,9 +325,9 @@ def check(cfg: Config) -> list[str]:
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1)
     distributed.check_family(cfg.model, "HunyuanVideoPipeline")
     vae = distributed.load_pretrained(AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
-    network = distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
+    network = transformer_config(cfg)
     cli.check_size(cfg, vae["spatial_compression_ratio"] * network["patch_size"])
-    stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(cfg) else 1
+    stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(network) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
     prompts = data.load_prompts(cfg.prompts)
@@ -340,7 +343,11 @@ def dry_run(cfg: Config) -> dict:
     vae = dryrun.config_of(AutoencoderKLHunyuanVideo, cfg.model, "vae")
     side, stride = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
     shape = (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
-    dtype, n, length = dryrun.compute_dtype(cfg.dtype), 1 if cfg.true_guidance == 1 else 2, cfg.max_sequence_length
+    dtype, n, length = (
+        distributed.compute_dtype(cfg.dtype, cuda=True),
+        1 if cfg.true_guidance == 1 else 2,
+        cfg.max_sequence_length,
+    )
     known = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}
     return dryrun.run(
         cfg, HunyuanVideoTransformer3DModel, config,
@@ -358,7 +365,7 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
-    pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(cfg) else {}
+    pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(transformer_config(cfg)) else {}
     output.open_folder(cfg, world, prompts)
     data.paint_first_frames(cfg, pictures, world)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))

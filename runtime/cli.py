@@ -28,7 +28,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     except (RunError, *errors) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        print("interrupted; --resume continues from the newest checkpoint", file=sys.stderr)
+        print("interrupted; start it again to continue, a training run with --resume", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

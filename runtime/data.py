@@ -236,7 +236,7 @@ def writing(path: Path) -> Iterator[None]:
         reason = str(e).strip().splitlines()[-1]
         raise RunError(
             f"could not write {path}: {reason}; make room or take another --output-dir; "
-            "checkpoints already there are complete, --resume goes on from the newest"
+            "checkpoints already there are complete, --resume continues from the newest"
         ) from e
 
 

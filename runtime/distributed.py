@@ -124,7 +124,7 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
     `choose_shard_size`. Raises RunError before anything is loaded.
     """
     cuda = torch.cuda.is_available()
-    require(dtype in ("auto", *DTYPES), f"--dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    compute = compute_dtype(dtype, cuda)
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = _place_on_node()
     shard_size = choose_shard_size(shard_size, size, local_size, fits_whole)
@@ -134,8 +134,13 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
     if size > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    compute = (torch.bfloat16 if cuda else torch.float32) if dtype == "auto" else DTYPES[dtype]
     return World(rank, size, device, compute, shard_size, offload, shard_mesh(device.type, size, shard_size))
+
+
+def compute_dtype(option: str, cuda: bool) -> torch.dtype:
+    """What --dtype means, with or without CUDA. Raises RunError if it is none of the known."""
+    require(option in ("auto", *DTYPES), f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option!r}")
+    return DTYPES["bfloat16" if cuda else "float32"] if option == "auto" else DTYPES[option]
 
 
 def _place_on_node() -> tuple[int, int]:
@@ -244,9 +249,9 @@ def load_pipeline(pipeline_class: type, path: str, world: World, **components):
     return pipe
 
 
-def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare, device: str = "meta") -> nn.Module:
-    """A network without weights. `dtype` of the master weights, arguments of `prepare_network`."""
-    with torch.device(device):
+def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
+    """A network on the meta device, without weights. `dtype` of the master weights, arguments of `prepare_network`."""
+    with torch.device("meta"):
         network = network_class.from_config(config)
         for parameter in network.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -446,7 +451,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         if self.average:
-            torch._foreach_lerp_(*([_local(p) for p in ps] for ps in (self.average, self.parameters)), 1 - self.decay)
+            torch._foreach_lerp_(*([local(p) for p in ps] for ps in (self.average, self.parameters)), 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -460,11 +465,12 @@ class EMA:
     @torch.no_grad()
     def _swap(self) -> None:
         for average, parameter in zip(self.average, self.parameters, strict=True):
-            average, parameter = _local(average), _local(parameter)
+            average, parameter = local(average), local(parameter)
             kept = parameter.clone()
             parameter.copy_(average)
             average.copy_(kept)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

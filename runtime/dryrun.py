@@ -53,11 +53,7 @@ FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors on this process: of a sharded tensor its own part."""
-    return sum(_local(tensor).nbytes for tensor in tensors)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return sum(distributed.local(tensor).nbytes for tensor in tensors)
 
 
 class Counter(TorchDispatchMode):
@@ -76,7 +72,7 @@ class Counter(TorchDispatchMode):
             self.flops += FLOPS[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._add(_local(tensor).untyped_storage())
+                self._add(distributed.local(tensor).untyped_storage())
         if self.tensors + self.buffers > self.peak:
             self.peak, self.peak_buffers = self.tensors + self.buffers, self.buffers
         return out
@@ -204,14 +200,13 @@ def run(
     frozen        parameters of each frozen component
     fits_whole    what --shard-size 0 means, as for `distributed.start_world`
     """
-    require(cfg.processes >= 1, f"--processes must be at least 1, got {cfg.processes}")
     require(
         cfg.prompts_per_iteration % cfg.processes == 0,
         f"--prompts-per-iteration {cfg.prompts_per_iteration} must be a multiple of the {cfg.processes} processes",
     )
     node = min(cfg.processes, NODE)
     shard_size = distributed.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
-    dtype = compute_dtype(cfg.dtype)
+    dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
     with contextlib.ExitStack() as stack:
         if cfg.processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cfg.processes)
@@ -279,12 +274,6 @@ def run(
     return result
 
 
-def compute_dtype(option: str) -> torch.dtype:
-    """What --dtype means on CUDA."""
-    require(option in ("auto", *distributed.DTYPES), f"--dtype must be one of auto, bfloat16, float32, got {option!r}")
-    return distributed.DTYPES["bfloat16" if option == "auto" else option]
-
-
 def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
     master = world.dtype if cfg.lora_rank else torch.float32
@@ -314,7 +303,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     parts["buffers"] = max(0, counter.peak_buffers - (parts["gradients"] if sharded else 0))
     parts["activations"] = counter.peak - held - parts["gradients"] - parts["buffers"]
     # The optimizer does to every part of a parameter what it does to a parameter.
-    shards = [nn.Parameter(_local(p).detach()) for p in distributed.trainable(network)]
+    shards = [nn.Parameter(distributed.local(p).detach()) for p in distributed.trainable(network)]
     for parameter in shards:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(shards, lr=cfg.learning_rate)

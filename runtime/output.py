@@ -41,10 +41,10 @@ def open_folder(config, world: World, prompts: list[str]) -> None:
     content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if world.is_main:
-        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        stored = read_options(file) if file.is_file() else {"script": ""}
         advice = "take another --output-dir"
         require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
-        require(not stored or "script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
+        require("script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
@@ -62,6 +62,15 @@ def open_folder(config, world: World, prompts: list[str]) -> None:
         content["processes"] = world.size
         write_atomically(file, json.dumps(content, indent=2) + "\n")
     world.barrier()
+
+
+def read_options(file: Path) -> dict:
+    """The content of a config.json, {} if it is damaged."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
 
 
 def lock_folder(folder: Path) -> None:
@@ -293,11 +302,11 @@ class Run:
 
     def iterations(self) -> Iterator[int]:
         """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
-        if not self.done:
-            self.metrics.start(self.samples.save(0))
         options = {"initial": self.done, "total": self.config.iterations, "desc": "GRPO"}
-        self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
         try:
+            if not self.done:
+                self.metrics.start(self.samples.save(0))
+            self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
             yield from self.bar
             self.metrics.draw()
         finally:
