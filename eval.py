@@ -25,7 +25,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -38,6 +37,8 @@ from rewards import RewardError, VideoAlignReward, check_reward, load_reward, pa
 from runtime import cli, data, distributed
 from runtime.cli import Count, Natural, NonNegative, Seed
 from sampling import flow_sigmas
+
+diffusers = cli.Lazy("diffusers")
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from einops import rearrange
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, dryrun, output
+from runtime import cli, data, distributed, output
 from runtime.cli import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, rollout, sample_ode
+
+diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 
@@ -185,15 +186,17 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: distributed.World):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
-    load = partial(distributed.load_network, FluxTransformer2DModel, cfg.model, world, subfolder="transformer")
+    kind = diffusers.FluxTransformer2DModel
+    load = partial(distributed.load_network, kind, cfg.model, world, subfolder="transformer")
     transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
-    return distributed.load_pipeline(FluxPipeline, cfg.model, world, transformer=transformer), transformer, reference
+    pipe = distributed.load_pipeline(diffusers.FluxPipeline, cfg.model, world, transformer=transformer)
+    return pipe, transformer, reference
 
 
 @torch.no_grad()
-def encode_prompts(pipe: FluxPipeline, prompts: list[str], max_length: int, device) -> tuple[Tensor, Tensor]:
+def encode_prompts(pipe, prompts: list[str], max_length: int, device) -> tuple[Tensor, Tensor]:
     """→ T5 embedding of each token (P, L, D), CLIP embedding of the whole (P, D')."""
     tokens, pooled, _ = pipe.encode_prompt(prompts, None, device, max_sequence_length=max_length)
     return tokens, pooled
@@ -224,7 +227,7 @@ def velocity(transformer, z: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor],
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, z0: Tensor, rows: int) -> Tensor:
+def decode(vae, z0: Tensor, rows: int) -> Tensor:
     """Latent tokens (B, N, C) → images (B, 3, H, W) in [0, 1]. A token is a 2 x 2 patch of the VAE's latents."""
     latents = rearrange(z0, "b (h w) (c p q) -> b c (h p) (w q)", h=rows, p=2, q=2)
     latents = latents / vae.config.scaling_factor + vae.config.shift_factor
@@ -266,7 +269,7 @@ def check(cfg: Config) -> list[str]:
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     check_reward(cfg.reward, cfg.reward_paths)
     distributed.check_family(cfg.model, "FluxPipeline")
-    vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
+    vae = distributed.load_pretrained(diffusers.AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
@@ -276,13 +279,13 @@ def check(cfg: Config) -> list[str]:
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
-    config = dryrun.config_of(FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
-    vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
+    config = dryrun.config_of(diffusers.FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
+    vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
     rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
     dtype, length = distributed.compute_dtype(cfg.dtype, cuda=True), cfg.max_sequence_length
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
     return dryrun.run(
-        cfg, FluxTransformer2DModel, config,
+        cfg, diffusers.FluxTransformer2DModel, config,
         predict=lambda network, z, text: velocity(network, z, torch.ones(()), text, cfg.guidance, rows),
         shape=(rows * columns, config["in_channels"]),
         condition=lambda b: (

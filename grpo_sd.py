@@ -27,13 +27,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, dryrun, output
+from runtime import cli, data, distributed, output
 from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import ddim_sde_step, gaussian_log_prob, sample_ode
+
+diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
 
@@ -180,25 +181,24 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: distributed.World):
     """→ the pipeline, its UNet ready to train, and the reference policy of the KL term: the UNet as it was before."""
-    load = partial(distributed.load_network, UNet2DConditionModel, cfg.model, world, subfolder="unet")
+    load = partial(distributed.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
         reference = load(frozen=True)
-    pipe = distributed.load_pipeline(
-        StableDiffusionPipeline, cfg.model, world, unet=unet, safety_checker=None, requires_safety_checker=False
-    )  # the safety checker blackens pictures, which no reward should see
+    unchecked = dict(safety_checker=None, requires_safety_checker=False)  # no reward should see a blackened picture
+    pipe = distributed.load_pipeline(diffusers.StableDiffusionPipeline, cfg.model, world, unet=unet, **unchecked)
     return pipe, unet, reference
 
 
 @torch.no_grad()
-def encode_prompts(pipe: StableDiffusionPipeline, prompts: list[str], guidance: float, device) -> Tensor:
+def encode_prompts(pipe, prompts: list[str], guidance: float, device) -> Tensor:
     """→ CLIP embedding of each token of each of the sample's texts (P, n, L, D)."""
     guided = guidance != 1
     text, empty = pipe.encode_prompt(prompts, device, 1, do_classifier_free_guidance=guided)
     return torch.stack([empty, text], 1) if guided else text[:, None]
 
 
-def predict(unet: UNet2DConditionModel, z: Tensor, timestep: Tensor, text: Tensor, guidance: float) -> Tensor:
+def predict(unet, z: Tensor, timestep: Tensor, text: Tensor, guidance: float) -> Tensor:
     """The guided prediction eps(z, t | prompt). z (B, C, h, w), timestep () or (B,), text (B, n, L, D) → (B, C, h, w).
 
     Classifier-free guidance (2207.12598): eps = eps_empty + guidance (eps_prompt - eps_empty), in one forward pass.
@@ -214,7 +214,7 @@ def predict(unet: UNet2DConditionModel, z: Tensor, timestep: Tensor, text: Tenso
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, z0: Tensor) -> Tensor:
+def decode(vae, z0: Tensor) -> Tensor:
     """Latents (B, C, h, w) → images (B, 3, H, W) float32 in [0, 1]."""
     images = vae.decode((z0 / vae.config.scaling_factor).to(vae.dtype)).sample
     return (images.float() / 2 + 0.5).clamp(0, 1)
@@ -222,7 +222,7 @@ def decode(vae: AutoencoderKL, z0: Tensor) -> Tensor:
 
 def ddim_schedule(config: dict, num_steps: int, device) -> tuple[Tensor, Tensor, Callable]:
     """The scheduler's timesteps (T,), alpha_bar at each of them and after the last (T+1,), and its `ddim_sde_step`."""
-    scheduler = DDIMScheduler.from_config(config)
+    scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(num_steps)
     alpha_bars = torch.cat([scheduler.alphas_cumprod[scheduler.timesteps], scheduler.final_alpha_cumprod.view(1)])
     step = partial(ddim_sde_step, prediction=scheduler.config.prediction_type)
@@ -267,7 +267,7 @@ def check(cfg: Config) -> list[str]:
     cli.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
     distributed.check_family(cfg.model, "StableDiffusionPipeline")
-    vae = distributed.load_pretrained(AutoencoderKL.load_config, cfg.model, subfolder="vae")
+    vae = distributed.load_pretrained(diffusers.AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
@@ -277,12 +277,13 @@ def check(cfg: Config) -> list[str]:
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
-    config = dryrun.config_of(UNet2DConditionModel, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
-    vae = dryrun.config_of(AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
+    kind = diffusers.UNet2DConditionModel
+    config = dryrun.config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
+    vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
     dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
     return dryrun.run(
-        cfg, UNet2DConditionModel, config,
+        cfg, kind, config,
         predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),
         shape=(config["in_channels"], cfg.height // side, cfg.width // side),
         condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dtype),

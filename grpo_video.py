@@ -26,19 +26,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKLHunyuanVideo,
-    HunyuanSkyreelsImageToVideoPipeline,
-    HunyuanVideoPipeline,
-    HunyuanVideoTransformer3DModel,
-)
 from einops import rearrange
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, dryrun, output
+from runtime import cli, data, distributed, output
 from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, rollout, sample_ode
+
+diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
 
@@ -213,7 +209,7 @@ def transformer_source(cfg: Config) -> dict:
 
 
 def transformer_config(cfg: Config) -> dict:
-    return distributed.load_pretrained(HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
+    return distributed.load_pretrained(diffusers.HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
 
 
 def takes_first_frame(config: dict) -> bool:
@@ -223,7 +219,8 @@ def takes_first_frame(config: dict) -> bool:
 
 def load_models(cfg: Config, world: distributed.World):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
-    load = partial(distributed.load_network, HunyuanVideoTransformer3DModel, world=world, **transformer_source(cfg))
+    kind = diffusers.HunyuanVideoTransformer3DModel
+    load = partial(distributed.load_network, kind, world=world, **transformer_source(cfg))
     transformer = reference = load(
         lora_rank=cfg.lora_rank,
         lora_targets=LORA_TARGETS,
@@ -234,7 +231,9 @@ def load_models(cfg: Config, world: distributed.World):
         reference = load(frozen=True)
     for network in dict.fromkeys((transformer, reference)):
         distributed.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
-    kind = HunyuanSkyreelsImageToVideoPipeline if takes_first_frame(transformer.config) else HunyuanVideoPipeline
+    kind = diffusers.HunyuanVideoPipeline
+    if takes_first_frame(transformer.config):
+        kind = diffusers.HunyuanSkyreelsImageToVideoPipeline
     return distributed.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
 
 
@@ -284,7 +283,7 @@ def velocity(transformer, z: Tensor, sigma: Tensor, condition: list[Tensor], cfg
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKLHunyuanVideo, z0: Tensor) -> Tensor:
+def decode(vae, z0: Tensor) -> Tensor:
     """Latents (B, C, f, h, w) → videos (B, F, 3, H, W) in [0, 1]; one by one, since decoding takes the most memory."""
     videos = [vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float() for z in z0.split(1)]
     return rearrange(torch.cat(videos) / 2 + 0.5, "b c f h w -> b f c h w").clamp(0, 1)
@@ -324,7 +323,7 @@ def check(cfg: Config) -> list[str]:
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1)
     distributed.check_family(cfg.model, "HunyuanVideoPipeline")
-    vae = distributed.load_pretrained(AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
+    vae = distributed.load_pretrained(diffusers.AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
     network = transformer_config(cfg)
     cli.check_size(cfg, vae["spatial_compression_ratio"] * network["patch_size"])
     stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(network) else 1
@@ -339,8 +338,9 @@ def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
     known = {"in_channels": 32} if cfg.transformer else {}  # SkyReels'
-    config = dryrun.config_of(HunyuanVideoTransformer3DModel, **transformer_source(cfg), guidance_embeds=True, **known)
-    vae = dryrun.config_of(AutoencoderKLHunyuanVideo, cfg.model, "vae")
+    kind = diffusers.HunyuanVideoTransformer3DModel
+    config = dryrun.config_of(kind, **transformer_source(cfg), guidance_embeds=True, **known)
+    vae = dryrun.config_of(diffusers.AutoencoderKLHunyuanVideo, cfg.model, "vae")
     side, stride = vae["spatial_compression_ratio"], vae["temporal_compression_ratio"]
     shape = (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
     dtype, n, length = (
@@ -350,7 +350,7 @@ def dry_run(cfg: Config) -> dict:
     )
     known = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}
     return dryrun.run(
-        cfg, HunyuanVideoTransformer3DModel, config,
+        cfg, kind, config,
         predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
         condition=lambda b: [
             torch.empty(b, n, length, config["text_embed_dim"], dtype=dtype), torch.ones(b, n, length, dtype=dtype),

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchvision.transforms import functional as TF
 
 HPS_HUB_ID, HPS_HUB_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 CLIP_HUB_ID = "apple/DFN5B-CLIP-ViT-H-14-378"
@@ -63,6 +62,8 @@ class CosineReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, a cosine (not multiplied by 100)."""
+        from torchvision.transforms import functional as TF
+
         check_visuals(self.name, images, prompts, "3, H, W")
         pixels = TF.normalize(resize(images.to(self.device).float(), self.size, self.mode), self.mean, self.std)
         # Float32 whatever the caller's autocast: with bf16 weights the score is 5e-4 off, as much as a group's spread.
@@ -151,6 +152,8 @@ def resize(images: Tensor, size: int, mode: str) -> Tensor:
 
     mode (open_clip's): longest side to size, then black to a square; shortest, then the centre square; squash both.
     """
+    from torchvision.transforms import functional as TF
+
     sides = images.shape[-2:]
     scale = size / (max(sides) if mode == "longest" else min(sides))
     shape = [size, size] if mode == "squash" else [round(side * scale) for side in sides]
@@ -229,6 +232,7 @@ class VideoAlignReward:
 
     def patches(self, video: Tensor, fps: float) -> tuple[Tensor, tuple[int, int, int]]:
         """(F, 3, H, W) → patches (t h w, 3 · 2 · 14 · 14), each 2x2 in a row for the merger to join, and (t, h, w)."""
+        from torchvision.transforms import functional as TF
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         vision = self.model.config.vision_config

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import normalize
 
 from rewards import CLIP_MEAN, CLIP_STD, first_line, is_folder_or_hub_id, load_object, resize
 from runtime import cli
 
+TF = cli.Lazy("torchvision.transforms.functional")
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -215,7 +215,7 @@ class Mask2FormerDetector:
         zoom = min(self.SHORTEST / min(height, width), self.LONGEST / max(height, width))
         size = [max(1, round(side * zoom / 32)) * 32 for side in (height, width)]  # 32: the network's largest stride
         pixels = F.interpolate(picture[None].to(self.device), size, mode="bilinear", antialias=True)
-        out = self.model(pixel_values=normalize(pixels, self.MEAN, self.STD))
+        out = self.model(pixel_values=TF.normalize(pixels, self.MEAN, self.STD))
         probability = out.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, classes); the last is "nothing"
         top, index = probability.flatten().topk(min(100, probability.numel()))
         masks = F.interpolate(out.masks_queries_logits, (height, width), mode="bilinear")[0]  # (queries, H, W)
@@ -240,7 +240,7 @@ class Mask2FormerDetector:
             crops.append(resize(crop[None], size, "shortest"))
         text = [template.format(color, name) for color in COLORS for template in self.TEMPLATES]
         tokens = self.tokenizer(text, padding=True, return_tensors="pt").to(self.device)
-        out = self.clip(pixel_values=normalize(torch.cat(crops), CLIP_MEAN, CLIP_STD), **tokens)
+        out = self.clip(pixel_values=TF.normalize(torch.cat(crops), CLIP_MEAN, CLIP_STD), **tokens)
         colors = F.normalize(out.text_embeds.view(len(COLORS), len(self.TEMPLATES), -1).mean(1), dim=-1)
         return [COLORS[i] for i in (out.image_embeds @ colors.T).argmax(1).tolist()]
 

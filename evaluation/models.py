@@ -6,10 +6,10 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
-
 from rewards import first_line
 from runtime import cli, distributed
+
+diffusers = cli.Lazy("diffusers")
 
 # Class in model_index.json → the network that is trained, and the model's usual settings. Shift 0 leaves the noise
 # levels to the model's own scheduler, max_sequence_length 0 the length of the text to the pipeline.

@@ -3,12 +3,14 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import json
 import math
 import os
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +20,14 @@ import torch.distributed as dist
 
 class RunError(Exception):
     """Something the user can mend. Its message is one line: what is wrong, and what to change."""
+
+
+class Lazy(types.ModuleType):
+    """A module that is imported when one of its names is first used, so that --help and a wrong option answer at once:
+    diffusers and what it needs take several times as long to import as torch."""
+
+    def __getattr__(self, name: str):
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 @contextlib.contextmanager

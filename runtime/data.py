@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from .cli import RunError, require
+from .cli import Lazy, RunError, require
 from .distributed import World, load_pretrained
+
+dcp = Lazy("torch.distributed.checkpoint")
 
 # name: (data set on the hub, its JSON file with a "prompt" in each row), or (address, text file of one prompt a line)
 PROMPT_SETS = {

@@ -11,14 +11,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from rewards import is_folder_or_hub_id
 
-from .cli import RunError, require
+from .cli import Lazy, RunError, require
+
+fsdp = Lazy("torch.distributed.fsdp")
+state_dict = Lazy("torch.distributed.checkpoint.state_dict")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -88,7 +89,7 @@ class World:
         instead_of: a network that waits in host memory meanwhile, if --offload is on and it is not sharded.
         """
         host = [(tensor, tensor.data) for tensor in tensors_of(modules)] if self.offload else []
-        away = [] if instead_of is None or isinstance(instead_of, FSDPModule) else tensors_of([instead_of])
+        away = [] if instead_of is None or isinstance(instead_of, fsdp.FSDPModule) else tensors_of([instead_of])
         away = away if self.offload else []
         try:
             for tensor in away:
@@ -231,7 +232,8 @@ def load_network(
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, 0)
     weights = source.state_dict() if world.is_main else {}
-    set_model_state_dict(network, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    state_dict.set_model_state_dict(network, weights, options=options)
     return network
 
 
@@ -299,7 +301,7 @@ def shard(network: nn.Module, world: World) -> nn.Module:
         return network
     # Blocks of FLUX return views of one tensor; the warning is for code that changes them in place, which none does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    policy = MixedPrecisionPolicy(
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=None if world.dtype == torch.float32 else world.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # autocast casts what may be: not rotary tables, nor times, which bf16 would round
@@ -307,8 +309,8 @@ def shard(network: nn.Module, world: World) -> nn.Module:
     mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     for module in reversed(list(network.modules())):  # innermost first
         if type(module).__name__ in (network._no_split_modules or []):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fully_shard(network, mesh=mesh, mp_policy=policy)
+            fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
+    return fsdp.fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
 def adamw(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
@@ -339,7 +341,7 @@ def reduce_gradients(network: nn.Module, now: bool) -> None:
 
     Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole.
     """
-    if isinstance(network, FSDPModule):
+    if isinstance(network, fsdp.FSDPModule):
         network.set_requires_all_reduce(now)
 
 
@@ -347,7 +349,7 @@ def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float
     """Average gradients over processes that have the whole network each, clip them in place, and return their norm
     before. A loss that is not a number ends the run here, before any weight.
     """
-    if dist.is_initialized() and not isinstance(network, FSDPModule):
+    if dist.is_initialized() and not isinstance(network, fsdp.FSDPModule):
         gradients = [parameter.grad for parameter in trainable(network) if parameter.grad is not None]
         for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
             work.wait()

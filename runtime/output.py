@@ -16,20 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
 
-from .cli import RunError, complete_checkpoints, latest_checkpoint, require
+from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, require
 from .data import keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, Preemption, World
+
+dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
 
 def open_folder(config, world: World, prompts: list[str]) -> None:
@@ -109,10 +102,10 @@ class Checkpoints:
         self.is_lora = bool(getattr(self.network, "peft_config", None))
 
     def _state(self) -> dict:
-        options = StateDictOptions(ignore_frozen_params=True)
+        options = state_dict.StateDictOptions(ignore_frozen_params=True)
         return {
-            "network": get_model_state_dict(self.network, options=options),
-            "optimizer": get_optimizer_state_dict(self.network, self.optimizer, options=options),
+            "network": state_dict.get_model_state_dict(self.network, options=options),
+            "optimizer": state_dict.get_optimizer_state_dict(self.network, self.optimizer, options=options),
             "ema": {str(i): average for i, average in enumerate(self.ema.average)},
         }
 
@@ -146,11 +139,11 @@ class Checkpoints:
     def _save_public(self, folder: Path, suffix: str) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        options = StateDictOptions(ignore_frozen_params=self.is_lora)
+        options = state_dict.StateDictOptions(ignore_frozen_params=self.is_lora)
         weights = {}
-        for name, weight in get_model_state_dict(self.network, options=options).items():
+        for name, weight in state_dict.get_model_state_dict(self.network, options=options).items():
             weight = weight if self.is_lora else weight.to(self.world.dtype)  # before it is gathered
-            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            weight = weight.full_tensor() if isinstance(weight, torch.distributed.tensor.DTensor) else weight
             weights |= {name: weight.cpu()} if self.world.is_main else {}
         if not self.world.is_main:
             return
@@ -178,8 +171,9 @@ class Checkpoints:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
-        set_model_state_dict(self.network, state["network"], options=StateDictOptions(strict=False))
-        set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+        options = state_dict.StateDictOptions(strict=False)
+        state_dict.set_model_state_dict(self.network, state["network"], options=options)
+        state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
         return int(path.name.split("-")[1])
 
 

@@ -670,6 +670,26 @@ def test_errors_are_one_line_and_exit_code_1(trainer, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+WRONG_OPTION = """
+import runpy, sys
+for script in ("grpo_sd.py", "grpo_flux.py", "grpo_video.py", "eval.py"):
+    sys.argv = [script, "--seed", "x"]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as e:
+        print(e.code)
+print(*sorted({"diffusers", "transformers", "peft", "torchvision", "torch._dynamo", "open_clip"} & set(sys.modules)))
+"""
+
+
+def test_a_wrong_option_answers_before_heavy_packages_are_imported():
+    done = subprocess.run([sys.executable, "-c", WRONG_OPTION], capture_output=True, text=True, timeout=300)
+    *errors, heavy = done.stdout.splitlines()
+    assert len(errors) == 4
+    assert all("--seed" in error for error in errors)
+    assert heavy == ""
+
+
 @pytest.mark.slow
 def test_a_script_that_fails_prints_one_line(tmp_path):
     command = [sys.executable, "grpo_flux.py", "--preset", "tiny", "--group-size", "1", "--output-dir"]
