@@ -280,7 +280,9 @@ def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
     config = dryrun.config_of(diffusers.FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
-    vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
+    vae = dryrun.config_of(
+        diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE, latent_channels=16, shift_factor=0.1159
+    )
     rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
     dtype, length = distributed.compute_dtype(cfg.dtype, cuda=True), cfg.max_sequence_length
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
@@ -293,6 +295,7 @@ def dry_run(cfg: Config) -> dict:
             torch.empty(b, config["pooled_projection_dim"], dtype=dtype),
         ),
         frozen=dryrun.frozen_parameters(cfg.model, known),
+        vae=(diffusers.AutoencoderKL, vae), decode=lambda network, z: decode(network, z, rows),
         lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
     )  # fmt: skip
 

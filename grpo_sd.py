@@ -279,7 +279,7 @@ def dry_run(cfg: Config) -> dict:
     cli.check_options(cfg)
     kind = diffusers.UNet2DConditionModel
     config = dryrun.config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
-    vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", block_out_channels=(128, 256, 512, 512))
+    vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE)
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
     dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
     return dryrun.run(
@@ -288,6 +288,7 @@ def dry_run(cfg: Config) -> dict:
         shape=(config["in_channels"], cfg.height // side, cfg.width // side),
         condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dtype),
         frozen=dryrun.frozen_parameters(cfg.model, {"vae": 83_653_863, "text_encoder": 123_060_480}),
+        vae=(diffusers.AutoencoderKL, vae), decode=decode,
         lora_targets=LORA_TARGETS, fits_whole=True,
     )  # fmt: skip
 

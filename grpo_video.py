@@ -358,6 +358,7 @@ def dry_run(cfg: Config) -> dict:
             torch.empty(b, config["in_channels"] - config["out_channels"], *shape[1:]),
         ],
         frozen=dryrun.frozen_parameters(cfg.model, known),
+        vae=(diffusers.AutoencoderKLHunyuanVideo, vae), decode=decode,
         lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
     )  # fmt: skip
 

@@ -85,11 +85,9 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     if not getattr(new, "resume", False):
         return new
     output_dir = Path(new.output_dir)
-    if latest_checkpoint(output_dir) is None:
-        raise RunError(
-            f"nothing to resume: no complete checkpoint in {output_dir}; "
-            "start without --resume, or name another --output-dir"
-        )
+    if latest_checkpoint(output_dir) is None and not (output_dir / "metrics.jsonl").exists():
+        advice = "start without --resume, or name another --output-dir"
+        raise RunError(f"nothing to resume: no run in {output_dir}; {advice}")
     stored = stored_options(output_dir / "config.json", config_class)
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != stored[name]:

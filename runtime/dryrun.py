@@ -38,6 +38,9 @@ HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python,
 # Parameters of the reward models, and bytes of each: VideoAlign is kept in bfloat16, the others in float32.
 REWARDS = {"hps": (986_109_441, 4), "clip": (986_659_585, 4), "pickscore": (985_512_961, 4)}
 REWARDS |= {"videoalign": (2_208_987_136, 2)}
+# AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
         q.shape, k.shape, v.shape
@@ -190,6 +193,8 @@ def run(
     shape: Sequence[int],
     condition: Callable[[int], Sequence[Tensor]],
     frozen: dict[str, int],
+    vae: tuple[type, dict],
+    decode: Callable[[nn.Module, Tensor], Tensor],
     lora_targets: Sequence[str],
     fits_whole: bool,
 ) -> dict:
@@ -198,6 +203,7 @@ def run(
     predict       (network, z (M, *shape), conditions of M samples) → prediction, the trainer's own
     condition     M → text embeddings and the like of M samples, in the compute dtype
     frozen        parameters of each frozen component
+    vae, decode   the VAE's class and configuration, and (VAE, z (M, *shape)) → images or videos, the trainer's own
     fits_whole    what --shard-size 0 means, as for `distributed.start_world`
     """
     require(
@@ -217,6 +223,7 @@ def run(
         for context in (FakeTensorMode(), counter, counter.watching_fsdp(), autocast_as_on_cuda()):
             stack.enter_context(context)
         measured = _measure(cfg, world, counter, network_class, config, predict, shape, condition, lora_targets)
+        decoding = _measure_decode(counter, *vae, dtype, decode, torch.empty(cfg.micro_batch, *shape))
 
     # What this process does in an iteration: B samples drawn, and their pairs (sample, step) trained.
     P, G, M = cfg.prompts_per_iteration // cfg.processes, cfg.group_size, cfg.micro_batch
@@ -236,13 +243,15 @@ def run(
     parts["trajectories"] += P * measured["condition_bytes"]
     parts["frozen"] = sum(frozen.values()) * dtype.itemsize
     parts["reward"] = reward_bytes([term.model for term in parse_spec(cfg.reward)], parse_paths(cfg.reward_paths))
+    # Decoding comes while there are no gradients and nothing is kept for a backward pass.
+    at_rest = sum(count for name, count in parts.items() if name not in ("gradients", "activations", "buffers"))
     waiting = parts["frozen"] + parts["reward"]  # with --offload in host memory while the network is trained
-    peak = sum(parts.values()) - (waiting if cfg.offload else 0)
-    if cfg.offload:  # at other times only one of these is there: the encoders, instead of a network that is whole
-        idle = sum(parts[name] for name in ("parameters", "optimizer", "ema", "trajectories"))
-        vae = frozen.get("vae", 0) * dtype.itemsize
-        encoders = parts["frozen"] - vae - (parts["parameters"] if shard_size == 1 else 0)
-        peak = max(peak, idle + max(encoders, vae, parts["reward"]))
+    peak = max(sum(parts.values()), at_rest + decoding)
+    if cfg.offload:  # at any time only one of these is there: the encoders, instead of a network that is whole
+        vae_bytes = frozen.get("vae", 0) * dtype.itemsize
+        encoders = parts["frozen"] - vae_bytes - (parts["parameters"] if shard_size == 1 else 0)
+        waits = max(encoders, vae_bytes + decoding, parts["reward"])
+        peak = max(sum(parts.values()) - waiting, at_rest - waiting + waits)
     public = measured["trainable"] * 4 if cfg.lora_rank else whole * dtype.itemsize
     copies = 2 if cfg.ema_decay else 1
     host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)
@@ -318,6 +327,18 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
         "forward_flops_update": counter.flops - start,
         "condition_bytes": nbytes(of_sample) // cfg.micro_batch,
     }
+
+
+def _measure_decode(counter: Counter, vae_class, config: dict, dtype, decode: Callable, z: Tensor) -> int:
+    """Bytes that decoding latents z (M, ...) needs at its peak, beside the VAE's weights."""
+    torch.set_default_dtype(dtype)
+    vae = vae_class.from_config(config)
+    torch.set_default_dtype(torch.float32)
+    held = counter.tensors
+    counter.reset_peak()
+    with torch.no_grad():
+        decode(vae, z)
+    return counter.peak - held
 
 
 def text_of(result: dict, gpu_memory: float) -> str:

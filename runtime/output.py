@@ -165,8 +165,14 @@ class Checkpoints:
         )
 
     def restore(self, output_dir: str) -> int:
-        """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
-        path, state = latest_checkpoint(Path(output_dir)), self._state()
+        """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done.
+
+        0 where a run ended before its first checkpoint: it starts again.
+        """
+        path = latest_checkpoint(Path(output_dir))
+        if path is None:
+            return 0
+        state = self._state()
         require((path / "state").is_dir(), f"{path} keeps no state to resume from; --keep-states says how many do")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -185,7 +191,7 @@ class Metrics:
     def __init__(self, output_dir: str, world: World, done: int):
         self.path, self.world, self.drawn = Path(output_dir) / "metrics.jsonl", world, time.monotonic()
         self.rows, self.before = [], {}
-        if done and world.is_main:  # resumed: lines after the checkpoint belong to iterations that are run again
+        if self.path.exists() and world.is_main:  # resumed: the iterations after the checkpoint are run again
             lines = self.path.read_text(encoding="utf-8").splitlines()[:done]
             self.rows = [json.loads(line) for line in lines]
             write_atomically(self.path, "".join(line + "\n" for line in lines))

@@ -282,7 +282,7 @@ def a_run(folder, **changes):
 def test_nothing_to_resume(tmp_path):
     (tmp_path / "checkpoint-000010.part").mkdir()
     line = complaint(grpo_flux, "--output-dir", str(tmp_path), "--resume")
-    assert line.startswith("nothing to resume: no complete checkpoint in")
+    assert line.startswith("nothing to resume: no run in")
 
 
 def test_resume_with_other_options(tmp_path):

@@ -1,0 +1,16 @@
+"""What the processes of launch.py have imported when they start."""
+
+import importlib
+
+import diffusers
+import transformers
+
+for module in (
+    *("open_clip", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
+    *("distributed_cases", "launch_cases"),
+):
+    importlib.import_module(module)
+for name in ("FluxPipeline", "StableDiffusionPipeline", "HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"):
+    getattr(diffusers, name)
+for name in ("CLIPTextModel", "T5EncoderModel", "LlamaModel", "CLIPTokenizer", "T5TokenizerFast"):
+    getattr(transformers, name)

@@ -1,0 +1,110 @@
+"""A run of two processes that is killed again and again ends like one that was not.
+
+Six kills by default; KILLS=20 pytest -m slow tests/test_killed.py kills twenty times.
+"""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import launch
+from runtime import cli
+
+ITERATIONS = 12
+OPTIONS = {"iterations": ITERATIONS, "save_every": 1, "ema_decay": 0.5, "num_samples": 2, "sample_every": 4}
+
+
+def rows(output_dir):
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+def begin(output_dir, logs):
+    """The run's two processes: started anew, or going on from its newest checkpoint."""
+    resume = (output_dir / "metrics.jsonl").exists()
+    changes = OPTIONS | {"output_dir": str(output_dir), "resume": resume}
+    return launch.start("launch_cases", "train", ("flux", changes), 2, logs)
+
+
+def kill(processes):
+    """One of the two dies first, and the other some time later, waiting for it or not."""
+    for process in random.sample(processes, 2):
+        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(random.choice([0, 0.1]))
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_like_one_that_is_not(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    launch.run("launch_cases", "train", ("flux", OPTIONS | {"output_dir": str(straight)}), 2, tmp_path / "logs")
+
+    random.seed(0)
+    wanted, resumed_at, in_a_save = int(os.environ.get("KILLS", 6)), [], 0
+    while len(resumed_at) < wanted:
+        logs = tmp_path / f"logs-{len(resumed_at)}"
+        before = newest(killed)
+        if before >= ITERATIONS - 3:  # it might end before it is killed
+            finish(straight, killed, logs)
+            killed = killed.with_name(killed.name + "-again")
+            continue
+        started = time.time()
+        processes = begin(killed, logs)
+        kind = len(resumed_at) % 3
+        while not is_time(kind, killed, before, started) and all(process.is_alive() for process in processes):
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, (0.02, 1, 1)[kind]))
+        assert all(process.is_alive() for process in processes), (logs / "rank-0.log").read_text()[-3000:]
+        kill(processes)
+        in_a_save += being_saved(killed, started)
+        resumed_at.append(newest(killed))
+        if len(resumed_at) % 2 and (killed / "metrics.jsonl").exists():
+            with (killed / "metrics.jsonl").open("a") as file:
+                file.write('{"iteration": 4, "rew')  # as if it had died while it wrote a line
+    assert in_a_save >= 1 and max(resumed_at) > 1
+    finish(straight, killed, tmp_path / "logs-last")
+    print(f"{wanted} kills, {in_a_save} of them in a save; resumed after iterations {resumed_at}")
+
+
+def is_time(kind, output_dir, before, started):
+    """0: a checkpoint is being written; 1: one has been written; 2: the run has started. Then the kill comes soon."""
+    if kind == 0:
+        return being_saved(output_dir, started)
+    return newest(output_dir) > before if kind == 1 else time.time() > started + 1
+
+
+def newest(output_dir):
+    """Iterations done at the newest checkpoint."""
+    found = cli.latest_checkpoint(output_dir)
+    return int(found.name.removeprefix("checkpoint-")) if found else 0
+
+
+def being_saved(output_dir, since):
+    """Is there a checkpoint that was begun since then and is not complete?"""
+    try:
+        return any(part.stat().st_mtime > since for part in output_dir.glob("checkpoint-*.part"))
+    except FileNotFoundError:  # it was renamed meanwhile: now it is complete
+        return False
+
+
+def finish(straight, killed, logs):
+    for process in (processes := begin(killed, logs)):
+        process.join(600)
+    assert [p.exitcode for p in processes] == [0, 0], (logs / "rank-0.log").read_text()[-3000:]
+    assert rows(killed) == rows(straight)
+    assert [row["iteration"] for row in rows(killed)] == list(range(1, ITERATIONS + 1))
+    for part in ("transformer", "transformer_ema"):
+        name = f"checkpoint-{ITERATIONS:06d}/{part}/diffusion_pytorch_model.safetensors"
+        a, b = load_file(killed / name), load_file(straight / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for picture in straight.glob("samples/*.png"):
+        assert (killed / "samples" / picture.name).read_bytes() == picture.read_bytes()
+    assert not list(killed.glob("*.part"))
