@@ -224,6 +224,26 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
 
 # -------------------------------------------------------------------------------------------------------------- files
 
+FINGERPRINTED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".model", ".py"}
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file, or of the configs and weights in a folder, by which a change is noticed; "" of a hub id.
+
+    Of a file above 8 MiB it covers the size and three parts of 1 MiB: the first, the middle and the last.
+    """
+    place, digest, mib = Path(path).expanduser(), hashlib.sha256(), 2**20
+    files = sorted(p for p in place.rglob("*") if p.suffix in FINGERPRINTED) if place.is_dir() else [place]
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(place)} {size}\n".encode())
+        with file.open("rb") as content:
+            for start, length in [(0, size)] if size <= 8 * mib else [(0, mib), (size // 2, mib), (size - mib, mib)]:
+                content.seek(start)
+                digest.update(content.read(length))
+    return digest.hexdigest() if files else ""
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -262,6 +282,8 @@ def read_picture(path: str | Path):
     from PIL import Image
 
     try:
+        with Image.open(path) as picture:
+            picture.verify()  # checksums, where the format has any
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
