@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import struct
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -281,10 +282,26 @@ def read_picture(path: str | Path):
     """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
     from PIL import Image
 
+    verify_picture(path)
+    with reading_picture(path), Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def verify_picture(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture file. Raises RunError if it is none, or a PNG whose checksums are wrong."""
+    from PIL import Image
+
+    with reading_picture(path), Image.open(path) as picture:
+        picture.verify()
+        return picture.size
+
+
+@contextlib.contextmanager
+def reading_picture(path: str | Path) -> Iterator[None]:
+    """Turn Pillow's errors for broken files into one line."""
+    from PIL import Image
+
     try:
-        with Image.open(path) as picture:
-            picture.verify()  # checksums, where the format has any
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
+        yield
+    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e

@@ -183,7 +183,8 @@ def load_pretrained(loader, path: str, option: str = "--model", **options):
     """Call a `from_pretrained` or `load_config`; files that are missing, damaged or gated become one line of advice."""
     check_path(option, path)
     try:
-        return loader(path, **options)
+        loaded = loader(path, **options)
+        return ModelConfig(loaded | {}, f"{option} {path}") if loader.__name__ == "load_config" else loaded
     except FILE_ERRORS as e:
         reason = first_line(e)
         advice = (
@@ -192,6 +193,17 @@ def load_pretrained(loader, path: str, option: str = "--model", **options):
             else f"give {option} a complete folder in diffusers' layout, or a hub id that this machine can reach"
         )
         raise RunError(f"cannot load {path}: {reason}; {advice}") from e
+
+
+class ModelConfig(dict):
+    """The content of a model's config file. A value that is not there becomes one line."""
+
+    def __init__(self, content: dict, source: str):
+        super().__init__(content)
+        self.source = source
+
+    def __missing__(self, name: str):
+        raise RunError(f"{self.source}: a config file there lacks {name!r}; it is damaged, or of another model")
 
 
 def check_family(path: str, expected: str) -> None:
@@ -205,7 +217,6 @@ def pipeline_index(path: str, option: str = "--model") -> dict:
     from diffusers import DiffusionPipeline
 
     index = load_pretrained(DiffusionPipeline.load_config, path, option)
-    require(isinstance(index, dict) and "_class_name" in index, f"{option} {path}: model_index.json names no pipeline")
     for name in index:
         if name.startswith("tokenizer") and Path(path).is_dir():
             folder = Path(path, name)
