@@ -31,10 +31,10 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import geneval, report
-from evaluation.models import FAMILIES, Model, component_config, find_weights, load_pipeline, run_options
+from evaluation.models import FAMILIES, Model, check_whole, component_config, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, load_reward, parse_paths, parse_spec
-from runtime import cli, data, distributed
+from runtime import cli, data, distributed, output
 from runtime.cli import Count, Natural, NonNegative, Seed
 from sampling import flow_sigmas
 
@@ -108,7 +108,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     base = cfg.model or next((run["model"] for run in runs if run), "")
     network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
     cli.require(bool(base), "--model is needed: no --checkpoint is in a run's folder, whose config.json would name it")
-    index = distributed.load_pretrained(diffusers.DiffusionPipeline.load_config, base)
+    index = distributed.pipeline_index(base)
     family = index["_class_name"]
     cli.require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component = FAMILIES[family][0]
@@ -180,12 +180,25 @@ def check_sizes(cfg: Config, component: str) -> None:
 
 
 def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distributed.World) -> None:
-    """Write config.json; refuse a folder with pictures or scores of other settings, prompts, weights or functions."""
+    """Lock the folder and write config.json; refuse one with pictures or scores of other settings, prompts, weights or
+    functions, and one that is no evaluation's. Refuse weights that are not as a training run saved them.
+    """
     path = Path(cfg.output_dir, "config.json")
+    check_whole(models, world)
     if world.is_main:
         asked = json.dumps([[row["prompt"], row.get("image")] for row in rows])
         new = {"script": "eval.py"} | asdict(cfg) | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else new
+        with data.writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        output.lock_folder(path.parent)
+        stored = new
+        if any(path.with_name(name).exists() for name in ("config.json", "model_index.json", "metrics.jsonl")):
+            advice = "is damaged, or is not an evaluation's; take another --output-dir"
+            try:
+                stored = cli.read_sealed(path)
+            except (OSError, ValueError) as e:
+                raise cli.RunError(f"{path} {advice} ({e})") from e
+            cli.require(stored.get("script") == "eval.py", f"{path} {advice}")
         for name in new.keys() - FREE:
             cli.require(
                 stored.get(name) == new[name],
@@ -194,33 +207,26 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distr
             )
         weights = dict(stored.get("weights", {}))
         functions = {name: spec.rpartition(":")[0] for name, spec in metric_specs(cfg.metrics).items() if spec != name}
-        for name, source in ({m.folder.name: m.weights for m in models} | functions).items():
-            found = fingerprint(source)
+        sources = {m.folder.name: m.weights for m in models} | functions | parse_paths(cfg.reward_paths)
+        for name, source in (sources | {"model": cfg.model}).items():
+            found = data.fingerprint(source)
             cli.require(
                 weights.setdefault(name, found) == found,
                 f"{source} has changed since {cfg.output_dir} has results of it; take another --output-dir",
             )
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
         new |= {"versions": {name: importlib.metadata.version(name) for name in packages}, "weights": weights}
-        with data.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomically(path, json.dumps(new, indent=2) + "\n")
+        data.write_atomically(path, json.dumps(cli.seal(new), indent=2) + "\n")
     world.barrier()
-
-
-def fingerprint(weights: str) -> list:
-    """Of files here: name, size and time of each, so that a change is noticed. Of a hub id: nothing."""
-    files = sorted(Path(weights).rglob("*.safetensors")) if Path(weights).is_dir() else [Path(weights)]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()]
 
 
 # --------------------------------------------------------------------------------------------------- drawing pictures
 
 
 def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], world: distributed.World) -> None:
-    """Draw the missing pictures. A batch of which one is missing is drawn as a whole, so that it comes out the same."""
+    """Draw the pictures that are missing or damaged. A batch is drawn as a whole, so that it comes out the same."""
     for model in models:
-        todo = [b for b in batches(cfg, rows, world) if not all(p.is_file() for p in pictures_of(model, b))]
+        todo = [b for b in batches(cfg, rows, world) if not all(is_whole(p, cfg) for p in pictures_of(model, b))]
         if not todo:
             continue
         model.folder.mkdir(parents=True, exist_ok=True)
@@ -228,7 +234,9 @@ def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], wo
         for batch in world.progress(todo, desc=f"drawing, {model.name}"):
             pictures = draw(pipe, cfg, [rows[p] for p, _ in batch], [(cfg.seed, p, n) for p, n in batch], world.device)
             for path, picture in zip(pictures_of(model, batch), pictures, strict=True):
-                save_picture(path, picture)
+                if not is_whole(path, cfg):
+                    path.with_suffix(".json").unlink(missing_ok=True)  # scores of another picture
+                    save_picture(path, picture)
 
 
 def batches(cfg: Config, rows: list[dict], world: distributed.World) -> list[list[tuple[int, int]]]:
@@ -289,11 +297,17 @@ def save_picture(path: Path, picture: Tensor) -> None:
     data.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
 
 
+def is_whole(path: Path, cfg: Config) -> bool:
+    """Whether `save_picture` wrote it with these settings, and it is as it was written."""
+    try:
+        return data.verify_picture(path) == (cfg.width, cfg.frames * cfg.height)
+    except cli.RunError:
+        return False
+
+
 def read_frames(path: Path, cfg: Config) -> np.ndarray:
     """What `save_picture` wrote: (F, H, W, 3) uint8, F = 1 for a picture."""
-    pixels, expected = np.array(data.read_picture(path)), (cfg.frames * cfg.height, cfg.width, 3)
-    cli.require(pixels.shape == expected, f"the picture {path} has shape {pixels.shape}, not {expected}; delete it")
-    return pixels.reshape(cfg.frames, cfg.height, cfg.width, 3)
+    return np.array(data.read_picture(path)).reshape(cfg.frames, cfg.height, cfg.width, 3)
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -330,12 +344,16 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: distributed
                 correct, own["wrong"] = geneval.judge_picture(detector, picture, rows[p])
                 own["geneval"] = float(correct)
         for path, old, own in zip(paths, stored, new, strict=True):
-            data.write_atomically(path.with_suffix(".json"), json.dumps(old | own) + "\n")
+            data.write_atomically(path.with_suffix(".json"), json.dumps(cli.seal(old | own)) + "\n")
 
 
 def read_scores(path: Path) -> dict:
-    file = path.with_suffix(".json")
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    """The scores of a picture, {} if their file is missing or damaged."""
+    try:
+        scores = cli.read_sealed(path.with_suffix(".json"))
+    except (OSError, ValueError):
+        return {}
+    return {name: value for name, value in scores.items() if name != "sha256"}
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -354,8 +372,9 @@ def collect(cfg: Config, models: list[Model], rows: list[dict]) -> report.Result
                 model: np.array([[s[name] for s in of_prompt] for of_prompt in own]) for model, own in scores.items()
             }
             summary[name] = {model: compare(values["base"], own, groups) for model, own in values.items()}
-    stored = json.loads(Path(cfg.output_dir, "config.json").read_text(encoding="utf-8"))
-    settings = {k: v for k, v in stored.items() if k not in ("output_dir", "batch_size", "weights", "versions")}
+    stored = cli.read_sealed(Path(cfg.output_dir, "config.json"))
+    other = ("output_dir", "batch_size", "weights", "versions", "sha256")
+    settings = {k: v for k, v in stored.items() if k not in other}
     entries = {m.name: {"weights": m.weights, "pictures": m.folder.name} for m in models}
     return report.Results(
         rows, entries, pictures, scores, summary, remarks(cfg, rows), settings, stored["versions"], cfg.frames, cfg.fps

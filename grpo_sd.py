@@ -296,7 +296,7 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
-    output.open_folder(cfg, world, prompts)
+    folder = output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, unet, reference = load_models(cfg, world)
@@ -319,7 +319,7 @@ def main(cfg: Config) -> None:
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0)
 
-    run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward))
+    run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward), folder)
     for iteration in run.iterations():
         clock = output.Stopwatch(world)
 

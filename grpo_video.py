@@ -367,7 +367,7 @@ def main(cfg: Config) -> None:
     prompts = check(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(transformer_config(cfg)) else {}
-    output.open_folder(cfg, world, prompts)
+    folder = output.open_folder(cfg, world, prompts)
     data.paint_first_frames(cfg, pictures, world)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
@@ -392,7 +392,7 @@ def main(cfg: Config) -> None:
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0)
 
-    run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward, cfg.fps))
+    run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward, cfg.fps), folder)
     for iteration in run.iterations():
         clock = output.Stopwatch(world)
 

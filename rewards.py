@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import math
+import pickle
 import re
 import sys
 import traceback
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from torch import Tensor
 
 HPS_HUB_ID, HPS_HUB_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -41,6 +43,9 @@ TEMPLATE_URL = (
 TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# What libraries raise on files that are missing, damaged or of another kind.
+FILE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, EOFError)
+FILE_ERRORS += (pickle.UnpicklingError, SafetensorError)
 Visuals = Tensor | Sequence[Tensor]  # images (B, 3, H, W), videos (B, F, 3, H, W), or a list of (F, 3, H, W); in [0, 1]
 
 
@@ -88,12 +93,13 @@ class HPSReward(CosineReward):
         import open_clip
 
         weights, config = only_file("hps", path, "*.pt", HPS_HUB_FILE), open_clip.get_model_config("ViT-H-14")
-        if any(Path(path).glob("*.json")):
-            config = json.loads(Path(only_file("hps", path, "*.json")).read_text())
-        self.model = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")})
-        state_dict = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-        check_fit("hps", weights, self.model.state_dict(), state_dict)
-        self.model.load_state_dict(state_dict)
+        with loading("hps", path, HPS_HUB_FILE):
+            if any(Path(path).glob("*.json")):
+                config = json.loads(Path(only_file("hps", path, "*.json")).read_text())
+            self.model = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")})
+            state_dict = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
+            check_fit("hps", weights, self.model.state_dict(), state_dict)
+            self.model.load_state_dict(state_dict)
         self.model.to(device).float().eval().requires_grad_(False)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         self.name, self.device = "hps", device
@@ -132,6 +138,7 @@ class PickScoreReward(CosineReward):
         from transformers import CLIPModel, CLIPTokenizer
 
         with loading("pickscore", path, "a CLIPModel folder with its tokenizer"):
+            check_tokenizer(path)
             self.model, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
             self.tokenizer = CLIPTokenizer.from_pretrained(path if Path(path).is_dir() else PICKSCORE_TOKENIZER)
         missing, unexpected = (dict.fromkeys(info[keys]) for keys in ("missing_keys", "unexpected_keys"))
@@ -182,13 +189,15 @@ class VideoAlignReward:
         weights = only_file("videoalign", path, "model.pth", VIDEOALIGN_HUB_FILE)
         base = path if Path(path).is_dir() else VIDEOALIGN_BASE
         with loading("videoalign", base, "config.json and the tokenizer"):
+            check_tokenizer(base)
             config = Qwen2VLConfig.from_pretrained(base)
             self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
         self.template = load_template(path, getattr(config, "prompt_template_sha256", TEMPLATE_SHA256))
         reward_tokens = [f"<|{name.upper()}_reward|>" for name in self.NAMES]
         self.tokenizer.add_special_tokens({"extra_special_tokens": reward_tokens})
         self.reward_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(reward_tokens), device=device)
-        state_dict = fold_lora(torch.load(weights, map_location="cpu", weights_only=True), self.LORA_SCALE)
+        with loading("videoalign", path, VIDEOALIGN_HUB_FILE):
+            state_dict = fold_lora(torch.load(weights, map_location="cpu", weights_only=True), self.LORA_SCALE)
         config.text_config.vocab_size = len(self.tokenizer)  # the reward tokens are new
         with torch.device("meta"):
             expected = Qwen2VLModel(config).state_dict()
@@ -280,7 +289,7 @@ def load_template(path: str, sha256: str) -> str:
     """The prompt template in a local folder or, fetched once and cached, the released one. Its hash must be right."""
     file = Path(path) / "prompt_template.txt"
     if file.is_file():
-        text = file.read_bytes().decode()
+        text = file.read_bytes().decode(errors="replace")  # the hash decides
     else:
         file = Path(torch.hub.get_dir()) / "videoalign_prompt_template.py"
         with loading("videoalign", path, f"prompt_template.txt ({TEMPLATE_URL})"):
@@ -488,11 +497,23 @@ def loading(name: str, path: str, what: str) -> Iterator[None]:
     """Turn the errors of libraries into one line that says what to download."""
     try:
         yield
-    except (OSError, RuntimeError, SyntaxError, ValueError) as e:
+    except RewardError:
+        raise
+    except FILE_ERRORS as e:
+        # torch's own text advises to load the pickle, which would run what is in it
+        reason = "not a file of weights alone" if isinstance(e, pickle.UnpicklingError) else first_line(e)
         raise RewardError(
-            f"{name}: could not load {path!r} ({type(e).__name__}: {first_line(e)}); "
+            f"{name}: could not load {path!r} ({type(e).__name__}: {reason}); "
             f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
         ) from e
+
+
+def check_tokenizer(folder: str | Path) -> None:
+    """Raise RewardError if a local folder lacks a tokenizer's files: transformers would invent one without words."""
+    names = {path.name for path in Path(folder).glob("*")}
+    vocabulary = names & {"tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"}
+    if Path(folder).is_dir() and not ("tokenizer_config.json" in names and vocabulary):
+        raise RewardError(f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
 
 
 def check_fit(name: str, path: str, expected: dict, found: dict) -> None:
@@ -516,7 +537,10 @@ def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str
     for prompt, visual in zip(prompts, visuals, strict=True):
         low, high = visual.aminmax()
         if not (low >= 0 and high <= 1):  # also catches NaN
-            raise RewardError(f"{name}: pixels must be in [0, 1], found {low:.3g} to {high:.3g} for {prompt!r}")
+            raise RewardError(
+                f"{name}: pixels must be in [0, 1], found {low:.3g} to {high:.3g} for {prompt!r}; NaN comes from the "
+                "model that drew them: a lower learning rate, guidance or noise helps"
+            )
 
 
 def check_prompts(name: str, visuals: Visuals, prompts: Sequence[str]) -> None:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards import CLIP_MEAN, CLIP_STD, first_line, is_folder_or_hub_id, load_object, resize
+from rewards import CLIP_MEAN, CLIP_STD, FILE_ERRORS, first_line, is_folder_or_hub_id, load_object, resize
 from runtime import cli
 
 TF = cli.Lazy("torchvision.transforms.functional")
@@ -205,7 +205,7 @@ class Mask2FormerDetector:
             self.model = Mask2FormerForUniversalSegmentation.from_pretrained(self.path).to(device).eval()
             self.clip = CLIPModel.from_pretrained(self.clip_path).to(device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_path)
-        except (OSError, ValueError) as e:
+        except FILE_ERRORS as e:
             raise cli.RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {first_line(e)}") from e
 
     @torch.no_grad()
@@ -251,7 +251,7 @@ def coco_labels(path: str) -> list[str]:
 
     try:
         names = Mask2FormerConfig.from_pretrained(path).id2label
-    except (OSError, ValueError) as e:
+    except FILE_ERRORS as e:
         raise cli.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
     other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
     return [other.get(names[i], names[i]) for i in range(len(names))]

@@ -6,8 +6,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards import first_line
-from runtime import cli, distributed
+from rewards import FILE_ERRORS, first_line
+from runtime import cli, distributed, output
 
 diffusers = cli.Lazy("diffusers")
 
@@ -43,13 +43,37 @@ class Model:
 
 
 def run_options(checkpoint: str) -> dict:
-    """config.json of the training run in whose folder a checkpoint is, or {}."""
+    """config.json of the training run in whose folder a checkpoint is, or {}.
+
+    Models are found from the directory where the run was started, too. Raises RunError if there is no such checkpoint,
+    or if the file is not as the run wrote it.
+    """
+    cli.require(
+        Path(checkpoint).exists(),
+        f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder",
+    )
     for folder in list(Path(checkpoint).parents)[:3]:
-        if (folder / "config.json").is_file():
-            stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if "script" in stored:
-                return stored
+        stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        if "script" in stored or "sha256" in stored:
+            cli.require(
+                cli.is_sealed(stored), f"{folder / 'config.json'} was changed by hand or is damaged; restore it"
+            )
+            for name in {"model", "transformer"} & stored.keys():
+                place = Path(stored["directory"], stored[name])
+                if stored[name] and place.exists() and not Path(stored[name]).exists():
+                    stored[name] = str(place)
+            return stored
     return {}
+
+
+def read_json(file: Path) -> dict:
+    """The object in a JSON file. Raises RunError if it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise cli.RunError(f"{file} cannot be read ({e}); restore it") from e
+    cli.require(isinstance(content, dict), f"{file} is no config file; restore it")
+    return content
 
 
 def component_config(model: str, component: str | None, option: str = "--model") -> dict:
@@ -65,15 +89,12 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
     Raises RunError if there are no weights, or if they do not fit the base.
     """
     path, network_class = Path(checkpoint), original["_class_name"]
-    cli.require(
-        path.exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder"
-    )
     if (path / "model_index.json").is_file():
-        found = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        found = distributed.pipeline_index(checkpoint, "--checkpoint")["_class_name"]
         cli.require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
         return "pipeline", checkpoint
     for folder in (path / component, path):
-        own = json.loads((folder / "config.json").read_text("utf-8")) if (folder / "config.json").is_file() else {}
+        own = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if found := own.get("_class_name"):
             cli.require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
             for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
@@ -91,6 +112,7 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
                 keys = list(file.keys())
         except (OSError, SafetensorError) as e:
             raise cli.RunError(f"--checkpoint: cannot read {lora}: {e}") from e
+        cli.require(bool(keys), f"--checkpoint {lora} holds no weights")
         fits = all(key.startswith(f"{component}.") for key in keys)
         cli.require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
         return "lora", str(lora)
@@ -98,6 +120,15 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
         f"--checkpoint {checkpoint} has neither a {component} folder, nor pytorch_lora_weights.safetensors, nor "
         f"model_index.json; {base}, a {family}, needs one of these"
     )
+
+
+def check_whole(models: list[Model], world: distributed.World) -> None:
+    """Raise RunError if weights in a training run's checkpoint are not as the run saved them. A collective."""
+    for model in models:
+        weights = Path(model.weights)
+        if (weights.parent / "checksums.json").is_file():
+            fault = output.find_fault(weights.parent, world, weights.name + "/" * weights.is_dir())
+            cli.require(not fault, f"--checkpoint {weights.parent} is damaged: {fault}; take another checkpoint")
 
 
 def load_pipeline(model: Model, family: str, base: str, network: str, world: distributed.World):
@@ -111,13 +142,14 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: dis
     source = model.weights if model.kind == "pipeline" else base
     network = {"pipeline": "", "network": model.weights}.get(model.kind, network)
     if network:
-        loader = getattr(diffusers, component_config(network, None)["_class_name"]).from_pretrained
-        options[component] = distributed.load_pretrained(loader, network, dtype=world.dtype)
+        network_class = getattr(diffusers, component_config(network, None)["_class_name"])
+        options[component] = distributed.load_weights(network_class, network, dtype=world.dtype)
+    options |= distributed.load_parts(source, world.dtype, options)
     pipe = distributed.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
     if model.kind == "lora":
         file = Path(model.weights)
         try:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        except (OSError, RuntimeError, ValueError) as e:  # sizes or names that the network does not have
+        except FILE_ERRORS as e:  # sizes or names that the network does not have
             raise cli.RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
     return pipe.to(world.device)

@@ -27,6 +27,8 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
     if file.suffix.lower() == ".jsonl":
         rows = [json.loads(line) | row for line, row in zip(data.read_lines(file), rows, strict=True)]
     for number, row in enumerate(rows, 1):
+        for name in {"style", "tag"} & row.keys():
+            cli.require(isinstance(row[name], str), f"{source} line {number}: the {name} must be a string")
         if detector:
             row |= geneval.find_metadata(row["prompt"], row, detector)
         if needs_image:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import inspect
 import json
@@ -54,7 +55,8 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
 
     Every field becomes an option; its help is the comment that trails it in the source; one of type tuple[str, ...]
     takes several words. With --resume, where there is such an option, the values come from the run's config.json, and
-    options given on the command line must agree with it.
+    options given on the command line must agree with it. The run goes on in the directory where it was started, so that
+    relative paths mean what they meant.
     Raises RunError on anything that is not as it should be.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
@@ -80,6 +82,9 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
 
     options = defaults | values(given)
     require(bool(options["output_dir"]), "--output-dir is empty; name a folder")
+    for name, value in given.items():
+        for word in value if isinstance(value, (tuple, list)) else [value]:
+            check_file_names(f"--{name.replace('_', '-')}", str(word))
     options["output_dir"] = os.path.expanduser(options["output_dir"])
     new = config_class(**options)
     if not getattr(new, "resume", False):
@@ -88,19 +93,35 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     if latest_checkpoint(output_dir) is None and not (output_dir / "metrics.jsonl").exists():
         advice = "start without --resume, or name another --output-dir"
         raise RunError(f"nothing to resume: no run in {output_dir}; {advice}")
-    stored = stored_options(output_dir / "config.json", config_class)
+    stored, directory = stored_options(output_dir / "config.json", config_class)
     for name, value in given.items():
         if name not in FREE_ON_RESUME and value != stored[name]:
             raise RunError(
                 f"--{name.replace('_', '-')} is {value!r}, but the run in {output_dir} has {stored[name]!r}; "
                 "resume with the run's own options (or none), or start a new run in another --output-dir"
             )
-    return config_class(**stored | given | {"output_dir": new.output_dir})
+    resumed = config_class(**stored | given | {"output_dir": new.output_dir})
+    if os.path.isdir(directory) and not os.path.samefile(directory, "."):
+        resumed = dataclasses.replace(resumed, output_dir=os.path.abspath(new.output_dir))
+        os.chdir(directory)
+    return resumed
 
 
-def stored_options(file: Path, config_class: type) -> dict:
-    """The options in a run's config.json. Raises RunError if they are not those of this script's config class."""
+def check_file_names(option: str, value: str) -> None:
+    """Raise RunError if no file system could hold a file that a part of this option's value names."""
+    longest = max(len(os.fsencode(name)) for name in re.split("[/,=:]", value))
+    possible = "\0" not in value and longest <= 255 and len(os.fsencode(value)) < 4000
+    require(possible, f"{option} {value[:40]!r}… is too long for a path, or has a NUL byte; give a shorter one")
+
+
+def stored_options(file: Path, config_class: type) -> tuple[dict, str]:
+    """The options in a run's config.json, and the directory where it was started.
+
+    Raises RunError if they are not those of this script's config class, or not as the run wrote them.
+    """
     advice = "restore the file, or start a new run in another --output-dir"
+    if copies := sorted(file.parent.glob("checkpoint-*/state/config.json")):
+        advice = f"copy {copies[-1]} over it, or start a new run in another --output-dir"
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -120,7 +141,26 @@ def stored_options(file: Path, config_class: type) -> dict:
             f"another version or changed by hand; {advice}",
         )
         options[field.name] = value
-    return options
+    require(is_sealed(stored), f"cannot resume: {file} was changed by hand or is damaged; {advice}")
+    return options, stored["directory"]
+
+
+def seal(content: dict) -> dict:
+    """The content with its own sha256, for a JSON file in which a change is to be noticed."""
+    return content | {"sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest()}
+
+
+def is_sealed(content: dict) -> bool:
+    """Whether the content of a JSON file is as `seal` made it."""
+    return seal({name: value for name, value in content.items() if name != "sha256"}) == content
+
+
+def read_sealed(file: Path) -> dict:
+    """The content of a sealed JSON file. Raises OSError or ValueError if it is missing, damaged or changed."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not is_sealed(content):
+        raise ValueError("its sha256 does not fit its content")
+    return content
 
 
 class _Parser(argparse.ArgumentParser):
@@ -155,6 +195,30 @@ Open01 = typing.Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)]
 Decay = typing.Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)]
 
 
+class Place(typing.NamedTuple):
+    """This process among all of them, and among those of its node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+
+def find_place() -> Place:
+    """What torchrun's variables say; one process where there are none. Raises RunError if they cannot be true."""
+    numbers, advice = [], "start the script with torchrun, or unset the variable"
+    for name, default in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}.items():
+        text = os.environ.get(name, default)
+        require(bool(re.fullmatch("[0-9]{1,9}", text)), f"{name}={text} in the environment is no number; {advice}")
+        numbers.append(int(text))
+    place = Place(*numbers)
+    require(place.size > 0, f"WORLD_SIZE=0 in the environment means no process; {advice}")
+    require(place.rank < place.size, f"RANK={place.rank} in the environment is not below WORLD_SIZE; {advice}")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place.size > 1 and name not in os.environ]
+    require(not missing, f"WORLD_SIZE={place.size} is in the environment, but {', '.join(missing)} is not; {advice}")
+    return place
+
+
 def check_ranges(config) -> None:
     """Every option is in the range that its declaration names."""
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
@@ -166,7 +230,7 @@ def check_ranges(config) -> None:
 def check_options(config) -> None:
     """Ranges, and how options go together, for all trainers. Runs before any model is loaded."""
     check_ranges(config)
-    c, processes = config, int(os.environ.get("WORLD_SIZE", 1))
+    c, processes = config, find_place().size
     trained = 2 * c.keep_best_worst or c.group_size  # samples of each group that are trained on
     for ok, message in (
         (

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import struct
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -224,6 +225,26 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
 
 # -------------------------------------------------------------------------------------------------------------- files
 
+FINGERPRINTED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".model", ".py"}
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a file, or of the configs and weights in a folder, by which a change is noticed; "" of a hub id.
+
+    Of a file above 8 MiB it covers the size and three parts of 1 MiB: the first, the middle and the last.
+    """
+    place, digest, mib = Path(path).expanduser(), hashlib.sha256(), 2**20
+    files = sorted(p for p in place.rglob("*") if p.suffix in FINGERPRINTED) if place.is_dir() else [place]
+    files = [file for file in files if file.is_file()]
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(place)} {size}\n".encode())
+        with file.open("rb") as content:
+            for start, length in [(0, size)] if size <= 8 * mib else [(0, mib), (size // 2, mib), (size - mib, mib)]:
+                content.seek(start)
+                digest.update(content.read(length))
+    return digest.hexdigest() if files else ""
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -261,8 +282,26 @@ def read_picture(path: str | Path):
     """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
     from PIL import Image
 
+    verify_picture(path)
+    with reading_picture(path), Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def verify_picture(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture file. Raises RunError if it is none, or a PNG whose checksums are wrong."""
+    from PIL import Image
+
+    with reading_picture(path), Image.open(path) as picture:
+        picture.verify()
+        return picture.size
+
+
+@contextlib.contextmanager
+def reading_picture(path: str | Path) -> Iterator[None]:
+    """Turn Pillow's errors for broken files into one line."""
+    from PIL import Image
+
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:  # Pillow's errors for broken files
+        yield
+    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e

@@ -1,11 +1,12 @@
 """Processes, loading and sharding of networks, LoRA, EMA."""
 
 import contextlib
-import os
+import importlib
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
-from rewards import is_folder_or_hub_id
+from rewards import FILE_ERRORS, RewardError, check_tokenizer, first_line, is_folder_or_hub_id
 
-from .cli import Lazy, RunError, require
+from .cli import Lazy, RunError, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
 state_dict = Lazy("torch.distributed.checkpoint.state_dict")
@@ -60,6 +61,13 @@ class World:
         """What all processes have for their `share`, (n, ...) each, in order: (count, ...)."""
         return self.gather(x).unflatten(0, (self.size, -1)).transpose(0, 1).flatten(0, 1)[:count]
 
+    def from_main(self, value):
+        """What rank 0 has, on every process."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, 0)
+        return box[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -70,11 +78,11 @@ class World:
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
         """The processes of a node run the block one after the other, so that what it loads is in host memory once."""
-        local_rank, local_size = _place_on_node()
-        for _ in range(local_rank):
+        place = find_place()
+        for _ in range(place.local_rank):
             self.barrier()
         yield
-        for _ in range(local_size - local_rank):
+        for _ in range(place.local_size - place.local_rank):
             self.barrier()
 
     def freeze(self, *modules: nn.Module) -> None:
@@ -126,10 +134,11 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
     """
     cuda = torch.cuda.is_available()
     compute = compute_dtype(dtype, cuda)
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = _place_on_node()
+    rank, size, local_rank, local_size = find_place()
     shard_size = choose_shard_size(shard_size, size, local_size, fits_whole)
     if cuda:
+        cards = torch.cuda.device_count()
+        require(local_rank < cards, f"this node has {cards} GPUs; start at most one process for each of them")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: rewards are scored in it
     if size > 1:
@@ -142,11 +151,6 @@ def compute_dtype(option: str, cuda: bool) -> torch.dtype:
     """What --dtype means, with or without CUDA. Raises RunError if it is none of the known."""
     require(option in ("auto", *DTYPES), f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option!r}")
     return DTYPES["bfloat16" if cuda else "float32"] if option == "auto" else DTYPES[option]
-
-
-def _place_on_node() -> tuple[int, int]:
-    """This process's number on its node, and how many there are."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: bool) -> int:
@@ -176,12 +180,13 @@ def check_path(option: str, path: str) -> None:
 
 
 def load_pretrained(loader, path: str, option: str = "--model", **options):
-    """Call a `from_pretrained` or `load_config` of diffusers; missing or gated weights become one line of advice."""
+    """Call a `from_pretrained` or `load_config`; files that are missing, damaged or gated become one line of advice."""
     check_path(option, path)
     try:
-        return loader(path, **options)
-    except (OSError, ValueError) as e:  # diffusers' and the hub's errors for files that are missing or not allowed
-        reason = (str(e).strip() or repr(e)).splitlines()[0]
+        loaded = loader(path, **options)
+        return ModelConfig(loaded | {}, f"{option} {path}") if loader.__name__ == "load_config" else loaded
+    except FILE_ERRORS as e:
+        reason = first_line(e)
         advice = (
             f"accept its licence at https://huggingface.co/{path} and log in with `hf auth login`"
             if "gated" in f"{type(e.__cause__).__name__} {type(e).__name__} {e}".lower() or "401" in str(e)
@@ -190,12 +195,65 @@ def load_pretrained(loader, path: str, option: str = "--model", **options):
         raise RunError(f"cannot load {path}: {reason}; {advice}") from e
 
 
+class ModelConfig(dict):
+    """The content of a model's config file. A value that is not there becomes one line."""
+
+    def __init__(self, content: dict, source: str):
+        super().__init__(content)
+        self.source = source
+
+    def __missing__(self, name: str):
+        raise RunError(f"{self.source}: a config file there lacks {name!r}; it is damaged, or of another model")
+
+
 def check_family(path: str, expected: str) -> None:
-    """Raise RunError unless the model at `path` is a pipeline of the expected class."""
+    """Raise RunError unless the model at `path` is a pipeline of the expected class, with the tokenizers it names."""
+    found = pipeline_index(path)["_class_name"]
+    require(found == expected, f"--model {path} is a {found}; this script trains a {expected}")
+
+
+def pipeline_index(path: str, option: str = "--model") -> dict:
+    """model_index.json of a pipeline. Raises RunError if it is damaged, or if one of its tokenizers lacks files."""
     from diffusers import DiffusionPipeline
 
-    found = load_pretrained(DiffusionPipeline.load_config, path)["_class_name"]
-    require(found == expected, f"--model {path} is a {found}; this script trains a {expected}")
+    index = load_pretrained(DiffusionPipeline.load_config, path, option)
+    for name in index:
+        if name.startswith("tokenizer") and Path(path).is_dir():
+            folder = Path(path, name)
+            require(folder.is_dir(), f"{option} {path} has no folder {name}; complete it")
+            try:
+                check_tokenizer(folder)
+            except RewardError as e:
+                raise RunError(f"{option} {path} is not complete: {e}; add them") from e
+    return index
+
+
+def load_weights(network_class: type, path: str, option: str = "--model", **options) -> nn.Module:
+    """`from_pretrained` of a network of diffusers or transformers. Raises RunError if its files lack a weight.
+
+    Both libraries would go on without: with an empty or a random one.
+    """
+    network, info = load_pretrained(network_class.from_pretrained, path, option, output_loading_info=True, **options)
+    lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    place = f"{path}/{options['subfolder']}" if "subfolder" in options else path
+    require(
+        not lacking,
+        f"{place} does not fit its config: {len(lacking)} weights missing, or of another shape, first: "
+        f"{(lacking or [''])[0]}; give {option} a complete folder",
+    )
+    return network
+
+
+def load_parts(path: str, dtype: torch.dtype, but: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The networks that a pipeline's model_index.json names, by name, without those in `but`."""
+    parts = {}
+    for name, entry in pipeline_index(path).items():
+        library, class_name = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+        if library in ("diffusers", "transformers") and class_name and name not in but:
+            part = getattr(importlib.import_module(library), class_name, object)
+            if issubclass(part, nn.Module):
+                parts[name] = load_weights(part, path, subfolder=name, dtype=dtype)
+    return parts
 
 
 def load_network(
@@ -220,7 +278,7 @@ def load_network(
     prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen)
     dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
     if world.is_main:
-        source = load_pretrained(network_class.from_pretrained, path, option, dtype=dtype, **options)
+        source = load_weights(network_class, path, option, dtype=dtype, **options)
         prepare_network(source, *prepare)
     if world.size == 1:
         return source.to(world.device)
@@ -244,7 +302,8 @@ def load_pipeline(pipeline_class: type, path: str, world: World, **components):
     """
     absent = {name: None if isinstance(value, nn.Module) else value for name, value in components.items()}
     with world.in_turn():
-        pipe = load_pretrained(pipeline_class.from_pretrained, path, dtype=world.dtype, **absent)
+        parts = load_parts(path, world.dtype, components) | absent
+        pipe = load_pretrained(pipeline_class.from_pretrained, path, dtype=world.dtype, **parts)
         world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
     pipe.register_modules(**{name: value for name, value in components.items() if isinstance(value, nn.Module)})
     pipe.set_progress_bar_config(disable=True)
@@ -358,8 +417,8 @@ def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     require(
         np.isfinite(norm),
-        f"the loss or its gradient became {norm} in iteration {iteration + 1}; lower --learning-rate or "
-        "--max-grad-norm, and --resume from the last checkpoint, which is intact",
+        f"the loss or its gradient became {norm} in iteration {iteration + 1}; start again with a lower "
+        "--learning-rate or --max-grad-norm in another --output-dir; the checkpoints that are there are whole",
     )
     return norm
 

@@ -8,53 +8,77 @@ import inspect
 import json
 import os
 import shutil
+import sys
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, require
-from .data import keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, Preemption, World
+from rewards import parse_paths, parse_spec
+
+from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
+from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
+from .distributed import EMA, Preemption, World, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
 
-def open_folder(config, world: World, prompts: list[str]) -> None:
-    """Create --output-dir, take its lock and write config.json; refuse a folder that is not this run's.
+class Folder(NamedTuple):
+    """A run's folder, checked and locked: the future content of config.json, and the checkpoint to continue from."""
 
-    The lock is the process's own and ends with it. config.json holds all options, a hash of the prompts, and versions.
+    config: dict
+    checkpoint: Path | None
+
+
+def open_folder(config, world: World, prompts: list[str]) -> Folder:
+    """Create --output-dir and take its lock; refuse a folder that is not this run's. Nothing is written into it yet.
+
+    The lock is the process's own and ends with it. config.json will hold all options, the directory where the run was
+    started, hashes of the prompts and of the models and rewards that are files here, and versions.
     """
     output_dir, file = Path(config.output_dir), Path(config.output_dir, "config.json")
     content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
+    content["directory"], content["processes"] = os.getcwd(), world.size
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if world.is_main:
-        stored = read_options(file) if file.is_file() else {"script": ""}
+        content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
+        packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
+        content["versions"] = {package: importlib.metadata.version(package) for package in packages}
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+        lock_folder(output_dir)
+        stored = read_options(file) if file.is_file() else content
         advice = "take another --output-dir"
         require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
         require("script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
+        require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
         )
-        require(
-            not config.resume or stored.get("prompts_sha256", "") in ("", content["prompts_sha256"]),
-            f"the prompts of {config.prompts} are not those that {output_dir} was started with; restore the file, or "
-            "start a new run in another --output-dir",
-        )
-        with writing(output_dir):
-            (output_dir / "samples").mkdir(parents=True, exist_ok=True)
-        lock_folder(output_dir)
-        packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
-        content["versions"] = {package: importlib.metadata.version(package) for package in packages}
-        content["processes"] = world.size
-        write_atomically(file, json.dumps(content, indent=2) + "\n")
+        if config.resume:
+            changed = [path for path, found in content["files"].items() if stored["files"].get(path) != found]
+            changed += [config.prompts] if stored["prompts_sha256"] != content["prompts_sha256"] else []
+            require(
+                not changed,
+                f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "
+                f"start a new run in another --output-dir",
+            )
     world.barrier()
+    return Folder(content, newest_whole_checkpoint(output_dir, world) if config.resume else None)
+
+
+def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", **_) -> list[str]:
+    """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
+    own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
+    paths = [model, transformer, *own, *parse_paths(reward_paths).values()]
+    return [path for path in paths if path and Path(path).exists()]
 
 
 def read_options(file: Path) -> dict:
@@ -80,12 +104,66 @@ def lock_folder(folder: Path) -> None:
 LOCKS: list[int] = []  # the file descriptor that holds the lock of this process's run
 
 
+UNREADABLE = 64 * "0"  # instead of a file's sha256
+
+
+def newest_whole_checkpoint(output_dir: Path, world: World) -> Path | None:
+    """The newest checkpoint whose files are as they were written; says which newer ones are not. A collective.
+
+    None where a run ended before its first checkpoint: it starts again.
+    """
+    checkpoints = world.from_main(complete_checkpoints(output_dir))
+    if not checkpoints:
+        return None
+    for checkpoint in reversed(checkpoints):
+        fault = find_fault(checkpoint, world, needs_state=True)
+        if not fault:
+            return checkpoint
+        if world.is_main:
+            print(f"{checkpoint} is skipped: {fault}", file=sys.stderr)
+    raise RunError(f"nothing to resume: {output_dir} has no whole checkpoint; start a new run in another --output-dir")
+
+
+def find_fault(checkpoint: Path, world: World, part: str = "", needs_state: bool = False) -> str:
+    """What is wrong with the files of a checkpoint, or of the part whose names start so; "" if all are whole.
+
+    A collective: the files are shared out over the processes.
+    """
+    sums, fault = {}, ""
+    if world.is_main:
+        try:
+            sums = read_sealed(checkpoint / "checksums.json")["files"]
+        except (OSError, ValueError) as e:
+            fault = f"its checksums.json is missing or damaged ({e})"
+        if not fault and needs_state and not (checkpoint / "state").is_dir():
+            fault = "it keeps no state to resume from; --keep-states says how many checkpoints do"
+    sums, fault = world.from_main((sums, fault))
+    names = [name for name in sums if name.startswith(part)]
+    found = {} if fault else sha256_of(checkpoint, names, world)
+    wrong = [name for name in found if found[name] != sums[name]]
+    return f"its {wrong[0]} is missing or damaged" if wrong else fault
+
+
+def sha256_of(folder: Path, names: list[str], world: World) -> dict[str, str]:
+    """{name: sha256 of the file in hexadecimal, or UNREADABLE}. A collective."""
+    digests = []
+    for i in world.share(len(names)):
+        try:
+            with (folder / names[i]).open("rb") as file:
+                digests.append(list(hashlib.file_digest(file, "sha256").digest()))
+        except OSError:
+            digests.append(list(bytes.fromhex(UNREADABLE)))
+    digests = world.collect(torch.tensor(digests, dtype=torch.uint8).view(-1, 32), len(names))
+    return {name: bytes(digest).hex() for name, digest in zip(names, digests.tolist(), strict=True)}
+
+
 class Checkpoints:
     """Saves and restores network, optimizer and EMA, whatever the number of processes.
 
     A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
     `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, which is
-    six times as large: only the newest `keep_states` checkpoints keep it.
+    six times as large: only the newest `keep_states` checkpoints keep it. `state/` also holds the run's config.json and
+    metrics.jsonl of that time; `checksums.json` has the sha256 of every file.
     """
 
     def __init__(
@@ -110,7 +188,11 @@ class Checkpoints:
         }
 
     def save(self, output_dir: str, iteration: int) -> None:
-        """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete."""
+        """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete.
+
+        Raises RunError, and writes nothing, if a weight is not finite.
+        """
+        self.require_finite(iteration)
         final = Path(output_dir) / f"checkpoint-{iteration:06d}"
         part = final.with_name(final.name + ".part")
         if self.world.is_main:
@@ -123,15 +205,34 @@ class Checkpoints:
             if self.ema.average:
                 with self.ema.swapped_in():
                     self._save_public(part, "_ema")
-            self.world.barrier()
             if self.world.is_main:
+                for name in ("config.json", "metrics.jsonl"):
+                    if (final.parent / name).is_file():
+                        shutil.copy(final.parent / name, part / "state")
+            self.world.barrier()
+            names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
+            sums = sha256_of(part, self.world.from_main(names), self.world)
+            require(UNREADABLE not in sums.values(), f"could not read {part} again; the checkpoint is not saved")
+            if self.world.is_main:
+                write_atomically(part / "checksums.json", json.dumps(seal({"files": sums}), indent=2) + "\n")
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
-                self._delete_old_states(final.parent)
+                self._delete_old_states(final)
             self.world.barrier()
 
-    def _delete_old_states(self, output_dir: Path) -> None:
-        for checkpoint in complete_checkpoints(output_dir)[: -self.keep_states]:
+    def require_finite(self, iteration: int) -> None:
+        """Raise RunError if a trained weight, or its average, is infinite or NaN. A collective."""
+        finite = torch.stack([local(w).isfinite().all() for w in (*trainable(self.network), *self.ema.average)])
+        require(
+            bool(self.world.gather(finite.all().view(1)).all()),
+            f"the weights became infinite or NaN in iteration {iteration} and are not saved; start again with a lower "
+            "--learning-rate in another --output-dir; the checkpoints that are there are whole",
+        )
+
+    def _delete_old_states(self, newest: Path) -> None:
+        """Of the checkpoints up to the newest; a later one is damaged, for the run continued from an earlier one."""
+        upto = [path for path in complete_checkpoints(newest.parent) if int(path.name[11:]) <= int(newest.name[11:])]
+        for checkpoint in upto[: -self.keep_states]:
             if (checkpoint / "state").is_dir():
                 (checkpoint / "state").rename(checkpoint / "state.part")  # never half of one under its own name
             shutil.rmtree(checkpoint / "state.part", ignore_errors=True)
@@ -164,37 +265,33 @@ class Checkpoints:
             },
         )
 
-    def restore(self, output_dir: str) -> int:
-        """Load the newest checkpoint into network, optimizer and EMA, in place. Returns the iterations done.
-
-        0 where a run ended before its first checkpoint: it starts again.
-        """
-        path = latest_checkpoint(Path(output_dir))
-        if path is None:
-            return 0
+    def restore(self, checkpoint: Path) -> int:
+        """Load a whole checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
         state = self._state()
-        require((path / "state").is_dir(), f"{path} keeps no state to resume from; --keep-states says how many do")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=path / "state", no_dist=self.world.size == 1)
+            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=self.world.size == 1)
         options = state_dict.StateDictOptions(strict=False)
         state_dict.set_model_state_dict(self.network, state["network"], options=options)
         state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
-        return int(path.name.split("-")[1])
+        return int(checkpoint.name.split("-")[1])
 
 
 class Metrics:
-    """metrics.jsonl, a line per iteration, and reward.png, its curves. On rank 0; elsewhere it does nothing."""
+    """metrics.jsonl, a line per iteration, and reward.png, its curves. On rank 0; elsewhere it does nothing.
+
+    A resumed run takes the lines of its checkpoint: later ones belong to iterations that are run again.
+    """
 
     REDRAW_SECONDS = 20.0
 
-    def __init__(self, output_dir: str, world: World, done: int):
+    def __init__(self, output_dir: str, world: World, checkpoint: Path | None):
         self.path, self.world, self.drawn = Path(output_dir) / "metrics.jsonl", world, time.monotonic()
         self.rows, self.before = [], {}
-        if self.path.exists() and world.is_main:  # resumed: the iterations after the checkpoint are run again
-            lines = self.path.read_text(encoding="utf-8").splitlines()[:done]
-            self.rows = [json.loads(line) for line in lines]
-            write_atomically(self.path, "".join(line + "\n" for line in lines))
+        if world.is_main and (checkpoint or self.path.exists()):  # resumed: what came after the checkpoint is run again
+            lines = (checkpoint / "state" / "metrics.jsonl").read_text(encoding="utf-8") if checkpoint else ""
+            self.rows = [json.loads(line) for line in lines.splitlines()]
+            write_atomically(self.path, lines)
 
     def start(self, scores: dict[str, float]) -> None:
         """The scores of the sample pictures before training; the first line holds them as NAME_before."""
@@ -294,10 +391,15 @@ class Samples:
 class Run:
     """What surrounds the algorithm: resuming, and drawing, writing and saving when it is time."""
 
-    def __init__(self, config, world: World, checkpoints: Checkpoints, samples: Samples):
+    def __init__(self, config, world: World, checkpoints: Checkpoints, samples: Samples, folder: Folder):
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
-        self.done = checkpoints.restore(config.output_dir) if config.resume else 0
-        self.metrics = Metrics(config.output_dir, world, self.done)
+        self.done = checkpoints.restore(folder.checkpoint) if folder.checkpoint else 0
+        if world.is_main:
+            with writing(samples.folder):
+                samples.folder.mkdir(exist_ok=True)
+            file = Path(config.output_dir, "config.json")
+            write_atomically(file, json.dumps(seal(folder.config), indent=2) + "\n")
+        self.metrics = Metrics(config.output_dir, world, folder.checkpoint)
         self.preempted, self.flat = Preemption(world), 0
 
     def iterations(self) -> Iterator[int]:
@@ -315,6 +417,7 @@ class Run:
     def finish(self, iteration: int, row: dict) -> None:
         """Write the line of metrics; draw sample pictures and save a checkpoint if it is time."""
         done, c = iteration + 1, self.config
+        self.checkpoints.require_finite(done)  # before pictures are drawn with such weights
         if done == c.iterations or done % c.sample_every == 0:
             row = row | self.samples.save(done)
         self.metrics.write({"iteration": done} | row)

@@ -1,5 +1,6 @@
 """What a user can get wrong ends in one clear line: what is wrong, and what to change."""
 
+import os
 import re
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def test_options(trainer, words, expected, tmp_path):
 
 @EVERY
 def test_prompts_that_cannot_be_shared_out(trainer, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     expected = "--prompts-per-iteration 3 must be a multiple of the 2 processes"
     assert complaint(trainer, "--prompts-per-iteration", "3") == expected
 
@@ -272,7 +274,7 @@ def a_run(folder, **changes):
     import json
 
     config = dataclasses.asdict(grpo_flux.Config(preset="tiny", **grpo_flux.PRESETS["tiny"])) | changes
-    config["script"] = "grpo_flux.py"
+    config = cli.seal(config | {"script": "grpo_flux.py", "directory": os.getcwd()})
     (folder / "checkpoint-000010").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("{}\n")

@@ -1,6 +1,7 @@
 """Several processes compute what one computes, however they share the network, and hold only their part of it."""
 
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -128,7 +129,8 @@ def test_four_processes_train_as_one_does(one, tmp_path):
 def test_options_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(cli.RunError, match="--dtype must be one of auto, bfloat16, float32, got 'half'"):
         distributed.start_world("half")
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, value in {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(cli.RunError, match="--shard-size must divide the 8 processes, got 3"):
         distributed.start_world(shard_size=3)
     with pytest.raises(cli.RunError, match="got -1"):
@@ -155,19 +157,42 @@ def small_checkpoints(world, **options):
     return output.Checkpoints(pipe, "network", optimizer, distributed.EMA(network, 0.5), world, **options)
 
 
-def test_only_the_newest_checkpoints_keep_their_state(tmp_path):
-    checkpoints = small_checkpoints(distributed.start_world(), keep_states=2)
+def test_only_the_newest_checkpoints_keep_their_state(tmp_path, capsys):
+    world = distributed.start_world()
+    checkpoints = small_checkpoints(world, keep_states=2)
     for iteration in (1, 2, 3, 4):
         checkpoints.save(tmp_path, iteration)
     with_state = [path.parent.name for path in tmp_path.glob("*/state")]
     assert sorted(with_state) == ["checkpoint-000003", "checkpoint-000004"]
     assert len(list(tmp_path.glob("*/network/*.safetensors"))) == 4 and not list(tmp_path.glob("**/*.part"))
-    assert checkpoints.restore(tmp_path) == 4
+    assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world)) == 4
     (tmp_path / "checkpoint-000004").rename(tmp_path / "taken-away")
-    assert checkpoints.restore(tmp_path) == 3
+    assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world)) == 3
     (tmp_path / "checkpoint-000003").rename(tmp_path / "also")
-    with pytest.raises(cli.RunError, match=r"checkpoint-000002 keeps no state"):
-        checkpoints.restore(tmp_path)
+    capsys.readouterr()
+    with pytest.raises(cli.RunError, match=r"has no whole checkpoint"):
+        output.newest_whole_checkpoint(tmp_path, world)
+    assert "checkpoint-000002 is skipped: it keeps no state" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
+    world = distributed.start_world()
+    checkpoints = small_checkpoints(world, keep_states=1)
+    checkpoints.save(tmp_path, 9)
+    (tmp_path / "checkpoint-000009" / "checksums.json").unlink()
+    checkpoints.save(tmp_path, 4)  # of a run that continued from an earlier checkpoint
+    assert output.newest_whole_checkpoint(tmp_path, world).name == "checkpoint-000004"
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    checkpoints = small_checkpoints(distributed.start_world())
+    for tensor in (checkpoints.ema.average[-1], checkpoints.network.linear.weight):
+        kept = tensor.detach().clone()
+        tensor.data.view(-1)[-1] = math.inf
+        with pytest.raises(cli.RunError, match=r"infinite or NaN in iteration 3 .* lower --learning-rate"):
+            checkpoints.save(tmp_path, 3)
+        tensor.data.copy_(kept)
+    assert not list(tmp_path.iterdir())
 
 
 def test_public_weights_have_the_compute_dtype_and_the_state_the_master_weights(tmp_path):
@@ -178,7 +203,7 @@ def test_public_weights_have_the_compute_dtype_and_the_state_the_master_weights(
     assert torch.equal(saved["linear.weight"], master.bfloat16())
     with torch.no_grad():
         checkpoints.network.linear.weight.zero_()
-    checkpoints.restore(tmp_path)
+    checkpoints.restore(tmp_path / "checkpoint-000001")
     assert torch.equal(checkpoints.network.linear.weight, master)
 
 

@@ -88,7 +88,8 @@ def run(tmp_path_factory):
 
 def write_config(folder, script, config):
     """config.json of a training run."""
-    (folder / "config.json").write_text(json.dumps({"script": script} | dataclasses.asdict(config)))
+    content = {"script": script, "directory": os.getcwd()} | dataclasses.asdict(config)
+    (folder / "config.json").write_text(json.dumps(cli.seal(content)))
 
 
 def save_lora(network, pipeline_class, targets, folder):
@@ -567,7 +568,10 @@ def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
         model="tiny/flux", checkpoint=checkpoint, prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL
     )
     evaluate(tmp_path / "out", **options)
-    os.utime(checkpoint / "transformer/diffusion_pytorch_model.safetensors", ns=(1, 1))
+    weights = checkpoint / "transformer/diffusion_pytorch_model.safetensors"
+    os.utime(weights, ns=(1, 1))  # a copy of the same weights is no change
+    evaluate(tmp_path / "out", **options)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x42")
     with pytest.raises(cli.RunError, match=r"transformer has changed since .*out has results of it"):
         evaluate(tmp_path / "out", **options)
 
@@ -579,27 +583,31 @@ def test_a_function_that_changed_since_is_refused(prompts, tmp_path):
     options = dict(model="tiny/flux", prompts=prompts, images_per_prompt=1, **SMALL)
     results = evaluate(tmp_path / "out", metrics=f"{tmp_path}/own.py:size", **options)
     assert results["summary"]["size"]["base"]["overall"]["mean"] == 3 * 64 * 64
-    os.utime(tmp_path / "own.py", ns=(1, 1))
+    (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text() + " + 1")
     with pytest.raises(cli.RunError, match=r"own\.py has changed since"):
         evaluate(tmp_path / "out", metrics=f"{tmp_path}/own.py:size", **options)
     assert evaluate(tmp_path / "out", metrics="hps", **options)["summary"].keys() == {"hps"}
 
 
-def test_a_picture_that_cannot_be_read_is_named(prompts, tmp_path):
-    options = dict(model="tiny/flux", prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL)
+def test_damaged_pictures_are_drawn_again_and_damaged_scores_computed_again(prompts, tmp_path):
+    options = dict(model="tiny/flux", prompts=prompts, metrics="hps", images_per_prompt=1, batch_size=3, **SMALL)
     results = evaluate(tmp_path, **options)
     path = folder_of(tmp_path, results, "base") / "00003-0.png"
-    whole = path.read_bytes()
-    path.with_suffix(".json").unlink()
-    for broken in (b"", whole[: len(whole) // 2], b"no picture"):
+    whole, scores = path.read_bytes(), path.with_suffix(".json").read_text()
+    rotten = bytearray(whole)
+    rotten[len(whole) // 2] ^= 1
+    Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
+    for broken in (b"", whole[: len(whole) // 2], b"no picture", rotten, (tmp_path / "small.png").read_bytes()):
         path.write_bytes(broken)
-        with pytest.raises(cli.RunError, match=r"cannot read the picture .*00003-0\.png"):
-            evaluate(tmp_path, **options)
-    Image.new("RGB", (32, 32)).save(path)
-    with pytest.raises(cli.RunError, match=r"00003-0\.png has shape"):
-        evaluate(tmp_path, **options)
-    path.unlink()
-    assert evaluate(tmp_path, **options) == results
+        before = {p: p.stat().st_mtime_ns for p in path.parent.glob("*.png") if p != path}
+        assert evaluate(tmp_path, **options) == results
+        assert path.read_bytes() == whole
+        assert all(p.stat().st_mtime_ns == time for p, time in before.items())
+    digits = next(i for i, c in enumerate(scores) if c.isdigit())
+    for broken in ("", scores[:-9], "[]", "{}", scores[:digits] + "7" + scores[digits + 1 :]):
+        path.with_suffix(".json").write_text(broken)
+        assert evaluate(tmp_path, **options) == results
+        assert path.with_suffix(".json").read_text() == scores
 
 
 def test_a_first_frame_that_cannot_be_read_is_named(tmp_path):

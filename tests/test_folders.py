@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,10 +52,20 @@ def world():
 def a_run(folder: Path, world, **changes):
     """A run that has one checkpoint."""
     cfg = Config(output_dir=str(folder), **changes)
-    output.open_folder(cfg, world, ["one", "two"])
-    (folder / "checkpoint-000002" / "state").mkdir(parents=True)
+    start(cfg, world, ["one", "two"])
     (folder / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n')
+    network = torch.nn.Linear(1, 1)
+    network.save_config = lambda folder: None
+    optimizer, ema = torch.optim.AdamW(network.parameters()), distributed.EMA(network, 0.0)
+    checkpoints = output.Checkpoints(SimpleNamespace(network=network), "network", optimizer, ema, world)
+    checkpoints.save(folder, 2)
     return cfg
+
+
+def start(cfg, world, prompts):
+    """What a run writes before its first iteration."""
+    content = output.open_folder(cfg, world, prompts).config
+    Path(cfg.output_dir, "config.json").write_text(json.dumps(cli.seal(content)))
 
 
 # ------------------------------------------------------------------------------------------------------------- ranges
@@ -130,8 +141,8 @@ def test_somebody_elses_folder_is_left_as_it_is(content, expected, tmp_path, wor
 
 
 def test_a_run_that_failed_before_its_first_iteration_does_not_hinder_the_next(tmp_path, world):
-    output.open_folder(Config(output_dir=str(tmp_path), seed=1), world, ["one"])
-    output.open_folder(Config(output_dir=str(tmp_path), seed=2), world, ["one"])
+    start(Config(output_dir=str(tmp_path), seed=1), world, ["one"])
+    start(Config(output_dir=str(tmp_path), seed=2), world, ["one"])
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
 
 
@@ -157,7 +168,7 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
     a_run(tmp_path, world, eta=0.7)
     cfg = parse("--output-dir", str(tmp_path), "--resume", "--iterations", "9")
     assert (cfg.eta, cfg.iterations, cfg.resume) == (0.7, 9, True)
-    output.open_folder(cfg, world, ["one", "two"])
+    start(cfg, world, ["one", "two"])
     assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
 
 
@@ -171,7 +182,7 @@ def test_resume_with_other_prompts_is_refused(tmp_path, world):
     a_run(tmp_path, world)
     before = tree(tmp_path)
     cfg = parse("--output-dir", str(tmp_path), "--resume")
-    with pytest.raises(cli.RunError, match=r"the prompts of x\.txt are not those that"):
+    with pytest.raises(cli.RunError, match=r"^x\.txt changed after the run in"):
         output.open_folder(cfg, world, ["one", "three"])
     assert tree(tmp_path) == before
 
@@ -184,6 +195,8 @@ def test_resume_with_other_prompts_is_refused(tmp_path, world):
     ({"eta": "much"}, "has eta = 'much', which is no float"),
     ({"iterations": 2.5}, "has iterations = 2.5, which is no int"),
     ({"script": "grpo_other.py"}, "is a run of grpo_other.py, not of test_folders.py"),
+    ({"eta": 0.4}, "was changed by hand or is damaged; copy "),
+    ({"sha256": "0"}, "was changed by hand or is damaged; copy "),
 ])  # fmt: skip
 def test_resume_with_a_damaged_config(content, expected, tmp_path, world):
     a_run(tmp_path, world)

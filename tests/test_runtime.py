@@ -144,7 +144,7 @@ ROW = {"reward_mean": 0.1, "reward_std": 0.2, "reward_a": 0.1, "clip_fraction": 
 
 
 def test_metrics_are_written_as_they_come_and_the_first_line_has_the_scores_before(tmp_path):
-    writer = output.Metrics(tmp_path, distributed.start_world(), 0)
+    writer = output.Metrics(tmp_path, distributed.start_world(), None)
     writer.start({"sample_reward_a": 0.05})
     for iteration, more in [(1, {}), (2, {"sample_reward_a": 0.3})]:
         writer.write({"iteration": iteration} | ROW | more)
@@ -156,10 +156,13 @@ def test_metrics_are_written_as_they_come_and_the_first_line_has_the_scores_befo
     assert steps.tolist() == [0, 2] and values.tolist() == [0.05, 0.3]
 
 
-def test_a_resumed_run_forgets_the_lines_after_its_checkpoint(tmp_path):
+def test_a_resumed_run_has_the_lines_of_its_checkpoint(tmp_path):
+    state = tmp_path / "checkpoint-000002" / "state"
+    state.mkdir(parents=True)
     lines = [json.dumps({"iteration": i} | ROW) for i in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"iteration": 4, "rew')
-    writer = output.Metrics(tmp_path, distributed.start_world(), 2)
+    (state / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[1:]) + '\n{"iteration": 4, "rew')
+    writer = output.Metrics(tmp_path, distributed.start_world(), state.parent)
     writer.write({"iteration": 3, "again": 1} | ROW)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3] and "again" in rows[-1]
@@ -169,7 +172,7 @@ def test_curves_are_redrawn_when_some_time_has_passed_and_at_the_end(tmp_path, m
     now, drawn = [0.0], []
     monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(output.Metrics, "draw", lambda self: drawn.append(now[0]))
-    writer = output.Metrics(tmp_path, distributed.start_world(), 0)
+    writer = output.Metrics(tmp_path, distributed.start_world(), None)
     for second in range(0, 60, 6):
         now[0] = float(second)
         writer.write({"iteration": second} | ROW)
@@ -187,7 +190,7 @@ def test_the_picture_of_the_curves_holds_the_sample_scores(tmp_path, monkeypatch
         return plot(self, x, y, *rest, label=label, **options)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
-    writer = output.Metrics(tmp_path, distributed.start_world(), 0)
+    writer = output.Metrics(tmp_path, distributed.start_world(), None)
     writer.start({"sample_reward_a": 0.0})
     for i in range(1, 13):
         row = ROW | {"reward_a": float(i), "iteration": i}

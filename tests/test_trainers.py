@@ -133,7 +133,8 @@ def test_a_run_leaves_exactly_the_files_of_the_contract(finished):
     suffixes = [".mp4", ".png"] if config.get("frames", 1) > 1 else [".png"]
     samples = [iteration + suffix for iteration in ("000000", "000002", "000003") for suffix in suffixes]
     assert sorted(path.name for path in (out / "samples").iterdir()) == samples
-    assert {path.name for path in (out / "checkpoint-000003").iterdir()} == {component, f"{component}_ema", "state"}
+    saved = {component, f"{component}_ema", "state", "checksums.json"}
+    assert {path.name for path in (out / "checkpoint-000003").iterdir()} == saved
     assert config["group_size"] == 4 and config["versions"]["torch"] in torch.__version__
     assert config["script"] == f"{trainer.__name__}.py"
     assert {field.name for field in dataclasses.fields(trainer.Config)} <= config.keys()
