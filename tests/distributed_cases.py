@@ -1,6 +1,6 @@
-"""What test_distributed.py compares: the same small trainings on one process and, started by torchrun, on several.
+"""What test_distributed.py compares: the same small trainings on one process and on several.
 
-torchrun … tests/distributed_cases.py FOLDER writes FOLDER/results.pt on rank 0: {name of the case: its results}.
+`main`, started on each process, writes FOLDER/results.pt on rank 0: {name of the case: its results}.
 """
 
 import dataclasses
@@ -139,7 +139,3 @@ def main(folder: str) -> None:
     if world.is_main:
         torch.save(results, Path(folder, "results.pt"))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

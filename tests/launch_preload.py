@@ -7,7 +7,7 @@ import transformers
 
 for module in (
     *("open_clip", "peft", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict"),
-    *("distributed_cases", "launch_cases"),
+    *("distributed_cases", "two_processes", "launch_cases"),
 ):
     importlib.import_module(module)
 for name in ("FluxPipeline", "StableDiffusionPipeline", "HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"):

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import distributed_cases
+import launch
 import small
 from runtime import cli, data, distributed, output
 
@@ -33,21 +34,17 @@ def one():
     return results | {"six iterations": distributed_cases.train(world, "full", iterations=6)}
 
 
-def launch(folder, processes):
+def results_of(folder, processes):
     table = distributed_cases.Table()
     table.kept += 1  # a value that only the file has
     table.save_pretrained(folder / "table")
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-    done = subprocess.run(
-        [*command, distributed_cases.__file__, str(folder)], capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch.run("distributed_cases", "main", (str(folder),), processes, folder / "logs")
     return torch.load(folder / "results.pt") | {"table": table, "folder": folder}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return launch(tmp_path_factory.mktemp("two"), 2)
+    return results_of(tmp_path_factory.mktemp("two"), 2)
 
 
 def check_float32(one, several, shard_size):
@@ -121,7 +118,7 @@ def test_a_checkpoint_holds_the_whole_network_and_continues_on_copies_of_another
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_does(one, tmp_path):
-    four = launch(tmp_path, 4)
+    four = results_of(tmp_path, 4)
     for shard_size in (1, 2, 4):
         check_float32(one, four, shard_size)
 

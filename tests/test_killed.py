@@ -1,6 +1,6 @@
 """A run of two processes that is killed again and again ends like one that was not.
 
-Six kills by default; KILLS=20 pytest -m slow tests/test_killed.py kills twenty times.
+Three kills by default; KILLS=20 pytest -m slow tests/test_killed.py kills twenty times.
 """
 
 import json
@@ -48,7 +48,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_for_bit_like_one_that_is_
     launch.run("launch_cases", "train", ("flux", OPTIONS | {"output_dir": str(straight)}), 2, tmp_path / "logs")
 
     random.seed(0)
-    wanted, resumed_at, in_a_save = int(os.environ.get("KILLS", 6)), [], 0
+    wanted, resumed_at, in_a_save = int(os.environ.get("KILLS", 3)), [], 0
     while len(resumed_at) < wanted:
         logs = tmp_path / f"logs-{len(resumed_at)}"
         before = newest(killed)

@@ -11,10 +11,8 @@ import re
 import resource
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +33,7 @@ from safetensors.torch import load_file
 import grpo_flux
 import grpo_sd
 import grpo_video
+import launch
 import small
 from rewards import RewardError
 from runtime import cli, data, distributed, output
@@ -216,46 +215,11 @@ def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.slow
-def test_resumed_after_sigkill_a_run_ends_bit_for_bit_like_one_that_was_not_killed(tmp_path):
-    options = small.FINISHED | {"iterations": 5}
-    straight = train("flux", tmp_path / "straight", **options)
-    killed = tmp_path / "killed"
-    command = [sys.executable, "grpo_flux.py"]
-    process = subprocess.Popen(
-        command + small.arguments(small.options("flux") | options | {"output_dir": killed}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if (killed / "metrics.jsonl").exists() and len((killed / "metrics.jsonl").read_text().splitlines()) >= 3:
-            break
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, process.stdout.read().decode()[-2000:]
-    assert (killed / "checkpoint-000002").is_dir() and not (killed / "checkpoint-000005").exists()
-
-    (killed / "checkpoint-000004.part").mkdir(exist_ok=True)  # as if killed while saving
-    with (killed / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 4, "rew')  # and while writing a line
-    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--output-dir", str(killed), "--resume"]))
-    assert metrics(killed) == metrics(straight)
-    for suffix in ("", "_ema"):
-        a, b = (weights("flux", out, 5, suffix) for out in (killed, straight))
-        assert all(torch.equal(a[k], b[k]) for k in a)
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What tests/two_processes.py left: a folder for each trainer."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    done = subprocess.run(
-        [*command, "tests/two_processes.py", str(folder)], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch.run("two_processes", "main", (folder,), 2, folder / "logs")
     return folder
 
 

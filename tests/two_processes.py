@@ -1,13 +1,10 @@
-"""Every trainer's small run on two processes, in one launch, since importing takes longer than the runs.
-
-    torchrun --nproc_per_node=2 --standalone tests/two_processes.py FOLDER
+"""Every trainer's small run on two processes; `main` is started on each.
 
 Leaves FOLDER/CASE as the trainer leaves it, with sampled.json: the prompts of whose sample pictures each process drew;
 and FOLDER/refused.txt: how a run ends whose prompts cannot be shared out.
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
@@ -43,8 +40,7 @@ def refused() -> str:
     return "not refused"
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def main(folder: Path) -> None:
     dist.init_process_group("gloo")  # the processes meet once, not in every run
     dist.init_process_group = lambda backend: None
     for case in small.TRAINERS:
