@@ -47,7 +47,7 @@ class Config:
     model: str = ""  # the base: hub id or diffusers folder; empty: the --model of the checkpoints' run
     transformer: str = ""  # hub id or folder of the base's transformer, if it is not the one in --model (SkyReels)
     checkpoint: tuple[str, ...] = ()  # RUN/checkpoint-000300, a transformer_ema or LoRA file in it, a diffusers folder
-    metrics: str = "hps,clip,pickscore"  # comma separated; also geneval, FILE.py:FUNCTION, and for video vq, mq, ta
+    metrics: str = "hps,clip,pickscore"  # also geneval, FILE.py:FUNCTION, http://HOST:PORT/NAME; for video vq, mq, ta
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     detector: str = geneval.MASK2FORMER  # of geneval: hub id or folder of a Mask2Former, or FILE.py:CLASS
     detector_clip: str = geneval.CLIP  # names colours for Mask2Former: hub id or folder of a CLIPModel

@@ -30,18 +30,19 @@ from torch import Tensor
 from rewards import RewardError, check_reward, load_reward, parse_paths
 from runtime import cli, data, distributed, output
 from runtime.cli import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
-from sampling import SDE, flow_sigmas, rollout, sample_ode
+from sampling import SDE, flow_sigmas, gaussian_kl, rollout, sample_ode
 
 diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
+RATIOS = ("plain", "guard", "dppo")  # of --ratio
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "release"  # a named set of option values: release (16 GPUs), 8gpu, lora, lora-48gb, paper, tiny
     model: str = "black-forest-labs/FLUX.1-dev"  # hub id or folder in diffusers' FluxPipeline layout
-    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; NAME: hps, clip, pickscore or FILE.py:FUNCTION
+    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
     output_dir: str = "runs/flux"  # everything the run leaves
@@ -54,13 +55,14 @@ class Config:
     eta: Positive = 0.3  # noise of the SDE, eq. 8 (paper, release); flow: a = 0.7, cps: 0.8 are usual
     shift: Positive = 3.0  # of the sigmas towards noise (release)
     sde: str = "dance"  # stochastic step: dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
+    ratio: str = "plain"  # plain (paper); guard (GRPO-Guard) or dppo (Flow-DPPO), against over-optimisation
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps trained; all of a window (paper, release)
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
     micro_batch: Count = 4  # samples in one forward pass, in the rollout and in the update alike (ours)
-    clip_range: Open01 = 1e-4  # epsilon of the ratio (paper, release); so small because log-probs are means
+    clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
     kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near the model started from (paper: none)
     keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
@@ -129,6 +131,25 @@ def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
     rho = torch.exp(log_prob - old_log_prob)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_range, 1 + clip_range) * A)
     return -objective.mean(), rho.detach()
+
+
+def guarded_loss(ratio: str, log_ratio, kl, A, std, dsigma, epsilon: float):
+    """The objective with another trust region than eq. 9's. Returns the loss and rho (M,).
+
+    log_ratio (M,): log p - log p_old; kl (M,): of the step's Gaussian, N(mean, std²), from that of the rollout, in the
+    mean over its elements; std (M, …); dsigma (M,): sigma - sigma_next, above 0; epsilon: --clip-range.
+    guard, GRPO-Guard (2510.22319): rho = exp(std (log p - log p_old + KL)) = exp(mean(noise (mean - mean_old))), whose
+    log has the mean 0 at every step, where that of eq. 9 has -KL, so that clipping acts on both sides; and the weight
+    1 / dsigma, since a step's mean moves by about dsigma times the velocity.
+    dppo, Flow-DPPO (2606.11025): rho A without clipping, but for pairs whose KL exceeds epsilon and that move further
+    away: A > 0 with rho > 1, or A < 0 with rho < 1. They are left out.
+    """
+    if ratio == "guard":
+        log_rho = std.flatten() * (log_ratio + kl)
+        return grpo_loss(log_rho, torch.zeros_like(log_rho), A / dsigma, epsilon)
+    rho = torch.exp(log_ratio)
+    kept = (kl <= epsilon) | (log_ratio * A <= 0)
+    return -(rho * A * kept).mean(), rho.detach()
 
 
 def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
@@ -267,6 +288,9 @@ def check(cfg: Config) -> list[str]:
     cli.check_options(cfg)
     cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
     cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
+    cli.require(cfg.ratio in RATIOS, f"--ratio must be one of {', '.join(RATIOS)}, got {cfg.ratio!r}")
+    plain = cfg.ratio == "plain" or cfg.sde != "cps"
+    cli.require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
     check_reward(cfg.reward, cfg.reward_paths)
     distributed.check_family(cfg.model, "FluxPipeline")
     vae = distributed.load_pretrained(diffusers.AutoencoderKL.load_config, cfg.model, subfolder="vae")
@@ -366,8 +390,12 @@ def main(cfg: Config) -> None:
                 # The policy at z, as in the rollout, and how probable it now makes the same draw.
                 v = velocity(transformer, z, sigmas[t], of_prompt, cfg.guidance, rows)
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
-                log_prob = log_prob_of(z_next, mean, std)
-                loss, rho = grpo_loss(log_prob, old_log_probs[s, t], A[s], cfg.clip_range)
+                log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[s, t]
+                loss, rho = grpo_loss(log_prob, old_log_prob, A[s], cfg.clip_range)
+                if cfg.ratio != "plain":  # the mean in the rollout follows from the noise, a function of its key
+                    noise = data.step_noise(shape, [(*keys[b], i) for b, i in part], world.device)
+                    kl, dsigma = gaussian_kl(mean, z_next - std * noise, std), sigmas[t] - sigmas[t + 1]
+                    loss, rho = guarded_loss(cfg.ratio, log_prob - old_log_prob, kl, A[s], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
                     with torch.no_grad(), distributed.without_adapter(reference):
                         v_ref = velocity(reference, z, sigmas[t], of_prompt, cfg.guidance, rows)

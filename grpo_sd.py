@@ -43,7 +43,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 class Config:
     preset: str = "release"  # a named set of option values: release (8 GPUs), paper, hps-clip, 24gb, tiny
     model: str = "CompVis/stable-diffusion-v1-4"  # hub id or folder in diffusers' StableDiffusionPipeline layout
-    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], comma separated; NAME: hps, clip, pickscore or FILE.py:FUNCTION
+    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
     output_dir: str = "runs/sd"  # everything the run leaves

@@ -4,6 +4,7 @@
     scores = reward(images, prompts)          # {"hps": (B,), "clip": (B,)}; reward.weights: {"hps": 0.7, "clip": 1.4}
     load_reward("vq,mq:2")(videos, prompts, fps=8)   # {"vq": (B,), "mq": (B,)}, from one forward pass
     load_reward("my_rewards.py:sharpness")    # a function of your own: sharpness(images, prompts) → (B,)
+    load_reward("http://gpu2:8000/judge:0.5")  # a server of your own, see HTTPReward; the reward is called judge
 
 A score that is not a number stops the run: a made-up number in its place would shift its whole group.
 Scores of several rewards are not added here. Each is first normalised within its group (DanceGRPO, Algorithm 1).
@@ -12,14 +13,20 @@ Legend: B images or videos, F frames, H and W their size in pixels, L tokens, D 
 """
 
 import ast
+import base64
 import contextlib
 import hashlib
+import http.client
+import io
 import json
 import math
 import pickle
 import re
 import sys
+import time
 import traceback
+import urllib.error
+import urllib.request
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -327,6 +334,90 @@ def own_reward(place: str, visuals: Visuals, prompts: Sequence[str]) -> Tensor:
     return scores.detach().to(visuals[0].device)
 
 
+class HTTPReward:
+    """A scorer that runs elsewhere, asked over HTTP: how a large judge works beside the training.
+
+    It gets a POST with JSON, at most BATCH samples at a time, and answers with one score for each prompt:
+        {"prompts": ["a red circle", …], "images": ["iVBORw0…", …]}                             PNG files in base64
+        {"prompts": ["a red circle", …], "videos": [["iVBORw0…", …], …], "fps": 8.0}            their frames
+        → {"scores": [0.27, …]}
+    No answer within SECONDS, a broken connection or a status of 500 and above is tried again, ATTEMPTS times in all;
+    then, and at once on an answer that is not of this form, RewardError. A proxy is taken from the environment.
+    """
+
+    BATCH, SECONDS, ATTEMPTS, PAUSE, MOST_BYTES = 8, 120.0, 3, 5.0, 1_000_000
+
+    def __init__(self, name: str, url: str):
+        self.name, self.url = name, url
+
+    def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W), or a list of (F, 3, H, W), in [0, 1] → (B,) float32."""
+        scores = []
+        for i in range(0, len(prompts), self.BATCH):
+            request, part = {"prompts": list(prompts[i : i + self.BATCH])}, visuals[i : i + self.BATCH]
+            if part[0].dim() == 3:
+                request["images"] = [png(image) for image in part]
+            else:
+                request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
+            scores += self.ask(json.dumps(request).encode(), len(part))
+        return torch.tensor(scores, dtype=torch.float32, device=visuals[0].device)
+
+    def ask(self, request: bytes, count: int) -> list[float]:
+        headers = {"Content-Type": "application/json"}
+        for attempt in range(1, self.ATTEMPTS + 1):
+            try:
+                answer = self.fetch(urllib.request.Request(self.url, request, headers))
+                break
+            except urllib.error.HTTPError as e:
+                reason, final = f"it answers with status {e.code} {e.reason}", e.code < 500
+            except (OSError, http.client.HTTPException) as e:  # refused, reset, timed out, no HTTP
+                reason, final = f"no answer ({first_line(getattr(e, 'reason', None) or e)})", False
+            if final or attempt == self.ATTEMPTS:
+                raise RewardError(
+                    f"reward {self.name}: {self.url}: {reason}, attempt {attempt} of {self.ATTEMPTS}; mend the server"
+                )
+            time.sleep(self.PAUSE)
+        try:
+            scores = json.loads(answer)["scores"]
+        except (ValueError, KeyError, TypeError) as e:
+            found = f"{answer[:60]!r} ({type(e).__name__})"
+            raise RewardError(f'reward {self.name}: {self.url} must answer {{"scores": […]}}, not {found}') from e
+        if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
+            raise RewardError(f"reward {self.name}: the scores of {self.url} must be numbers, got {scores!r:.60}")
+        if len(scores) != count:
+            raise RewardError(f"reward {self.name}: {self.url} gave {len(scores)} scores for {count} prompts")
+        return scores
+
+    def fetch(self, request: urllib.request.Request | str) -> bytes:
+        """The body of the answer, read within SECONDS, cut off after MOST_BYTES. Raises OSError or HTTPException."""
+        body, end = b"", time.monotonic() + self.SECONDS
+        with urllib.request.urlopen(request, timeout=self.SECONDS) as response:
+            while len(body) < self.MOST_BYTES and (part := response.read1(65536)):
+                body += part
+                if time.monotonic() > end:
+                    raise TimeoutError("timed out")
+        return body
+
+    def check(self) -> None:
+        """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
+        try:
+            self.fetch(self.url)
+        except urllib.error.HTTPError:
+            return
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            reason = first_line(getattr(e, "reason", None) or e)
+            raise RewardError(f"reward {self.name}: nothing answers at {self.url} ({reason}); start the server") from e
+
+
+def png(image: Tensor) -> str:
+    """(3, H, W) in [0, 1] as a PNG file in base64."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray((image.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def load_object(place: str) -> Callable:
     """The function or class that FILE.py:NAME names; the file is executed once. Raises RewardError, one line."""
     file, _, name = place.rpartition(":")
@@ -364,17 +455,20 @@ LOADERS: dict[str, Callable] = {
 }
 # The names of a spec → the model that gives the score.
 MODEL_OF = {n: n for n in LOADERS if n != "videoalign"} | dict.fromkeys(VideoAlignReward.NAMES, "videoalign")
-Term = namedtuple("Term", "name model threshold weight")  # model: one of LOADERS, or FILE.py:FUNCTION
+Term = namedtuple("Term", "name model threshold weight")  # model: one of LOADERS, FILE.py:FUNCTION or a URL
 
 
 def parse_spec(spec: str) -> list[Term]:
-    """ "hps:0.7,clip@0.39,my_rewards.py:sharpness" → terms. Raises RewardError if there is something wrong with it."""
+    """ "hps:0.7,clip@0.39,my_rewards.py:sharpness" → terms. Raises RewardError if there is something wrong with it.
+
+    A reward at http://HOST:PORT/NAME is called by the last part of its path, which weight and threshold may follow.
+    """
     terms, number = [], r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d\d?)?)"
     for part in map(str.strip, spec.split(",")):
-        match = re.fullmatch(rf"(.+\.py:)?(\w+)(?:@{number})?(?::{number})?", part)
+        match = re.fullmatch(rf"(.+\.py:|https?://[^/@]+/(?:[^:@]*/)?)?(\w+)(?:@{number})?(?::{number})?", part)
         file, name, threshold, weight = match.groups() if match else (None, None, None, None)
         if not file and name not in MODEL_OF:
-            known = f"NAME[@THRESHOLD][:WEIGHT], NAME one of {', '.join(MODEL_OF)}, or FILE.py:FUNCTION"
+            known = f"NAME[@THRESHOLD][:WEIGHT], NAME one of {', '.join(MODEL_OF)}, FILE.py:FUNCTION or http://HOST:PORT/NAME"
             raise RewardError(f"unknown reward {part!r}; write {known}; threshold and weight must be numbers")
         if name in [term.name for term in terms]:
             raise RewardError(f"reward {name!r} is given twice in {spec!r}; give each name once")
@@ -417,8 +511,14 @@ def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[s
             raise RewardError(f"reward {term.name} judges video; for images take hps, clip or pickscore")
         if term.model == "geneval":
             import_module("evaluation.geneval").check(places.get("geneval"), video, prompts, metadata)
-        if term.model not in LOADERS:
+        if is_url(term.model):
+            HTTPReward(term.name, term.model).check()
+        elif term.model not in LOADERS:
             load_object(term.model)
+
+
+def is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
 
 
 class Reward:
@@ -449,6 +549,8 @@ class Reward:
                 raw = judged[term.name]
             elif is_video and term.model in LOADERS:
                 raw = mean_over_frames(scorer, visuals, prompts)
+            elif isinstance(scorer, HTTPReward):
+                raw = scorer(visuals, prompts, fps)
             else:
                 raw = scorer(visuals, prompts).float()
             for prompt, value in zip(prompts, raw.tolist(), strict=True):
@@ -461,14 +563,18 @@ class Reward:
 def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None) -> Reward:
     """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
 
-    NAME      hps, clip, pickscore, geneval, vq, mq, ta, or FILE.py:FUNCTION (see `own_reward`)
+    NAME      hps, clip, pickscore, geneval, vq, mq, ta, FILE.py:FUNCTION (see `own_reward`),
+              or http://HOST:PORT/NAME (see `HTTPReward`)
     paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
     metadata  for geneval: {prompt: GenEval's metadata}, of the prompts that the detector cannot read by itself
     hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
     """
     terms, paths, scorers = parse_spec(spec), paths or {}, {}
     check_paths(paths)
-    for model in dict.fromkeys(term.model for term in terms):
+    for model, name in {term.model: term.name for term in terms}.items():
+        if is_url(model):
+            scorers[model] = HTTPReward(name, model)
+            continue
         options = {"path": paths[model]} if model in paths else {}
         options |= {"metadata": metadata} if model == "geneval" else {}
         own = None if model in LOADERS else load_object(model)  # what is not there raises here already

@@ -66,6 +66,15 @@ def cps_log_prob(x, mean, std) -> torch.Tensor:
     return -((x.float() - mean) ** 2).flatten(1).mean(1)
 
 
+def gaussian_kl(mean, old_mean, std) -> torch.Tensor:
+    """KL(N(old_mean, std²) || N(mean, std²)) = (mean - old_mean)² / (2 std²), the MEAN over the d elements.
+
+    mean, old_mean (B, ...); std as for `gaussian_log_prob`. Returns (B,) float32.
+    """
+    std = torch.as_tensor(std, dtype=torch.float32, device=mean.device).reshape(-1, *[1] * (mean.dim() - 1))
+    return ((mean - old_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+
+
 def flow_sde_step(v, z, sigma, sigma_next, eta):
     """The reverse SDE of rectified flow, dz = (v - ½ eta² score) dsigma + eta dw (DanceGRPO, eq. 8), one Euler step.
 

@@ -49,7 +49,12 @@ def rollout_noise(shape: Sequence[int], keys: Sequence[tuple], shared: bool, dev
     """
     initial = [(*key[:-1], 0) for key in keys] if shared else keys
     z = keyed_noise(shape, initial, "initial noise", device)
-    return z, lambda i: keyed_noise(shape, [(*key, i) for key in keys], "step noise", device)
+    return z, lambda i: step_noise(shape, [(*key, i) for key in keys], device)
+
+
+def step_noise(shape: Sequence[int], keys: Iterable[tuple], device) -> Tensor:
+    """The noise that a rollout adds; keys: (seed, iteration, prompt, sample, step) of each. → (len(keys), *shape)"""
+    return keyed_noise(shape, keys, "step noise", device)
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts

@@ -110,6 +110,8 @@ def test_options_of_diffusion(words, expected):
         ("--sde fast", "--sde must be one of dance, flow, cps, got 'fast'"),
         ("--sde cps --eta 1.2", "--eta must be at most 1 with --sde cps"),
         ("--shift 0", "--shift must be above 0"),
+        ("--ratio none", "--ratio must be one of plain, guard, dppo, got 'none'"),
+        ("--ratio guard --sde cps --eta 0.8", "--ratio guard needs Gaussian log-probabilities, which --sde cps"),
     ],
 )
 def test_options_of_rectified_flow(trainer, words, expected):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import re
 from itertools import chain, pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ import grpo_sd
 import grpo_video
 from grpo_flux import group_advantages, grpo_loss, sde_window, statistics, training_pairs
 from runtime import cli, data, distributed, dryrun, output
+from sampling import gaussian_kl, gaussian_log_prob
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
@@ -33,6 +35,10 @@ sample_every num_samples"""
 def test_the_grpo_functions_are_identical_in_every_trainer(name):
     sources = {inspect.getsource(getattr(trainer, name)) for trainer in TRAINERS}
     assert len(sources) == 1
+
+
+def test_the_other_trust_regions_are_identical_in_both_trainers_of_rectified_flow():
+    assert inspect.getsource(grpo_flux.guarded_loss) == inspect.getsource(grpo_video.guarded_loss)
 
 
 @pytest.mark.parametrize("name", ["group_advantages", "grpo_loss"])
@@ -60,9 +66,9 @@ def test_the_root_holds_the_six_scripts():
 def test_every_option_of_the_contract_is_there_and_read(trainer):
     """`cli` only checks ranges; an option counts as read where something else is done with it."""
     names = [field.name for field in dataclasses.fields(trainer.Config)]
-    expected = set(CONTRACT.split()) | ({"sde", "shift"} if trainer is not grpo_sd else set())
+    expected = set(CONTRACT.split()) | ({"sde", "shift", "ratio"} if trainer is not grpo_sd else set())
     assert expected <= set(names)
-    assert trainer is not grpo_sd or not {"sde", "shift"} & set(names)
+    assert trainer is not grpo_sd or not {"sde", "shift", "ratio"} & set(names)
     source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, distributed, dryrun, output)))
     unread = {name for name in names if not re.search(rf"\b(cfg|config|c)\.{name}\b", source)}
     assert unread <= {"preset"}  # which parse_config reads, before there is a config
@@ -196,6 +202,57 @@ def test_clipping_takes_the_pessimistic_side(rho, A, value, has_gradient):
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-5)
     assert (log_prob.grad != 0).item() == has_gradient
+
+
+def one_step(A, change, epsilon, ratio, noise=(1.0, -3.0), std=0.5, dsigma=0.25):
+    """`guarded_loss` of one pair (sample, step), whose mean has moved by `change` (d,) since the rollout."""
+    old_mean, noise, std = torch.zeros(1, 2), torch.tensor([noise]), torch.tensor([[std]])
+    mean, z_next = torch.tensor([change], requires_grad=True), old_mean + std * noise
+    log_ratio = gaussian_log_prob(z_next, mean, std) - gaussian_log_prob(z_next, old_mean, std)
+    kl, dsigma = gaussian_kl(mean, old_mean, std), torch.tensor([dsigma])
+    loss, rho = grpo_flux.guarded_loss(ratio, log_ratio, kl, torch.tensor([A]), std, dsigma, epsilon)
+    loss.backward()
+    return loss.item(), rho.item(), mean.grad[0].tolist()
+
+
+def test_the_ratio_of_grpo_guard():
+    """By hand: log rho = mean(noise · change) = (1 · 0.1 - 3 · 0.3) / 2 = -0.4; weight 1 / dsigma = 4."""
+    rho = math.exp(-0.4)
+    loss, found, gradient = one_step(2.0, (0.1, 0.3), 0.9, "guard")
+    assert found == pytest.approx(rho, rel=1e-6)
+    assert loss == pytest.approx(-8 * rho, rel=1e-6)
+    assert gradient == pytest.approx([-8 * rho * 0.5, 8 * rho * 1.5], rel=1e-5)  # of log rho: noise / d
+    loss, _, gradient = one_step(-2.0, (0.1, 0.3), 0.1, "guard")  # a bad draw, already less likely: clipped
+    assert loss == pytest.approx(8 * 0.9, rel=1e-6) and gradient == [0, 0]
+
+
+def test_the_ratio_of_grpo_guard_has_its_mean_at_1_where_the_plain_one_is_below():
+    noise = torch.randn(20_000, 8, generator=torch.Generator().manual_seed(0))
+    std, change = torch.full((20_000, 1), 0.5), 0.2 * torch.ones(20_000, 8)
+    log_ratio = gaussian_log_prob(std * noise, change, std) - gaussian_log_prob(std * noise, torch.zeros(1), std)
+    kl = gaussian_kl(change, torch.zeros_like(change), std)
+    torch.testing.assert_close(kl, torch.full_like(kl, 0.08))  # 0.2² / (2 · 0.5²)
+    _, rho = grpo_flux.guarded_loss("guard", log_ratio, kl, kl, std, kl, 0.1)
+    assert log_ratio.mean().item() == pytest.approx(-0.08, abs=0.003)
+    assert rho.log().mean().item() == pytest.approx(0, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    "A, change, epsilon, has_gradient",
+    [
+        (1.0, (0.1, -0.1), 0.01, False),  # KL 0.02; the good draw became likelier: no more push
+        (1.0, (0.1, -0.1), 0.03, True),  # within the limit, however large the ratio
+        (-1.0, (0.1, -0.1), 0.01, True),  # pushed back
+        (-1.0, (-0.1, 0.1), 0.01, False),
+        (1.0, (-0.1, 0.1), 0.01, True),
+    ],
+)
+def test_flow_dppo_leaves_out_what_moves_further_away(A, change, epsilon, has_gradient):
+    loss, rho, gradient = one_step(A, change, epsilon, "dppo")
+    # log rho = mean(noise · change) / std - KL, with the mean(noise · change) = ± 0.2, the KL 0.02
+    assert rho == pytest.approx(math.exp(math.copysign(0.4, change[0]) - 0.02), rel=1e-5)
+    assert loss == pytest.approx(-rho * A if has_gradient else 0.0, rel=1e-6)
+    assert (gradient != [0, 0]) == has_gradient
 
 
 # ------------------------------------------------------------------------------------------------ steps and samples

@@ -1,7 +1,13 @@
 """The image rewards against the packages they come from, rewards of one's own, and what is refused."""
 
+import base64
 import gzip
+import io
+import json
 import shutil
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +16,17 @@ import pytest
 import torch
 from PIL import Image
 
-from rewards import CLIPReward, HPSReward, RewardError, check_reward, load_object, load_reward, parse_paths, parse_spec
+from rewards import (
+    CLIPReward,
+    HPSReward,
+    HTTPReward,
+    RewardError,
+    check_reward,
+    load_object,
+    load_reward,
+    parse_paths,
+    parse_spec,
+)
 from runtime.cli import RunError
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "hps"  # scores by the hpsv2 package, of a small random model
@@ -331,6 +347,131 @@ def test_a_function_that_is_not_there_is_named_before_anything_is_loaded(own, tm
         assert "\n" not in str(error.value)
     with pytest.raises(RewardError, match=message):
         load_reward(place)
+
+
+# --------------------------------------------------------------------------------------------------- rewards over HTTP
+
+
+def first_red(file):
+    """The red of the first pixel of a PNG file in base64, 0 to 1."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(file))))[0, 0, 0] / 255
+
+
+class Judge(BaseHTTPRequestHandler):
+    """A scorer whose behaviour is the last part of its path."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        kind, server = self.path.rpartition("/")[2], self.server
+        server.requests.append(body)
+        pictures = body.get("images") or [video[-1] for video in body.get("videos", [])]
+        scores = [first_red(picture) for picture in pictures]
+        if kind == "slow":
+            server.release.wait(20)  # until the test is over
+        answers = {
+            "nan": [float("nan")] * len(scores),
+            "short": scores[:-1],
+            "words": ["good"] * len(scores),
+            "one": 0.5,
+        }
+        answer = json.dumps({"scores": answers.get(kind, scores)}).encode()
+        answer = {"text": b"<html>welcome", "list": b"[1, 2]", "other": b'{"score": 1}'}.get(kind, answer)
+        status = {"broken": 500, "nothing": 404}.get(kind, 200)
+        if kind == "once" and len(server.requests) == 1:
+            status = 503
+        self.send_response(status)
+        self.end_headers()
+        if kind != "slow":
+            self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A server on this machine; `url` is its address."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(HTTPReward, "PAUSE", 0.01)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
+    server.requests, server.release, server.url = [], threading.Event(), f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_is_a_reward(judge):
+    spec = f"{judge.url}/judge:0.5,{judge.url}/v2/other_judge@0.5,hps"
+    check_reward(spec, "hps=tiny/hps")
+    reward = load_reward(spec, TINY)
+    assert reward.weights == {"judge": 0.5, "other_judge": 1.0, "hps": 1.0}
+    red = torch.linspace(0, 1, 10)  # more than a batch
+    images = red.view(10, 1, 1, 1).expand(10, 3, 4, 6)
+    scores = reward(images, [f"prompt {i}" for i in range(10)])
+    torch.testing.assert_close(scores["judge"], (red * 255).round() / 255)
+    assert scores["other_judge"].tolist() == [0.0] * 5 + [1.0] * 5
+    sizes = [len(request["images"]) for request in judge.requests]
+    assert sizes == [8, 2, 8, 2]
+    assert judge.requests[1]["prompts"] == ["prompt 8", "prompt 9"] and "fps" not in judge.requests[0]
+
+
+def test_a_server_judges_videos(judge):
+    videos = torch.zeros(2, 5, 3, 4, 4)
+    videos[1, 4] = 1.0  # the last frame
+    scores = load_reward(f"{judge.url}/judge")(videos, ["a", "b"], fps=8.0)
+    assert scores["judge"].tolist() == [0.0, 1.0]
+    (request,) = judge.requests
+    assert [len(video) for video in request["videos"]] == [5, 5] and request["fps"] == 8.0
+
+
+def test_a_server_that_fails_once_is_asked_again(judge):
+    assert load_reward(f"{judge.url}/once")(torch.ones(2, 3, 4, 4), ["a", "b"])["once"].tolist() == [1.0, 1.0]
+    assert len(judge.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "kind, requests, message",
+    [
+        ("slow", 2, r"no answer \(timed out\), attempt 2 of 2; mend the server"),
+        ("broken", 2, "it answers with status 500 Internal Server Error, attempt 2 of 2"),
+        ("nothing", 1, "it answers with status 404 Not Found, attempt 1 of 2"),
+        ("text", 1, r'must answer {"scores": \[…\]}, not b\'<html>welcome\' \(JSONDecodeError\)'),
+        ("list", 1, r'must answer {"scores": \[…\]}, not b\'\[1, 2\]\' \(TypeError\)'),
+        ("other", 1, r"must answer .*\(KeyError\)"),
+        ("one", 1, "must be numbers, got 0.5"),
+        ("words", 1, r"must be numbers, got \['good', 'good'\]"),
+        ("short", 1, "gave 1 scores for 2 prompts"),
+        ("nan", 1, "gave nan for the prompt 'a'; the run stops here"),
+    ],
+)
+def test_a_server_that_fails_ends_in_one_line(judge, monkeypatch, kind, requests, message):
+    monkeypatch.setattr(HTTPReward, "ATTEMPTS", 2)
+    monkeypatch.setattr(HTTPReward, "SECONDS", 0.3 if kind == "slow" else 20.0)
+    with pytest.raises(RewardError, match=f"reward {kind}.*{message}") as error:
+        load_reward(f"{judge.url}/{kind}")(torch.rand(2, 3, 8, 8), ["a", "b"])
+    assert "\n" not in str(error.value) and len(judge.requests) == requests
+
+
+def test_a_server_that_is_down_is_named_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(HTTPReward, "PAUSE", 0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/judge"
+    with pytest.raises(RewardError, match=rf"reward judge: nothing answers at {url} \(.*refused.*\); start the server"):
+        check_reward(f"hps,{url}", "hps=tiny/hps")
+    with pytest.raises(RewardError, match=rf"reward judge: {url}: no answer \(.*refused.*\), attempt 3 of 3"):
+        load_reward(url)(torch.rand(1, 3, 8, 8), ["a"])
+
+
+@pytest.mark.parametrize(
+    "spec", ["http://host", "http://host:8000", "https://host/", "ftp://host/judge", "http:///judge"]
+)
+def test_an_address_without_a_name_is_refused(spec):
+    with pytest.raises(RewardError, match=r"unknown reward .*http://HOST:PORT/NAME"):
+        parse_spec(spec)
 
 
 # ------------------------------------------------------------------------------------------------------------- geneval

@@ -304,7 +304,7 @@ def results(function):
     match function.__name__:
         case "flow_sigmas":
             return [function(4, 3.0)]
-        case "gaussian_log_prob" | "cps_log_prob":
+        case "gaussian_log_prob" | "cps_log_prob" | "gaussian_kl":
             return [function(x, y, 0.3)]
         case "ddim_sde_step":
             return [*function(x, y, 0.4, 0.6, 0.5), *function(x, y, 0.4, 0.6, 0.5, "v_prediction")]
@@ -324,6 +324,6 @@ def test_a_function_works_when_its_source_alone_is_copied(name):
 
 def test_every_function_of_the_contract_is_public():
     contract = "flow_sigmas gaussian_log_prob flow_sde_step flow_grpo_sde_step cps_step ddim_sde_step rollout"
-    assert set(contract.split()) | {"cps_log_prob", "sample_ode"} == set(PUBLIC)
+    assert set(contract.split()) | {"cps_log_prob", "gaussian_kl", "sample_ode"} == set(PUBLIC)
     assert Step._fields == ("mean", "std", "z0_hat")
     assert SDE.keys() == {"dance", "flow", "cps"} and SDE["cps"] == (cps_step, cps_log_prob)

@@ -287,8 +287,8 @@ def test_kl_weight_holds_the_policy_at_its_reference(case, small_run, tmp_path):
 
 @pytest.mark.parametrize("options", [
     dict(sde="flow", eta=0.7), dict(sde="cps", eta=0.8), dict(sde_window=2), dict(gradient_checkpointing=True),
-    dict(reward="hps:0.7,clip:1.4"),
-], ids=lambda o: next(iter(o)))  # fmt: skip
+    dict(reward="hps:0.7,clip:1.4"), dict(ratio="guard"), dict(ratio="dppo"),
+], ids=lambda o: "-".join(map(str, next(iter(o.items())))))  # fmt: skip
 def test_flux_options_train_with_ratio_1(options, tmp_path):
     rows = metrics(train("flux", tmp_path / "out", iterations=1, num_samples=1, **options))
     assert rows[0]["ratio_max_deviation_first_update"] <= 1e-6
