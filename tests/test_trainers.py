@@ -264,7 +264,7 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     options = dict(lora_rank=4, learning_rate=0.01, kl_weight=0.1, num_samples=1)
     out = train(case, tmp_path / "lora", **options, iterations=2)
     folder, component = out / "checkpoint-000002", COMPONENTS[TRAINERS[case]]
-    assert {path.name for path in folder.iterdir()} == {"pytorch_lora_weights.safetensors", "state"}
+    assert {path.name for path in folder.iterdir()} == {"checksums.json", "pytorch_lora_weights.safetensors", "state"}
     pipe = stock_pipeline(case)
     base = stock_drawing(pipe)
     pipe.load_lora_weights(folder)
