@@ -1,0 +1,174 @@
+"""How much of an iteration is arithmetic that nobody can leave out, and what an iteration costs.
+
+    python -m benchmarks.throughput grpo_flux --preset tiny               efficiency of a preset
+    python -m benchmarks.throughput grpo_flux --preset tiny --scaling     and its cost against samples, steps, pixels
+
+The trainer runs as it always does. After each iteration the same passes are repeated alone, in the same order and on
+the same inputs: the network's, with their backward passes where there were any, the decoder's and the rewards'.
+Efficiency is the time of these over the time of the iteration. The two alternate in one run, so that other work on the
+machine slows both. Options after the trainer's name are the trainer's. Writes benchmarks/results/NAME.json and, with
+--scaling, NAME.png.
+"""
+
+import importlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from runtime import cli, output
+
+ROUNDS, WARM_UP = 6, 2  # iterations that are measured, and before them those that are not
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class Recorder:
+    """The passes of an iteration, to be repeated alone."""
+
+    def __init__(self, device):
+        self.device, self.passes, self.on = device, [], True
+
+    def note(self, module, args, kwargs):
+        """A forward pre-hook of the network."""
+        if self.on:
+            kind = self.device.type
+            autocast = {"device_type": kind, "dtype": torch.get_autocast_dtype(kind)}
+            autocast["enabled"] = torch.is_autocast_enabled(kind)
+            self.passes.append((module, args, kwargs, torch.is_grad_enabled(), autocast))
+
+    def wrap(self, function):
+        """The function, which notes its calls."""
+
+        def noted(*args, **kwargs):
+            if self.on:
+                self.passes.append((function, args, kwargs, False, dict(device_type=self.device.type, enabled=False)))
+            return function(*args, **kwargs)
+
+        return noted
+
+    def seconds(self) -> float:
+        """Repeats what was noted, and forgets it. Returns how long that took."""
+        self.on, networks = False, {p[0] for p in self.passes if isinstance(p[0], torch.nn.Module)}
+        start = time.perf_counter()
+        for call, args, kwargs, grad, autocast in self.passes:
+            with torch.set_grad_enabled(grad):
+                with torch.autocast(**autocast):
+                    out = call(*args, **kwargs)
+                if grad:
+                    out[0].float().square().mean().backward()
+            out = None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        for network in networks:
+            network.zero_grad()
+        self.on, self.passes = True, []
+        return taken
+
+
+def measure(trainer, cfg) -> list[dict]:
+    """Rows {seconds, seconds_rollout, …, necessary, samples_per_second}, one for each measured iteration of the run."""
+    rows, recorder = [], None
+    load_models, load_reward, finish = trainer.load_models, trainer.load_reward, output.Run.finish
+
+    def models(cfg, world):
+        nonlocal recorder
+        recorder = Recorder(world.device)
+        pipe, network, *rest = load_models(cfg, world)
+        network.register_forward_pre_hook(recorder.note, with_kwargs=True)
+        pipe.vae.decode = recorder.wrap(pipe.vae.decode)
+        return pipe, network, *rest
+
+    class Judge:
+        """The reward, whose calls are noted."""
+
+        def __init__(self, reward):
+            self.reward = reward
+
+        def __getattr__(self, name):
+            return getattr(self.reward, name)
+
+        def __call__(self, *args, **kwargs):
+            return recorder.wrap(self.reward)(*args, **kwargs)
+
+    def alternate(run, iteration, row):
+        row = row | {"necessary": recorder.seconds()}
+        if iteration >= WARM_UP:
+            rows.append({name: value for name, value in row.items() if "second" in name or name == "necessary"})
+        run.metrics.write({"iteration": iteration + 1} | row)
+        recorder.passes = []
+
+    trainer.load_models, output.Run.finish = models, alternate
+    trainer.load_reward = lambda *args, **kwargs: Judge(load_reward(*args, **kwargs))
+    try:
+        trainer.main(cfg)
+    finally:
+        trainer.load_models, trainer.load_reward, output.Run.finish = load_models, load_reward, finish
+    return rows
+
+
+def run(trainer, words: list[str]) -> dict:
+    """Medians over the measured iterations of a run with these options: seconds of each part, and the efficiency."""
+    with tempfile.TemporaryDirectory() as folder:
+        extra = ["--output-dir", f"{folder}/run", "--iterations", str(WARM_UP + ROUNDS), "--num-samples", "1"]
+        rows = measure(trainer, cli.parse_config(trainer.Config, trainer.PRESETS, words + extra))
+    row = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    return row | {"efficiency": statistics.median(row["necessary"] / row["seconds"] for row in rows)}
+
+
+def scaling(trainer, words: list[str]) -> dict:
+    """{option: [(factor, seconds of an iteration), …]} for 1, 2 and 4 times the samples, the steps and the pixels."""
+    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, words)
+    curves = {}
+    for option, value in (("group_size", cfg.group_size), ("steps", cfg.steps), ("height", cfg.height)):
+        curves[option] = []
+        for factor in (1, 2, 4):
+            more = ["--" + option.replace("_", "-"), str(value * factor)]
+            curves[option].append((factor, run(trainer, words + more)["seconds"]))
+    return curves
+
+
+def plot(curves: dict, path: Path) -> None:
+    """Seconds of an iteration against the factor, beside the straight line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    for option, points in curves.items():
+        factors, seconds = zip(*points, strict=True)
+        axes.plot(factors, [s / seconds[0] for s in seconds], marker="o", label=option.replace("_", " "))
+    axes.plot([1, 4], [1, 4], color="grey", linestyle=":", label="in proportion")
+    axes.set(xlabel="factor", ylabel="cost of an iteration, relative to factor 1", xticks=[1, 2, 4])
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measures what the command line names, prints it and writes it."""
+    if len(sys.argv) < 2 or sys.argv[1] not in ("grpo_sd", "grpo_flux", "grpo_video"):
+        raise cli.RunError("name the trainer first: python -m benchmarks.throughput grpo_flux --preset tiny")
+    words = [word for word in sys.argv[2:] if word != "--scaling"]
+    trainer = importlib.import_module(sys.argv[1])
+    row = run(trainer, words)
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(f"{sys.argv[1]} {' '.join(words)}, {machine}: efficiency {row['efficiency']:.2f}")
+    print("  ".join(f"{name} {value:.3g}" for name, value in row.items()))
+    result = {"command": sys.argv[1:], "machine": machine, "torch": torch.__version__, **row}
+    RESULTS.mkdir(exist_ok=True)
+    name = "_".join([sys.argv[1], *(word.lstrip("-") for word in words)])
+    if "--scaling" in sys.argv:
+        result["scaling"] = scaling(trainer, words)
+        for option, points in result["scaling"].items():
+            costs = ", ".join(f"{factor}x {s:.3g} s ({s / points[0][1]:.2f})" for factor, s in points)
+            print(f"{option}: {costs}")
+        plot(result["scaling"], RESULTS / f"{name}.png")
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors():
+        main()
