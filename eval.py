@@ -9,7 +9,7 @@
    function of (seed, prompt, picture), so it is the same for all models, and on any number of processes.
 2. Every picture is scored as it was saved, by the code from which the trainers take their rewards, and by GenEval.
 3. The report: results.json with every score of every picture, results.md with the table, compare.png, and index.html,
-   a page with table and pictures that needs no other file.
+   a page with table and pictures that needs no other file; vote.html, blind pairs of pictures for human votes.
 
 Interrupted evaluations resume: pictures and scores in --output-dir are kept. Checkpoints, metrics and pictures per
 prompt can be added later.
@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation import geneval, report
+from evaluation import geneval, report, vote
 from evaluation.models import FAMILIES, Model, check_whole, component_config, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, load_reward, parse_paths, parse_spec
@@ -422,7 +422,9 @@ def main(cfg: Config) -> None:
     score(cfg, models, rows, world)
     world.barrier()
     if world.is_main:
-        report.write_report(collect(cfg, models, rows), Path(cfg.output_dir))
+        results = collect(cfg, models, rows)
+        report.write_report(results, Path(cfg.output_dir))
+        vote.write_page(results, Path(cfg.output_dir))
         print(Path(cfg.output_dir, "results.md").read_text(encoding="utf-8"))
 
 

@@ -59,6 +59,7 @@ class Config:
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps trained; all of a window (paper, release)
+    timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
     micro_batch: Count = 4  # samples in one forward pass, in the rollout and in the update alike (ours)
@@ -164,12 +165,12 @@ def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
     return range(start, start + size)
 
 
-def training_pairs(A: Tensor, keys: list, group_size: int, window: range, fraction: float, keep: int, updates: int):
+def training_pairs(A, keys, group_size: int, window: range, fraction: float, timesteps: str, keep: int, updates: int):
     """Algorithm 1, line 10: the pairs (sample, step) that are trained, for each of the rollout's updates.
 
-    Of each sample a random `fraction` tau of the stochastic steps. Of each group all samples, or with keep > 0 the
-    `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, of which there are several
-    because sampling is the expensive half. A (B,); keys (seed, iteration, prompt, sample) of each sample.
+    Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
+    samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, of
+    which there are several because sampling is the expensive half. A (B,); keys (seed, iteration, prompt, sample).
     """
     pairs = [[] for _ in range(updates)]
     for start in range(0, len(A), group_size):
@@ -178,8 +179,10 @@ def training_pairs(A: Tensor, keys: list, group_size: int, window: range, fracti
         samples = data.keyed_rng("updates", *keys[start][:3]).permutation(samples)
         for u in range(updates):
             for b in (start + samples[u::updates]).tolist():
-                steps = data.keyed_rng("timesteps", *keys[b]).permutation(window)[: int(len(window) * fraction)]
-                pairs[u] += [(b, t) for t in sorted(steps.tolist())]
+                steps = window[::-1] if timesteps == "last" else window
+                if timesteps == "random":
+                    steps = data.keyed_rng("timesteps", *keys[b]).permutation(window).tolist()
+                pairs[u] += [(b, t) for t in sorted(steps[: int(len(window) * fraction)])]
     return pairs
 
 
@@ -376,8 +379,8 @@ def main(cfg: Config) -> None:
         A = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
 
         # Line 10: a random part of the timesteps of each sample.
-        fraction = 1.0 if cfg.sde_window else cfg.timestep_fraction
-        updates = training_pairs(A, keys, G, window, fraction, cfg.keep_best_worst, cfg.updates_per_rollout)
+        tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
+        updates = training_pairs(A, keys, G, window, tau, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout)
 
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, ratios, grad_norms = [], [], []

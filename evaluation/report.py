@@ -159,9 +159,9 @@ def tint(cell: str) -> str:
     return f" class={'up' if match[1] == '+' else 'down'}" if clear else ""
 
 
-def data_uri(path: Path, frames: int, fps: float) -> str:
-    """The picture, or the video as an animation, as text for the src of an <img>."""
-    shown, buffer, movie = previews(path, frames, frames), io.BytesIO(), {}
+def data_uri(path: Path, frames: int, fps: float, side: int = 256) -> str:
+    """The picture, or the video as an animation, as text for the src of an <img>; the longest side `side` pixels."""
+    shown, buffer, movie = previews(path, frames, frames, side), io.BytesIO(), {}
     if frames > 1:
         movie = {"save_all": True, "append_images": shown[1:], "duration": round(1000 / fps), "loop": 0}
     with Image.open(path) as picture:

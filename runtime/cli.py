@@ -193,6 +193,7 @@ AtLeast1 = typing.Annotated[float, Range("at least 1 (off)", lambda x: 1 <= x < 
 Share = typing.Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
 Open01 = typing.Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)]
 Decay = typing.Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)]
+TIMESTEPS = ("random", "first", "last")
 
 
 class Place(typing.NamedTuple):
@@ -240,6 +241,12 @@ def check_options(config) -> None:
         (
             int((c.steps - 1) * c.timestep_fraction) >= 1,
             f"--timestep-fraction {c.timestep_fraction} of {c.steps - 1} steps trains none; raise it or --steps",
+        ),
+        (c.timesteps in TIMESTEPS, f"--timesteps must be one of {', '.join(TIMESTEPS)}, got {c.timesteps!r}"),
+        (
+            c.timesteps == "random" or not c.sde_window,
+            f"--timesteps {c.timesteps} does not apply: all {c.sde_window} steps of --sde-window are trained; take "
+            "--sde-window 0",
         ),
         (
             c.keep_best_worst <= c.group_size // 2,

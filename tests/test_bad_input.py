@@ -56,6 +56,8 @@ def complaint(trainer, *words):
         ("--timestep-fraction 0", r"--timestep-fraction must be in (0, 1]"),
         ("--timestep-fraction 1.5", r"--timestep-fraction must be in (0, 1]"),
         ("--timestep-fraction 0.01", "trains none"),
+        ("--timesteps middle", "--timesteps must be one of random, first, last, got 'middle'"),
+        ("--timesteps first", "--timesteps first does not apply: all 2 steps of --sde-window are trained"),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
         ("--updates-per-rollout 5", "--updates-per-rollout 5 must divide"),

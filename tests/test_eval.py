@@ -223,6 +223,7 @@ def test_the_report_is_whole_and_needs_no_other_file(finished):
     assert "| metric | base |" in table and "± " in table and "| geneval overall |" in table
     assert "seen by its own checker" in table
     assert Image.open(out / "compare.png").size == (200 + 4 * 264, 32 + 5 * 264)
+    assert (out / "vote.html").read_text().count("data:image/webp;base64,") == len(PROMPTS) * 3 * 2
     assert results["settings"]["steps"] == 2 and results["versions"]["torch"] in torch.__version__
     assert len(results["pictures"]) == 10
     assert not list(out.rglob("*.part*"))

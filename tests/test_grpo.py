@@ -22,10 +22,10 @@ TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
 SHARED = ["group_advantages", "grpo_loss", "sde_window", "training_pairs", "statistics"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
-group_size steps eta sde_window sde_window_every timestep_fraction shared_noise updates_per_rollout micro_batch
-clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay guidance height
-width gradient_checkpointing dtype shard_size offload compile dry_run processes gpu_memory save_every keep_states
-sample_every num_samples"""
+group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
+micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
+guidance height width gradient_checkpointing dtype shard_size offload compile dry_run processes gpu_memory save_every
+keep_states sample_every num_samples"""
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts
@@ -80,6 +80,7 @@ def test_every_option_of_the_contract_is_there_and_read(trainer):
 
 ALL = dict(seed=42, timestep_fraction=0.6, clip_range=1e-4, advantage_clip=5.0, learning_rate=1e-5, max_grad_norm=1.0)
 ALL |= dict(keep_best_worst=0, lora_rank=0, ema_decay=0.0, kl_weight=0.0, sde_window=0, shared_noise=True)
+ALL |= dict(timesteps="random")
 SD = ALL | dict(
     model="CompVis/stable-diffusion-v1-4", prompts="hpdv2", reward="hps", height=512, width=512, steps=50, eta=1.0,
     timestep_fraction=1.0, group_size=16, prompts_per_iteration=32, updates_per_rollout=2, guidance=5.0, iterations=301,
@@ -136,7 +137,7 @@ def test_a_preset_is_its_published_recipe(trainer, preset, trained, recipe):
     cli.check_options(cfg)
     keys = [(0, 0, 0, g) for g in range(cfg.group_size)]
     window = sde_window(0, cfg.steps, cfg.sde_window, cfg.sde_window_every)
-    more = cfg.timestep_fraction, cfg.keep_best_worst, cfg.updates_per_rollout
+    more = cfg.timestep_fraction, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout
     updates = training_pairs(torch.randn(cfg.group_size), keys, cfg.group_size, window, *more)
     samples = 2 * cfg.keep_best_worst or cfg.group_size
     assert [len(pairs) for pairs in updates] == [samples // cfg.updates_per_rollout * trained] * cfg.updates_per_rollout
@@ -258,10 +259,10 @@ def test_flow_dppo_leaves_out_what_moves_further_away(A, change, epsilon, has_gr
 # ------------------------------------------------------------------------------------------------ steps and samples
 
 
-def pairs_of(A, iteration=0, group_size=4, window=range(5), fraction=1.0, keep=0, updates=1):
+def pairs_of(A, iteration=0, group_size=4, window=range(5), fraction=1.0, timesteps="random", keep=0, updates=1):
     """`training_pairs` for advantages A (B,) of prompts 0, 1, …"""
     keys = [(42, iteration, b // group_size, b % group_size) for b in range(len(A))]
-    return training_pairs(A, keys, group_size, window, fraction, keep, updates)
+    return training_pairs(A, keys, group_size, window, fraction, timesteps, keep, updates)
 
 
 def samples_of(pairs):
@@ -283,6 +284,19 @@ def test_each_sample_trains_steps_of_its_own():
     chosen = [tuple(t for b, t in drawn if b == sample) for drawn in (pairs, later) for sample in range(8)]
     assert len(set(chosen)) == 16
     assert pairs_of(torch.randn(8), window=range(30), fraction=0.5) == [pairs]  # a function of the keys
+
+
+@pytest.mark.parametrize("timesteps, expected", [("first", [0, 1, 2]), ("last", [12, 13, 14])])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_first_or_the_last_steps_are_trained_in_every_sample(timesteps, expected, updates):
+    """Of 16 steps the last is never trained: 0.25 of the others are three, the noisiest or the cleanest."""
+    drawn = pairs_of(torch.randn(8), window=range(15), fraction=0.25, timesteps=timesteps, updates=updates)
+    assert sorted(chain(*drawn)) == [(sample, t) for sample in range(8) for t in expected]
+
+
+def test_of_all_steps_it_does_not_matter_which_come_first():
+    random, first, last = (pairs_of(torch.randn(4), timesteps=which) for which in ("random", "first", "last"))
+    assert random == first == last
 
 
 def test_the_window_slides_over_all_steps_but_the_last():

@@ -1,0 +1,1 @@
+"""The paper's claims as small controlled experiments on the tiny models."""

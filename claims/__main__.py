@@ -1,0 +1,57 @@
+"""The paper's claims in miniature, with seeds and a verdict.
+
+    python -m claims                       the list
+    python -m claims NAME                  train, evaluate, judge: claims/results/NAME.json and NAME.png
+    python -m claims NAME --iterations 2 --seeds 1      a trial; its result stays in OUTPUT_DIR/results
+
+Interrupted claims go on where they stopped, and every finished run is used again.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewards import RewardError
+from runtime import cli, data
+from runtime.cli import Count, Natural
+
+from . import best_of_n, diversity, experiment, noise, one_form, rewards, timesteps
+
+EXPERIMENTS = noise.CLAIMS | timesteps.CLAIMS | best_of_n.CLAIMS | rewards.CLAIMS | diversity.CLAIMS
+NAMES = (*EXPERIMENTS, "one-form")
+FULL = 3  # seeds from which a result counts
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "full"  # full is the only one
+    output_dir: str = "runs/claims"  # runs, evaluations, and the results of trials
+    seeds: Count = 3  # of each arm: 1, 2, …
+    iterations: Natural = 0  # of each run; 0: those of the preset
+
+
+def main(name: str, cfg: Config) -> None:
+    cli.check_ranges(cfg)
+    folder = Path(cfg.output_dir)
+    results = Path("claims/results") if cfg.seeds >= FULL and not cfg.iterations else folder / "results"
+    with data.writing(results):
+        results.mkdir(parents=True, exist_ok=True)
+    if name == "one-form":
+        kind, result = one_form, one_form.run(cfg.seeds)
+    else:
+        kind, claim = experiment, EXPERIMENTS[name]
+        result = kind.summarize(claim, kind.run_arms(claim, name, cfg.seeds, cfg.iterations, folder))
+    data.write_atomically(results / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    kind.draw(result, results / f"{name}.png")
+    print(kind.report(result), f"{results / name}.json, .png", sep="\n")
+
+
+if __name__ == "__main__":
+    with cli.one_line_errors(RewardError):
+        if len(sys.argv) == 1:
+            for name in NAMES:
+                print(f"{name:<14}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")
+        else:
+            cli.require(sys.argv[1] in NAMES, f"unknown claim {sys.argv[1]!r}; known: {', '.join(NAMES)}")
+            main(sys.argv[1], cli.parse_config(Config, {"full": {}}, sys.argv[2:]))

@@ -1,0 +1,52 @@
+"""Diversity: how far apart the pictures of one prompt are, before and after."""
+
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torchvision.transforms import functional as TF
+
+from rewards import CLIPReward, resize
+from runtime import data
+
+from .experiment import Compare, Experiment, Run, heldout
+
+LOST = "mean CLIP distance of a prompt's pictures, base less trained (1 - cosine)"
+clip = cache(lambda: CLIPReward("tiny/clip"))
+
+
+@torch.no_grad()
+def distance(pictures: list[Path]) -> float:
+    """Mean of 1 - cosine of the CLIP features, over the pairs of pictures of one prompt, then over prompts."""
+    spreads = []
+    for _, group in groupby(pictures, key=lambda path: path.name.split("-")[0]):
+        images = torch.stack([TF.to_tensor(data.read_picture(path)) for path in group])  # (N, 3, H, W)
+        pixels = TF.normalize(resize(images, clip().size, clip().mode), clip().mean, clip().std)
+        spreads.append(mean_distance(clip().model.encode_image(pixels, normalize=True)))
+    return sum(spreads) / len(spreads)
+
+
+def mean_distance(features: torch.Tensor) -> float:
+    """Mean of 1 - cosine over the pairs of N features of unit length (N, D)."""
+    n = len(features)
+    return ((n * n - (features @ features.T).sum()) / (n * (n - 1))).item()
+
+
+def lost(run: Run) -> float:
+    """By how much the distance fell."""
+    return distance(run.base_pictures) - distance(run.pictures)
+
+
+CLAIMS = {
+    "diversity": Experiment(
+        says="Training makes the pictures of a prompt more alike (Fig. 7)",
+        trainer="grpo_flux",
+        preset="tiny",
+        arms={"HPS": {"reward": "hps"}, "HPS and CLIP": {"reward": "hps:0.7,clip:1.4"}},
+        measures={LOST: lost, "HPS on held-out prompts (cosine)": heldout("hps")},
+        compares=(Compare(LOST, "HPS"), Compare(LOST, "HPS and CLIP")),
+        curves=(("iteration", "reward_std", "spread of rewards in the rollout (cosine)"),),
+        heldout={"preset": "tiny", "images_per_prompt": 4},
+    )
+}

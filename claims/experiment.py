@@ -1,0 +1,322 @@
+"""The machinery of `python -m claims`: train every arm with every seed, evaluate, compare, judge, plot.
+
+An arm is a trainer with some of its options changed. Its runs stand in OUTPUT_DIR/runs, in folders named by everything
+that a run follows from: options, seed, and the files of models, rewards and prompts. A finished run is used again, by
+other claims too; an interrupted one is resumed. Held-out figures are eval.py's.
+
+Legend: S seeds. A comparison is paired: it takes the runs of both arms with the same seed.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from runtime import cli, data, output
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this size"
+SAMPLERS = ("steps", "guidance", "true_guidance", "shift", "height", "width", "frames")  # what eval.py takes from a run
+
+
+class Run(NamedTuple):
+    """A finished run: its options, the lines of its metrics, and what eval.py found on held-out prompts."""
+
+    config: dict
+    rows: list[dict]
+    heldout: dict[str, dict]  # metric → {"mean", "difference" from the base, "error"}
+    pictures: list[Path]  # of the held-out prompts, P x N, those of a prompt side by side
+    base_pictures: list[Path]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """The assertion  measure(higher) - times x measure(lower) > by.  Without `lower` it is  measure(higher) > by."""
+
+    measure: str
+    higher: str
+    lower: str = ""
+    by: float = 0.0
+    times: float = 1.0
+
+    def __str__(self):
+        lower = f"{self.times:g} x " * (self.times != 1) + self.lower
+        return f"{self.measure}: {self.higher}{f' - {lower}' if self.lower else ''} > {self.by:g}"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A claim: what is trained, what is measured, and what must come out."""
+
+    says: str  # the claim, and where it is made
+    trainer: str  # grpo_sd, grpo_flux, grpo_video or a baseline; an arm may name another one as "trainer"
+    preset: str
+    arms: dict[str, dict]  # name → options that differ from the preset
+    measures: dict[str, Callable[[Run], float]]  # name with its unit → what is measured of a run
+    compares: tuple[Compare, ...]
+    curves: tuple[tuple[str, str, str], ...]  # x, key of the metrics, name with its unit; x is a key of AXES
+    heldout: dict = field(default_factory=lambda: {"preset": "tiny"})  # options of eval.py
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+def heldout(metric: str) -> Callable[[Run], float]:
+    """The mean on held-out prompts."""
+    return lambda run: run.heldout[metric]["mean"]
+
+
+def gain(metric: str) -> Callable[[Run], float]:
+    """The difference from the base on held-out prompts."""
+    return lambda run: run.heldout[metric]["difference"]
+
+
+def average(key: str) -> Callable[[Run], float]:
+    """The mean of a curve over the whole training, by the trapezoidal rule: at equal ends the faster one is higher."""
+
+    def measure(run: Run) -> float:
+        x, y = curve(run.rows, key)
+        return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+    return measure
+
+
+def mean(key: str) -> Callable[[Run], float]:
+    """The mean over the iterations."""
+    return lambda run: float(np.mean([row[key] for row in run.rows]))
+
+
+def evaluations(config: dict) -> int:
+    """Passes of one sample through the network in an iteration; a backward pass counts as two."""
+    c = config
+    trained = c["sde_window"] or int((c["steps"] - 1) * c["timestep_fraction"])  # steps of each sample
+    samples = 2 * c["keep_best_worst"] or c["group_size"]
+    return c["prompts_per_iteration"] * (c["group_size"] * c["steps"] + 3 * samples * trained)
+
+
+def curve(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of a key; scores of sample pictures begin before training, at 0."""
+    points = [(row["iteration"], row[key]) for row in rows if key in row]
+    if f"{key}_before" in rows[0]:
+        points.insert(0, (0, rows[0][f"{key}_before"]))
+    x, y = zip(*points, strict=True)
+    return np.array(x), np.array(y)
+
+
+AXES = {  # of a plot: its label, and iterations (n,) of a run → positions (n,)
+    "iteration": ("iteration", lambda run, x: x),
+    "evaluations": ("evaluations of the network, thousands", lambda run, x: x * evaluations(run.config) / 1000),
+    "seconds": (
+        "training, seconds",
+        lambda run, x: np.concatenate([[0.0], np.cumsum([row["seconds"] for row in run.rows])])[x],
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------- training, evaluation
+
+
+def digest(*parts) -> str:
+    """Ten hexadecimal digits of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def words(options: dict) -> list[str]:
+    """{"group_size": 4, "resume": True, "shared_noise": False} → ["--group-size", "4", "--resume", …]"""
+    text = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        text += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return text
+
+
+def files_of(options: dict) -> dict[str, str]:
+    """Hashes of the models, rewards and prompts that are files here."""
+    paths = [*output.files_of(**options), options.get("prompts", "")]
+    return {path: data.fingerprint(path) for path in paths if path and Path(path).exists()}
+
+
+def parse(trainer, options: dict):
+    """The trainer's Config with these options."""
+    return cli.parse_config(trainer.Config, trainer.PRESETS, words(options))
+
+
+def train(name: str, options: dict, folder: Path) -> Path:
+    """The folder of the finished run of the trainer called `name`. Trains what is not done yet."""
+    trainer = importlib.import_module(name)
+    options = options | {"save_every": 1_000_000, "keep_states": 1}  # one checkpoint, at the end
+    config = parse(trainer, options)
+    run = folder / f"{name.split('.')[-1]}-{digest(name, asdict(config), files_of(asdict(config)))}"
+    if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
+        begun = (run / "metrics.jsonl").exists() or cli.latest_checkpoint(run)
+        trainer.main(parse(trainer, options | {"output_dir": str(run)} | ({"resume": True} if begun else {})))
+    return run
+
+
+def evaluate(runs: list[Path], options: dict, folder: Path) -> list[tuple]:
+    """(held-out figures, pictures, the base's pictures) of each run's newest checkpoint, by eval.py."""
+    evaluation = importlib.import_module("eval")
+    stored = json.loads((runs[0] / "config.json").read_text(encoding="utf-8"))
+    sampler = {name: stored[name] for name in SAMPLERS if name in stored}
+    known = asdict(parse(evaluation, options))
+    where = folder / f"{stored['script'][:-3]}-{digest(sampler, options, files_of(stored), files_of(known))}"
+    checkpoints = [str(cli.latest_checkpoint(run)) for run in runs]
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its table
+        given = [*words(options), "--output-dir", str(where), "--checkpoint", *checkpoints]
+        evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, given))
+    results = json.loads((where / "results.json").read_text(encoding="utf-8"))
+    names = [row["picture"] for row in results["pictures"]]
+    found = []
+    for checkpoint in checkpoints:
+        model = "/".join(Path(checkpoint).parts[-2:])
+        figures = {metric: models[model]["overall"] for metric, models in results["summary"].items()}
+        folders = (where / results["models"][m]["pictures"] for m in (model, "base"))
+        found.append((figures, *([place / name for name in names] for place in folders)))
+    return found
+
+
+def run_arms(experiment: Experiment, name: str, seeds: int, iterations: int, folder: Path) -> dict[str, list[Run]]:
+    """{arm: its S runs}, trained and evaluated."""
+    todo = [(arm, seed) for seed in range(1, seeds + 1) for arm in experiment.arms]
+    runs = []
+    for arm, seed in (bar := tqdm(todo, desc=name, unit="run", dynamic_ncols=True)):
+        bar.set_postfix_str(f"{arm}, seed {seed}")
+        options = {"preset": experiment.preset, "seed": seed} | experiment.arms[arm]
+        options |= {"iterations": iterations} if iterations else {}
+        runs.append(train(options.pop("trainer", experiment.trainer), options, folder / "runs"))
+    found, arms = evaluate(runs, experiment.heldout, folder / "evaluations"), {arm: [] for arm in experiment.arms}
+    for (arm, _), run, figures in zip(todo, runs, found, strict=True):
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        arms[arm].append(Run(config, [json.loads(line) for line in lines], *figures))
+    return arms
+
+
+# ---------------------------------------------------------------------------------------------------------- verdict
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean of S values, and the ends of Student's interval for it, 95 %; infinite for a single value."""
+    from scipy.special import stdtrit
+
+    values = np.array(values, dtype=float)
+    center, n = values.mean(), len(values)
+    half = stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+    return float(center), float(center - half), float(center + half)
+
+
+def judge(compare: Compare, measured: dict[str, dict[str, list[float]]]) -> dict:
+    """Whether an assertion holds, from {arm: {measure: a value for each seed}}."""
+    values = np.array(measured[compare.higher][compare.measure])
+    if compare.lower:
+        values = values - compare.times * np.array(measured[compare.lower][compare.measure])
+    center, low, high = interval(values)
+    verdict = HOLDS if low > compare.by else FAILS if high <= compare.by else OPEN
+    finite = [x if math.isfinite(x) else None for x in (low, high)]  # JSON has no infinity
+    return {"says": str(compare), "values": values.tolist(), "mean": center, "interval": finite, "verdict": verdict}
+
+
+def conclude(verdicts: list[str]) -> str:
+    """A claim holds if every part of it does, and does not if any part does not."""
+    return FAILS if FAILS in verdicts else HOLDS if all(v == HOLDS for v in verdicts) else OPEN
+
+
+def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
+    """The content of results/NAME.json."""
+    measured = {
+        arm: {name: [measure(run) for run in runs] for name, measure in experiment.measures.items()}
+        for arm, runs in arms.items()
+    }
+    parts = [judge(compare, measured) for compare in experiment.compares]
+    curves = []
+    for axis, key, label in experiment.curves:
+        lines = {}
+        for arm, runs in arms.items():
+            drawn = [curve(run.rows, key) for run in runs]
+            place = [AXES[axis][1](run, x) for run, (x, _) in zip(runs, drawn, strict=True)]
+            lines[arm] = {"x": np.mean(place, 0).tolist(), "y": [y.tolist() for _, y in drawn]}
+        curves.append({"x": AXES[axis][0], "y": label, "arms": lines})
+    return {
+        "says": experiment.says,
+        "verdict": conclude([part["verdict"] for part in parts]),
+        "parts": parts,
+        "measures": measured,
+        "curves": curves,
+        "arms": {arm: {"trainer": experiment.trainer, "preset": experiment.preset} | options for arm, options in
+                 experiment.arms.items()},
+        "iterations": {arm: runs[0].config["iterations"] for arm, runs in arms.items()},
+        "seeds": [run.config["seed"] for run in next(iter(arms.values()))],
+        "versions": next(iter(arms.values()))[0].config["versions"],
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- plot
+
+
+def band(ys: list[list[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, lowest and highest of S curves, at each point."""
+    ys = np.array(ys)
+    return ys.mean(0), ys.min(0), ys.max(0)
+
+
+def draw(result: dict, path: Path) -> None:
+    """The plot of a result: a panel for each curve, and one for each measure with a dot for each seed."""
+    arms = list(result["measures"])
+    measures = list(result["measures"][arms[0]])
+    panels = len(result["curves"]) + len(measures)
+    figure, axes = new_figure(panels)
+    for axis, panel in zip(axes, result["curves"], strict=False):
+        for arm, line in panel["arms"].items():
+            center, low, high = band(line["y"])
+            axis.plot(line["x"], center, "o-", label=arm, markersize=3)
+            axis.fill_between(line["x"], low, high, alpha=0.2)
+        axis.set(xlabel=panel["x"], ylabel=panel["y"])
+        axis.legend(fontsize="small")
+    for axis, name in zip(axes[len(result["curves"]) :], measures, strict=True):
+        for i, arm in enumerate(arms):
+            values = result["measures"][arm][name]
+            axis.plot([i] * len(values), values, "o", alpha=0.5, color=f"C{i}")
+            axis.plot(i, np.mean(values), "_", markersize=28, markeredgewidth=2, color=f"C{i}")
+        axis.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
+        axis.set(xlabel="arm", ylabel=name, xlim=(-0.5, len(arms) - 0.5))
+    seeds = len(result["seeds"])
+    figure.suptitle(f"{result['says']}\n{result['verdict']}; mean and range over {seeds} seeds", fontsize="medium")
+    save_figure(figure, path)
+
+
+def new_figure(panels: int):
+    """A matplotlib figure, and its axes side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.2), layout="constrained", squeeze=False)
+    for axis in axes[0]:
+        axis.grid(alpha=0.3)
+    return figure, axes[0]
+
+
+def save_figure(figure, path: Path) -> None:
+    """Write it as a PNG, whole or not at all."""
+    part = path.with_suffix(".part.png")
+    with data.writing(part):
+        figure.savefig(part, dpi=110)
+        part.replace(path)
+
+
+def report(result: dict) -> str:
+    """The verdict in words, with a line for each part."""
+    lines = [f"{result['says']}: {result['verdict']}"]
+    for part in result["parts"]:
+        low, high = ("?" if x is None else f"{x:+.4g}" for x in part["interval"])
+        lines.append(f"  {part['says']}: {part['mean']:+.4g} (95 %: {low} to {high}), {part['verdict']}")
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""Which steps are trained, and with how much network a window of them gets by."""
+
+from .experiment import Compare, Experiment, evaluations, heldout
+
+HPS = "HPS on held-out prompts (cosine)"
+LABEL = "HPS of sample pictures (cosine)"
+COST = "evaluations of the network in an iteration, thousands"
+ALL = {"sde_window": 0, "steps": 11}  # ten of eleven steps can be trained
+
+CLAIMS = {
+    "timesteps": Experiment(
+        says="The noisiest 30 % of the steps carry most, and yet training them alone ends below training all (Fig. 4b)",
+        trainer="grpo_video",
+        preset="tiny-t2i",
+        arms={
+            "first 30 %": ALL | {"timesteps": "first", "timestep_fraction": 0.3},
+            "random 30 %": ALL | {"timesteps": "random", "timestep_fraction": 0.3},
+            "last 40 %": ALL | {"timesteps": "last", "timestep_fraction": 0.4},
+            "random 60 %": ALL | {"timesteps": "random", "timestep_fraction": 0.6},
+            "all": ALL | {"timestep_fraction": 1.0},
+        },
+        measures={HPS: heldout("hps")},
+        compares=(Compare(HPS, "first 30 %", "last 40 %"), Compare(HPS, "all", "first 30 %")),
+        curves=(("iteration", "sample_reward_hps", LABEL),),
+        heldout={"preset": "tiny", "prompts": "prompts/tiny_single_heldout.txt"},
+    ),
+    "window": Experiment(
+        says="An SDE window of two steps costs at most 0.6 of all steps, for the same reward less 0.01 (MixGRPO)",
+        trainer="grpo_flux",
+        preset="tiny",
+        arms={"window of 2": {"sde_window": 2}, "all 5": {"sde_window": 0, "timestep_fraction": 1.0}},
+        measures={HPS: heldout("hps"), COST: lambda run: evaluations(run.config) / 1000},
+        compares=(
+            Compare(HPS, "window of 2", "all 5", by=-0.01),
+            Compare(COST, "all 5", "window of 2", times=1 / 0.6),
+        ),
+        curves=(("evaluations", "sample_reward_hps", LABEL), ("seconds", "sample_reward_hps", LABEL)),
+    ),
+}

@@ -1,0 +1,253 @@
+"""The machinery of the claims, on made-up runs: measures, intervals, verdicts, plots, and that no run is done twice."""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import claims.__main__ as command
+from claims import diversity, experiment, one_form
+from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
+from runtime import cli
+
+
+@dataclass(frozen=True)
+class Config:
+    """Of the trainer that this module plays."""
+
+    preset: str = "p"  # p
+    output_dir: str = "runs/fake"  # folder
+    resume: bool = False  # go on
+    seed: int = 0  # seed
+    iterations: int = 4  # rollouts
+    eta: float = 1.0  # noise
+    save_every: int = 50  # iterations
+    keep_states: int = 2  # checkpoints
+
+
+PRESETS, STARTED = {"p": {}}, []
+
+
+def main(cfg):
+    """As a trainer: leaves config.json, metrics.jsonl and a checkpoint. With eta 13 it is interrupted once."""
+    STARTED.append(cfg)
+    folder = Path(cfg.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"script": "test_claims.py", "directory": ".", "versions": {}} | cfg.__dict__ | {"resume": False}
+    (folder / "config.json").write_text(json.dumps(cli.seal(content)))
+    (folder / "metrics.jsonl").write_text("".join(f'{{"iteration": {i + 1}}}\n' for i in range(cfg.iterations)))
+    if cfg.eta == 13 and not cfg.resume:
+        raise KeyboardInterrupt
+    (folder / f"checkpoint-{cfg.iterations:06d}").mkdir()
+
+
+CONFIG = dict(sde_window=2, steps=6, timestep_fraction=0.6, keep_best_worst=0, group_size=8, prompts_per_iteration=8)
+CONFIG |= dict(seed=1, iterations=20, versions={"torch": "0"})
+
+
+def a_run(before=0.0, middle=1.0, end=2.0, hps=0.3, **config):
+    """A run of 20 iterations of 3 seconds, whose sample pictures were scored before, after 10 and at the end."""
+    rows = [{"iteration": i + 1, "seconds": 3.0} for i in range(20)]
+    rows[0]["score_before"], rows[9]["score"], rows[19]["score"] = before, middle, end
+    return Run(CONFIG | config, rows, {"hps": {"mean": hps, "difference": hps - 0.2}}, [], [])
+
+
+# -------------------------------------------------------------------------------------------------------- measures
+
+
+def test_a_curve_begins_before_training():
+    x, y = experiment.curve(a_run(0.5, 1.0, 4.0).rows, "score")
+    assert x.tolist() == [0, 10, 20] and y.tolist() == [0.5, 1.0, 4.0]
+
+
+def test_measures_of_a_run():
+    run = a_run(0.0, 2.0, 4.0)
+    assert experiment.average("score")(run) == 2.0  # (10 · 1 + 10 · 3) / 20
+    assert experiment.average("score")(a_run(0.0, 4.0, 4.0)) == 3.0  # faster
+    assert experiment.mean("seconds")(run) == 3.0
+    assert experiment.heldout("hps")(run) == 0.3 and experiment.gain("hps")(run) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, 768),  # 8 prompts x (8 samples x 6 steps + 3 x 8 samples x 2 steps)
+        ({"sde_window": 0}, 960),  # int(5 · 0.6) = 3 steps
+        ({"sde_window": 0, "timestep_fraction": 1.0}, 1344),
+        ({"group_size": 32, "keep_best_worst": 4}, 1920),  # 8 x (32 x 6 + 3 x 8 x 2)
+    ],
+)
+def test_evaluations_of_the_network(changes, expected):
+    assert experiment.evaluations(CONFIG | changes) == expected
+
+
+def test_positions_on_the_axes():
+    run, x = a_run(), np.array([0, 10, 20])
+    found = {name: place(run, x).tolist() for name, (_, place) in experiment.AXES.items()}
+    assert found == {"iteration": [0, 10, 20], "evaluations": [0, 7.68, 15.36], "seconds": [0, 30, 60]}
+
+
+def test_distance_of_features():
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert diversity.mean_distance(features) == pytest.approx(2 / 3)  # pairs: 0, 1, 1
+
+
+# --------------------------------------------------------------------------------------------------------- verdicts
+
+
+def test_students_interval():
+    assert experiment.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-4)  # t = 4.3027, √3
+    assert experiment.interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
+    assert experiment.interval([7.0]) == (7.0, -np.inf, np.inf)
+
+
+@pytest.mark.parametrize(
+    "higher, lower, options, verdict",
+    [
+        ([4.0, 5.0, 6.0], [1.0, 2.0, 3.1], {}, HOLDS),
+        ([1.0, 2.0, 3.1], [4.0, 5.0, 6.0], {}, FAILS),
+        ([1.0, 5.0, 3.0], [2.0, 3.0, 3.0], {}, OPEN),
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], {}, FAILS),  # exactly equal is not more
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], {"by": -0.01}, HOLDS),  # but it is not less either
+        ([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], {"times": 1.9}, OPEN),  # 0.1, 0.2, 0.3: 0.2 ± 0.25
+        ([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], {"times": 1.0, "by": -0.5}, HOLDS),  # 1, 2, 3: above -0.484
+        ([9.0], [0.0], {}, OPEN),  # one seed shows nothing
+    ],
+)
+def test_a_part_of_a_claim(higher, lower, options, verdict):
+    measured = {"a": {"m": higher}, "b": {"m": lower}}
+    part = experiment.judge(Compare("m", "a", "b", **options), measured)
+    assert part["verdict"] == verdict
+    json.dumps(part, allow_nan=False)
+
+
+def test_a_part_against_a_number():
+    part = experiment.judge(Compare("m", "a", by=0.9), {"a": {"m": [1.0, 1.0, 1.1]}})
+    assert part["values"] == [1.0, 1.0, 1.1]
+    assert part["mean"] == pytest.approx(1.0333, abs=1e-4)
+    assert part["interval"] == pytest.approx([0.8899, 1.1768], abs=1e-4) and part["verdict"] == OPEN
+
+
+def test_a_claim_is_as_good_as_its_worst_part():
+    assert experiment.conclude([HOLDS, HOLDS]) == HOLDS
+    assert experiment.conclude([HOLDS, OPEN]) == OPEN
+    assert experiment.conclude([OPEN, FAILS, HOLDS]) == FAILS
+
+
+# ---------------------------------------------------------------------------------------------------- results, plots
+
+CLAIM = Experiment(
+    says="a is better than b (Fig. 0)", trainer="test_claims", preset="p", arms={"a": {"eta": 2.0}, "b": {}},
+    measures={"HPS (cosine)": experiment.heldout("hps")}, compares=(Compare("HPS (cosine)", "a", "b"),),
+    curves=(("seconds", "score", "score (points)"),),
+)  # fmt: skip
+ARMS = {
+    "a": [a_run(0, 3, 6, 0.5), a_run(0, 4, 7, 0.6), a_run(0, 5, 11, 0.71)],
+    "b": [a_run(0, 1, 2, 0.3), a_run(0, 1, 2, 0.4), a_run(0, 1, 2, 0.5)],
+}
+
+
+def test_a_result_has_every_seed_and_the_verdict():
+    result = experiment.summarize(CLAIM, ARMS)
+    assert result["verdict"] == HOLDS and result["parts"][0]["values"] == pytest.approx([0.2, 0.2, 0.21])
+    assert result["measures"] == {"a": {"HPS (cosine)": [0.5, 0.6, 0.71]}, "b": {"HPS (cosine)": [0.3, 0.4, 0.5]}}
+    assert result["curves"][0]["arms"]["a"] == {"x": [0, 30, 60], "y": [[0, 3, 6], [0, 4, 7], [0, 5, 11]]}
+    assert result["arms"]["a"] == {"trainer": "test_claims", "preset": "p", "eta": 2.0}
+    assert experiment.report(result).splitlines() == [
+        "a is better than b (Fig. 0): holds",
+        "  HPS (cosine): a - b > 0: +0.2033 (95 %: +0.189 to +0.2177), holds",
+    ]
+
+
+def test_the_plot_has_axes_with_units_and_bands_over_the_seeds(tmp_path, monkeypatch):
+    saved, save = [], experiment.save_figure
+    monkeypatch.setattr(experiment, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
+    experiment.draw(experiment.summarize(CLAIM, ARMS), tmp_path / "a.png")
+    curves, dots = saved[0].axes
+    assert (curves.get_xlabel(), curves.get_ylabel()) == ("training, seconds", "score (points)")
+    assert (dots.get_xlabel(), dots.get_ylabel()) == ("arm", "HPS (cosine)")
+    assert [label.get_text() for label in dots.get_xticklabels()] == ["a", "b"]
+    assert curves.lines[0].get_ydata().tolist() == [0, 4, 8]  # the mean
+    at_the_end = {y for x, y in curves.collections[0].get_paths()[0].vertices if x == 60}
+    assert at_the_end == {6, 11}  # the range
+    assert dots.lines[0].get_ydata().tolist() == [0.5, 0.6, 0.71]
+    assert Image.open(tmp_path / "a.png").width > 900 and not list(tmp_path.glob("*.part*"))
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_finished_run_is_used_again_and_an_interrupted_one_resumed(tmp_path):
+    STARTED.clear()
+    first = experiment.train(__name__, {"preset": "p", "seed": 1}, tmp_path)
+    assert experiment.train(__name__, {"preset": "p", "seed": 1, "eta": 1.0}, tmp_path) == first  # the same options
+    assert len(STARTED) == 1
+    other = experiment.train(__name__, {"preset": "p", "seed": 2}, tmp_path)
+    assert other != first and len(STARTED) == 2
+    with pytest.raises(KeyboardInterrupt):
+        experiment.train(__name__, {"preset": "p", "eta": 13.0}, tmp_path)
+    assert experiment.train(__name__, {"preset": "p", "eta": 13.0}, tmp_path).is_dir()
+    assert [cfg.resume for cfg in STARTED[2:]] == [False, True]
+
+
+def test_other_weights_make_another_run(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.json").write_text("1")
+    before = experiment.files_of({"model": str(tmp_path / "model"), "eta": 1.0})
+    (tmp_path / "model" / "a.json").write_text("2")
+    assert before != experiment.files_of({"model": str(tmp_path / "model"), "eta": 1.0})
+    assert list(before) == [str(tmp_path / "model")]
+
+
+@pytest.mark.parametrize("name", command.EXPERIMENTS)
+def test_a_claim_asks_for_runs_that_are_possible(name):
+    """Of every arm the trainer's options are in range; parts and curves name what is measured."""
+    claim = command.EXPERIMENTS[name]
+    for options in claim.arms.values():
+        trainer = importlib.import_module(options.get("trainer", claim.trainer))
+        options = {"preset": claim.preset} | {key: value for key, value in options.items() if key != "trainer"}
+        cli.check_options(experiment.parse(trainer, options))
+    for part in claim.compares:
+        assert {part.higher, part.lower or part.higher} <= set(claim.arms) and part.measure in claim.measures
+    assert {axis for axis, *_ in claim.curves} <= set(experiment.AXES)
+
+
+def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def run_arms(claim, name, seeds, iterations, folder):
+        asked.append((name, seeds, iterations))
+        return {arm: runs[:seeds] for arm, runs in ARMS.items()}
+
+    monkeypatch.setattr(command, "EXPERIMENTS", {"fake": CLAIM})
+    monkeypatch.setattr(experiment, "run_arms", run_arms)
+    monkeypatch.chdir(tmp_path)
+    command.main("fake", command.Config(seeds=1, iterations=2))
+    trial = json.loads((tmp_path / "runs/claims/results/fake.json").read_text())
+    assert trial["verdict"] == OPEN and not (tmp_path / "claims").exists()
+    command.main("fake", command.Config())
+    assert json.loads((tmp_path / "claims/results/fake.json").read_text())["verdict"] == HOLDS
+    assert (tmp_path / "claims/results/fake.png").is_file()
+    assert asked == [("fake", 1, 2), ("fake", 3, 0)]
+    assert "a is better than b (Fig. 0): holds" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------- one form
+
+
+def test_diffusion_and_rectified_flow_are_one_form():
+    result = one_form.run(2)
+    assert result["verdict"] == HOLDS and max(result["differences"]) <= 1e-5
+    ends = [path[-1] for path in result["paths"].values()]
+    assert ends == pytest.approx([round(ends[0])] * 2, abs=1e-4) and abs(round(ends[0])) == 1  # the data
+
+
+def test_another_schedule_would_show(monkeypatch):
+    step = one_form.flow_sde_step
+    monkeypatch.setattr(one_form, "flow_sde_step", lambda v, z, a, b, eta: step(v, z, a, 1.001 * b, eta))
+    assert one_form.run(1)["verdict"] == FAILS
