@@ -24,16 +24,17 @@ from rewards import parse_paths, parse_spec
 
 from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
 from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, Preemption, World, local, trainable
+from .distributed import EMA, Preemption, World, find_init, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
 
 class Folder(NamedTuple):
-    """A run's folder, checked and locked: the future content of config.json, and the checkpoint to continue from."""
+    """A run's folder, checked and locked: the future content of config.json, and what to start from, if not --model."""
 
     config: dict
-    checkpoint: Path | None
+    checkpoint: Path | None  # of this run, to continue
+    init: Path | None  # weights in a checkpoint of another
 
 
 def open_folder(config, world: World, prompts: list[str]) -> Folder:
@@ -71,13 +72,21 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
                 f"start a new run in another --output-dir",
             )
     world.barrier()
-    return Folder(content, newest_whole_checkpoint(output_dir, world) if config.resume else None)
+    checkpoint, init = None, None
+    if config.resume:
+        checkpoint = newest_whole_checkpoint(output_dir, world)
+    if config.init and not checkpoint:
+        init = find_init(config.init)
+        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
+        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
+    return Folder(content, checkpoint, init)
 
 
-def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", **_) -> list[str]:
+def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):
     """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     paths = [model, transformer, *own, *parse_paths(reward_paths).values()]
+    paths += [str(folder / "checksums.json") for folder in (Path(init), Path(init).parent) if init]
     return [path for path in paths if path and Path(path).exists()]
 
 

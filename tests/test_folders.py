@@ -22,6 +22,7 @@ class Config:
     seed: Seed = 1  # of all
     prompts: str = "x.txt"  # file
     output_dir: str = "somewhere"  # where
+    init: str = ""  # weights
     resume: bool = False  # continue
 
 

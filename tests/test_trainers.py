@@ -273,6 +273,26 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     assert next(iter(network.peft_config.values())).lora_alpha == 8  # twice the rank survived the file
     resumed = train(case, out, **options, iterations=3, resume=True)
     assert len(metrics(resumed)) == 3
+    options |= dict(init=out / "checkpoint-000003", learning_rate=1e-9, iterations=1)
+    second = train(case, tmp_path / "second", **options)
+    a, b = (load_file(run / f"checkpoint-00000{i}" / distributed.LORA_FILE) for run, i in ((out, 3), (second, 1)))
+    assert distance(a, b) < 1e-6
+    assert metrics(second)[0]["sample_reward_hps_before"] == metrics(out)[-1]["sample_reward_hps"]
+    with pytest.raises(cli.RunError, match=r"is a LoRA of rank 4, and --lora-rank is 0; give --lora-rank 4$"):
+        train(case, tmp_path / "third", **options | dict(lora_rank=0))
+
+
+@EACH
+def test_a_run_starts_from_the_weights_of_another(case, small_run, tmp_path):
+    first, options = small_run(case), dict(iterations=1, num_samples=3, learning_rate=1e-9)
+    second = train(case, tmp_path / "second", init=first / "checkpoint-000003", **options)
+    (row,) = metrics(second)
+    assert row["iteration"] == 1
+    assert row["sample_reward_hps_before"] == pytest.approx(metrics(first)[-1]["sample_reward_hps"], abs=1e-6)
+    assert distance(weights(case, first, 3), weights(case, second, 1)) < 1e-6
+    average = distributed.find_init(first / f"checkpoint-000003/{COMPONENTS[TRAINERS[case]]}_ema")
+    _, network, _ = TRAINERS[case].load_models(small.config(case), distributed.start_world(), average)
+    assert distance(weights(case, first, 3, "_ema"), network.state_dict()) == 0
 
 
 @EACH
