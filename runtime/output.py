@@ -75,11 +75,23 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     checkpoint, init = None, None
     if config.resume:
         checkpoint = newest_whole_checkpoint(output_dir, world)
+        if world.is_main:
+            content["changes"] = changes_on_resume(config, stored, checkpoint)
     if config.init and not checkpoint:
         init = find_init(config.init)
         fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
         require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
     return Folder(content, checkpoint, init)
+
+
+def changes_on_resume(config, stored: dict, checkpoint: Path | None) -> list[dict]:
+    """For config.json: [{"iteration": done before, option: [value before, value after], …}, …] of all resumptions."""
+    done = int(checkpoint.name[11:]) if checkpoint else 0
+    new = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "output_dir")}
+    new = {name: [stored[name], value] for name, value in new.items() if stored[name] != value}
+    for name, (before, after) in new.items():
+        print(f"from iteration {done + 1} on --{name.replace('_', '-')} is {after}, before {before}", file=sys.stderr)
+    return stored.get("changes", []) + ([{"iteration": done} | new] if new else [])
 
 
 def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):
@@ -403,6 +415,8 @@ class Run:
     def __init__(self, config, world: World, checkpoints: Checkpoints, samples: Samples, folder: Folder):
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
         self.done = checkpoints.restore(folder.checkpoint) if folder.checkpoint else 0
+        for group in checkpoints.optimizer.param_groups:
+            group["lr"] = config.learning_rate  # it may have been changed on --resume
         if world.is_main:
             with writing(samples.folder):
                 samples.folder.mkdir(exist_ok=True)

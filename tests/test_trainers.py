@@ -215,6 +215,24 @@ def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_learning_rate_may_be_changed_on_resume_and_that_is_written_down(small_run, tmp_path, capsys):
+    out = copy_of(small_run("flux"), tmp_path)
+    shutil.rmtree(out / "checkpoint-000003")
+    words = ["--output-dir", str(out), "--resume"]
+    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, [*words, "--learning-rate", "1e-9"]))
+    assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
+    shutil.rmtree(out / "checkpoint-000003")
+    assert "from iteration 3 on --learning-rate is 1e-09, before 0.0001\n" in capsys.readouterr().err
+    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))  # keeps it
+    assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
+    config = json.loads((out / "config.json").read_text())
+    assert config["learning_rate"] == 1e-9
+    assert config["changes"] == [{"iteration": 2, "learning_rate": [1e-4, 1e-9]}]
+    a, b = metrics(small_run("flux")), metrics(out)
+    assert a[:2] == b[:2] and a[2]["reward_mean"] == b[2]["reward_mean"]  # the rollout came before its update
+    assert distance(weights("flux", small_run("flux"), 3), weights("flux", out, 3)) > 1e-5
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What tests/two_processes.py left: a folder for each trainer."""
