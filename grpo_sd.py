@@ -81,6 +81,7 @@ class Config:
     dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
+    track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end

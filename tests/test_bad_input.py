@@ -1,6 +1,8 @@
 """What a user can get wrong ends in one clear line: what is wrong, and what to change."""
 
 import hashlib
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -82,6 +84,15 @@ def complaint(trainer, *words):
 def test_options(trainer, words, expected, tmp_path):
     assert expected in complaint(trainer, *words.split(), "--output-dir", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@EVERY
+def test_trackers(trainer, monkeypatch):
+    assert complaint(trainer, "--track", "mlflow") == "--track must be tensorboard or wandb, got 'mlflow'"
+    advice = "--track wandb needs the package wandb; install it: pip install wandb"
+    for found in (None, importlib.machinery.ModuleSpec("wandb", None)):  # the second: only a folder of that name
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
+        assert complaint(trainer, "--track", "wandb") == advice
 
 
 @EVERY

@@ -24,6 +24,7 @@ class Config:
     output_dir: str = "somewhere"  # where
     init: str = ""  # weights
     resume: bool = False  # continue
+    track: str = ""  # where else
 
 
 @dataclass(frozen=True)
