@@ -48,7 +48,7 @@ class Config:
     transformer: str = ""  # hub id or folder of the base's transformer, if it is not the one in --model (SkyReels)
     checkpoint: tuple[str, ...] = ()  # RUN/checkpoint-000300, a transformer_ema or LoRA file in it, a diffusers folder
     metrics: str = "hps,clip,pickscore"  # also geneval, FILE.py:FUNCTION, http://HOST:PORT/NAME; for video vq, mq, ta
-    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
+    reward_paths: str = ""  # NAME=FOLDER, comma separated, of reward weights; empty: as in the checkpoints' run
     detector: str = geneval.MASK2FORMER  # of geneval: hub id or folder of a Mask2Former, or FILE.py:CLASS
     detector_clip: str = geneval.CLIP  # names colours for Mask2Former: hub id or folder of a CLIPModel
     prompts: str = "hpsv2"  # text or JSONL file, hpsv2 (four styles of 800) or geneval (553 with metadata)
@@ -117,7 +117,8 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     cli.require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer gets the first frame as well
-    cfg = replace(cfg, model=base, transformer=network, **find_settings(cfg, family, runs))
+    paths = cfg.reward_paths or find_reward_paths(cfg.metrics, runs)
+    cfg = replace(cfg, model=base, transformer=network, reward_paths=paths, **find_settings(cfg, family, runs))
     check_sizes(cfg, component)
 
     detector = None
@@ -160,6 +161,17 @@ def find_settings(cfg: Config, family: str, runs: list[dict]) -> dict:
         )
         settings[name] = getattr(cfg, name) or (given.pop() if given else value)
     return settings
+
+
+def find_reward_paths(metrics: str, runs: list[dict]) -> str:
+    """--reward-paths of the checkpoints' runs, as far as these metrics need them."""
+    needed, paths = {term.model for term in parse_spec(metrics)} - {"geneval"}, {}
+    for name, path in [item for run in runs for item in run.get("reward_paths", {}).items() if item[0] in needed]:
+        cli.require(
+            paths.setdefault(name, path) == path,
+            f"the checkpoints' runs take the reward model {name} from {paths[name]} and {path}; give --reward-paths",
+        )
+    return ",".join(f"{name}={path}" for name, path in paths.items())
 
 
 def check_sizes(cfg: Config, component: str) -> None:

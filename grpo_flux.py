@@ -22,6 +22,7 @@ a token, L text tokens, D width of the text embedding, M pairs (sample, step) in
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -46,6 +47,7 @@ class Config:
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
     output_dir: str = "runs/flux"  # everything the run leaves
+    init: str = ""  # RUN/checkpoint-000300 of an earlier run, from whose weights this one starts
     resume: bool = False  # continue from the newest checkpoint in --output-dir
     seed: Seed = 42  # of every random number (release)
     iterations: Count = 300  # rollouts (release)
@@ -65,7 +67,7 @@ class Config:
     micro_batch: Count = 4  # samples in one forward pass, in the rollout and in the update alike (ours)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
-    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near the model started from (paper: none)
+    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
     keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release; 0.01 in the 8-GPU recipe)
@@ -83,6 +85,7 @@ class Config:
     dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
+    track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
@@ -208,11 +211,11 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 # ---------------------------------------------------------------------------------------------------- FLUX, as a policy
 
 
-def load_models(cfg: Config, world: distributed.World):
+def load_models(cfg: Config, world: distributed.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
     kind = diffusers.FluxTransformer2DModel
     load = partial(distributed.load_network, kind, cfg.model, world, subfolder="transformer")
-    transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile)
+    transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
     pipe = distributed.load_pipeline(diffusers.FluxPipeline, cfg.model, world, transformer=transformer)
@@ -298,6 +301,7 @@ def check(cfg: Config) -> list[str]:
     distributed.check_family(cfg.model, "FluxPipeline")
     vae = distributed.load_pretrained(diffusers.AutoencoderKL.load_config, cfg.model, subfolder="vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
+    distributed.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -333,7 +337,7 @@ def main(cfg: Config) -> None:
     folder = output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
-    pipe, transformer, reference = load_models(cfg, world)
+    pipe, transformer, reference = load_models(cfg, world, folder.init)
     optimizer = distributed.adamw(transformer, cfg.learning_rate)
     ema = distributed.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)

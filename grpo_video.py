@@ -52,6 +52,7 @@ class Config:
     first_frame_model: str = ""  # i2v: text-to-image model that paints missing ones (release: FLUX.1-dev)
     first_frame_steps: Count = 30  # its sampling steps (release)
     output_dir: str = "runs/video"  # everything the run leaves
+    init: str = ""  # RUN/checkpoint-000300 of an earlier run, from whose weights this one starts
     resume: bool = False  # continue from the newest checkpoint in --output-dir
     seed: Seed = 42  # of every random number (release)
     iterations: Count = 202  # rollouts (release)
@@ -71,7 +72,7 @@ class Config:
     micro_batch: Count = 1  # samples in one forward pass, in the rollout and in the update alike (ours)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
-    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near the model started from (paper: none)
+    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
     keep_best_worst: Natural = 4  # k > 0: train only on the k best and k worst of each group (release; best-of-N)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
@@ -92,6 +93,7 @@ class Config:
     dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
+    track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample videos; also before the first and at the end
@@ -246,7 +248,7 @@ def latent_shape(cfg: Config, config: dict, stride: int, side: int) -> tuple[int
     return (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
 
 
-def load_models(cfg: Config, world: distributed.World):
+def load_models(cfg: Config, world: distributed.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
     kind = diffusers.HunyuanVideoTransformer3DModel
     load = partial(distributed.load_network, kind, world=world, **transformer_source(cfg))
@@ -255,6 +257,7 @@ def load_models(cfg: Config, world: distributed.World):
         lora_targets=LORA_TARGETS,
         checkpointing=cfg.gradient_checkpointing,
         compiled=cfg.compile,
+        init=init,
     )
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
@@ -361,6 +364,8 @@ def check(cfg: Config) -> list[str]:
     stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(network) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
+    kind = diffusers.HunyuanVideoTransformer3DModel
+    distributed.check_init(cfg, kind, "transformer", LORA_TARGETS, transformer_source(cfg))
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -402,7 +407,7 @@ def main(cfg: Config) -> None:
     data.paint_first_frames(cfg, pictures, world)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
-    pipe, transformer, reference = load_models(cfg, world)
+    pipe, transformer, reference = load_models(cfg, world, folder.init)
     optimizer = distributed.adamw(transformer, cfg.learning_rate)
     ema = distributed.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)

@@ -483,9 +483,14 @@ def parse_spec(spec: str) -> list[Term]:
 
 def parse_paths(text: str) -> dict[str, str]:
     """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError as `check_paths` does."""
-    paths = dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
+    paths = split_paths(text)
     check_paths(paths)
     return paths
+
+
+def split_paths(text: str) -> dict[str, str]:
+    """What `parse_paths` returns, unchecked."""
+    return dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
 
 
 def check_paths(paths: dict[str, str]) -> None:

@@ -6,7 +6,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from rewards import FILE_ERRORS, first_line
+from rewards import FILE_ERRORS, first_line, split_paths
 from runtime import cli, distributed, output
 
 diffusers = cli.Lazy("diffusers")
@@ -43,7 +43,7 @@ class Model:
 
 
 def run_options(checkpoint: str) -> dict:
-    """config.json of the training run in whose folder a checkpoint is, or {}.
+    """config.json of the training run in whose folder a checkpoint is, or {}; reward_paths as {name: path}.
 
     Models are found from the directory where the run was started, too. Raises RunError if there is no such checkpoint,
     or if the file is not as the run wrote it.
@@ -59,11 +59,16 @@ def run_options(checkpoint: str) -> dict:
                 cli.is_sealed(stored), f"{folder / 'config.json'} was changed by hand or is damaged; restore it"
             )
             for name in {"model", "transformer"} & stored.keys():
-                place = Path(stored["directory"], stored[name])
-                if stored[name] and place.exists() and not Path(stored[name]).exists():
-                    stored[name] = str(place)
-            return stored
+                stored[name] = from_directory(stored["directory"], stored[name])
+            paths = split_paths(stored.get("reward_paths", ""))
+            return stored | {"reward_paths": {n: from_directory(stored["directory"], p) for n, p in paths.items()}}
     return {}
+
+
+def from_directory(directory: str, path: str) -> str:
+    """The path, or where it leads from the directory, if it leads nowhere from here."""
+    place = Path(directory, path)
+    return str(place) if path and place.exists() and not Path(path).exists() else path
 
 
 def read_json(file: Path) -> dict:

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -45,9 +45,19 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-# Options that may differ between a run and its continuation: they do not change what an iteration computes.
+# Options that may differ between a run and its continuation: they do not change what an iteration computes, but for the
+# learning rate, which is lowered where a run becomes unstable. config.json keeps every change, under "changes".
 FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
-FREE_ON_RESUME |= {"shard_size", "offload", "keep_states", "dry_run", "processes", "gpu_memory"}
+FREE_ON_RESUME |= {
+    "shard_size",
+    "offload",
+    "keep_states",
+    "dry_run",
+    "processes",
+    "gpu_memory",
+    "learning_rate",
+    "track",
+}
 
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):
@@ -232,6 +242,10 @@ def check_options(config) -> None:
     """Ranges, and how options go together, for all trainers. Runs before any model is loaded."""
     check_ranges(config)
     c, processes = config, find_place().size
+    require(c.track in ("", "tensorboard", "wandb"), f"--track must be tensorboard or wandb, got {c.track!r}")
+    package = importlib.util.find_spec(c.track) if c.track else None
+    found = package and package.origin  # a folder called wandb, as its runs leave it here, is not the package
+    require(not c.track or found, f"--track {c.track} needs the package {c.track}; install it: pip install {c.track}")
     trained = 2 * c.keep_best_worst or c.group_size  # samples of each group that are trained on
     for ok, message in (
         (

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rewards import FILE_ERRORS, RewardError, check_tokenizer, first_line, is_folder_or_hub_id
 
-from .cli import Lazy, RunError, find_place, require
+from .cli import Lazy, RunError, complete_checkpoints, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
 state_dict = Lazy("torch.distributed.checkpoint.state_dict")
@@ -268,8 +268,9 @@ def load_network(
     *,
     subfolder: str | None = None,
     option: str = "--model",
+    init: Path | None = None,
 ) -> nn.Module:
-    """Load a diffusers network, ready to train, or frozen.
+    """Load a diffusers network, ready to train, or frozen. init: weights to start from instead, see `find_init`.
 
     Only rank 0 reads the weights, and hands them out: host memory holds one copy, whatever the number of processes.
     Raises RunError if the weights are missing or gated.
@@ -278,8 +279,12 @@ def load_network(
     prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen)
     dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
     if world.is_main:
-        source = load_weights(network_class, path, option, dtype=dtype, **options)
+        whole = init and not lora_rank
+        place = (network_class, str(init), "--init") if whole else (network_class, path, option)
+        source = load_weights(*place, dtype=dtype, **({} if whole else options))
         prepare_network(source, *prepare)
+        if init and lora_rank:
+            load_adapter(source, init)
     if world.size == 1:
         return source.to(world.device)
     config = load_pretrained(network_class.load_config, path, option, **options)
@@ -293,6 +298,84 @@ def load_network(
     options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state_dict.set_model_state_dict(network, weights, options=options)
     return network
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
+
+
+def find_init(init: str) -> Path:
+    """The weights that --init names: those of RUN/checkpoint-NNNNNN, or the folder or LoRA file of the average in it.
+
+    Raises RunError if there are none.
+    """
+    path = Path(init)
+    require(path.exists(), f"--init: there is no {init}; give RUN/checkpoint-NNNNNN of an earlier run")
+    for place in (path / "transformer", path / "unet", path / LORA_FILE, path):
+        is_weights = place.is_file() if place.suffix == ".safetensors" else (place / "config.json").is_file()
+        if is_weights and (place.parent / "checksums.json").is_file():
+            return place
+    raise RunError(f"--init: {init} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN")
+
+
+def check_init(config, network_class: type, component: str, lora_targets: Sequence[str], source: dict | None = None):
+    """Raise RunError unless the weights that --init names are those of the trained network, or a LoRA of it that
+    --lora-rank describes. Loads no weights. A run that continues from a checkpoint of its own needs them no more.
+
+    component: the network's name in the pipeline; source: where it lies, if not there in --model.
+    """
+    init, lora_rank = config.init, config.lora_rank
+    if not init or (config.resume and complete_checkpoints(config.output_dir)):
+        return
+    place = find_init(init)
+    found = weight_shapes([place] if place.is_file() else sorted(place.glob("*.safetensors")))
+    if place.is_file():
+        rank = max((shape[0] for name, shape in found.items() if ".lora_A." in name), default=0)
+        message = f"--init {init} is a LoRA of rank {rank}, and --lora-rank is {lora_rank}; give --lora-rank {rank}"
+        require(rank == lora_rank, message)
+    elif lora_rank:
+        advice = "give --lora-rank 0, or a checkpoint that holds a LoRA"
+        raise RunError(f"--init {init} holds all weights, and --lora-rank {lora_rank} trains a LoRA; {advice}")
+    source = source or {"path": config.model, "subfolder": component}
+    network_config = load_pretrained(network_class.load_config, **source)
+    network = empty_network(network_class, network_config, torch.float32, lora_rank, lora_targets)
+    expected = {name: list(weight.shape) for name, weight in public_weights(network, component).items()}
+    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+    require(
+        not wrong,
+        f"--init {init} does not fit {network_config.source}: {len(wrong)} weights have other names or shapes than in "
+        f"that {network_class.__name__}, first: {(wrong or [''])[0]}; give a checkpoint of a run from this model",
+    )
+
+
+def public_weights(network: nn.Module, component: str) -> dict[str, Tensor]:
+    """The weights of a network by their names in a checkpoint: all of them, or those of its LoRA."""
+    from peft import get_peft_model_state_dict
+
+    if not getattr(network, "peft_config", None):
+        return network.state_dict()
+    return {f"{component}.{name}": weight for name, weight in get_peft_model_state_dict(network).items()}
+
+
+def weight_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
+    """{name: shape} of the weights in safetensors files. Raises RunError if one cannot be read."""
+    from safetensors import SafetensorError, safe_open
+
+    shapes = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as weights:
+                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise RunError(f"--init: cannot read {file} ({first_line(e)}); take another checkpoint") from e
+    return shapes
+
+
+def load_adapter(network: nn.Module, file: Path) -> None:
+    """Copy the LoRA in a checkpoint's file, whose names begin with that of the network's place, into a network's."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(network, {name.partition(".")[2]: weight for name, weight in load_file(file).items()})
 
 
 def load_pipeline(pipeline_class: type, path: str, world: World, **components):

@@ -5,8 +5,10 @@ import fcntl
 import hashlib
 import importlib.metadata
 import inspect
+import io
 import json
 import os
+import secrets
 import shutil
 import sys
 import textwrap
@@ -20,24 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewards import parse_paths, parse_spec
+from rewards import first_line, parse_paths, parse_spec
 
 from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
 from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, Preemption, World, local, trainable
+from .distributed import EMA, Preemption, World, find_init, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
 
 class Folder(NamedTuple):
-    """A run's folder, checked and locked: the future content of config.json, and the checkpoint to continue from."""
+    """A run's folder, checked and locked: the future content of config.json, and what to start from, if not --model."""
 
     config: dict
-    checkpoint: Path | None
+    checkpoint: Path | None  # of this run, to continue
+    init: Path | None  # weights in a checkpoint of another
+    tracker: "Tracker"
 
 
 def open_folder(config, world: World, prompts: list[str]) -> Folder:
-    """Create --output-dir and take its lock; refuse a folder that is not this run's. Nothing is written into it yet.
+    """Create --output-dir and take its lock; refuse a folder that is not this run's. Only --track writes into it yet.
 
     The lock is the process's own and ends with it. config.json will hold all options, the directory where the run was
     started, hashes of the prompts and of the models and rewards that are files here, and versions.
@@ -71,13 +75,34 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
                 f"start a new run in another --output-dir",
             )
     world.barrier()
-    return Folder(content, newest_whole_checkpoint(output_dir, world) if config.resume else None)
+    checkpoint, init = None, None
+    if config.resume:
+        checkpoint = newest_whole_checkpoint(output_dir, world)
+        if world.is_main:
+            content["changes"] = changes_on_resume(config, stored, checkpoint)
+    if config.init and not checkpoint:
+        init = find_init(config.init)
+        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
+        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
+    content["tracker_id"] = stored.get("tracker_id", secrets.token_hex(4)) if config.track and world.is_main else ""
+    return Folder(content, checkpoint, init, Tracker(config.track if world.is_main else "", content, checkpoint))
 
 
-def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", **_) -> list[str]:
+def changes_on_resume(config, stored: dict, checkpoint: Path | None) -> list[dict]:
+    """For config.json: [{"iteration": done before, option: [value before, value after], …}, …] of all resumptions."""
+    done = int(checkpoint.name[11:]) if checkpoint else 0
+    new = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "output_dir")}
+    new = {name: [stored[name], value] for name, value in new.items() if stored[name] != value}
+    for name, (before, after) in new.items():
+        print(f"from iteration {done + 1} on --{name.replace('_', '-')} is {after}, before {before}", file=sys.stderr)
+    return stored.get("changes", []) + ([{"iteration": done} | new] if new else [])
+
+
+def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):
     """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     paths = [model, transformer, *own, *parse_paths(reward_paths).values()]
+    paths += [str(folder / "checksums.json") for folder in (Path(init), Path(init).parent) if init]
     return [path for path in paths if path and Path(path).exists()]
 
 
@@ -354,6 +379,107 @@ class Metrics:
         plt.close(figure)
 
 
+class Tracker:
+    """--track: metrics and samples in TensorBoard or Weights & Biases, beside metrics.jsonl. kind "": nowhere.
+
+    config: the content of config.json; checkpoint: where the run is continued from. Raises RunError if it cannot start.
+    If it fails later it says so, and is left out from then on: metrics.jsonl and samples/ hold everything.
+    """
+
+    def __init__(self, kind: str, config: dict, checkpoint: Path | None):
+        self.kind, self.backend = kind, None
+        try:
+            self.backend = {"tensorboard": TensorBoard, "wandb": WandB}[kind](config, checkpoint) if kind else None
+        except Exception as e:  # a tracker is not ours: it may raise anything
+            advice = (
+                "log in with `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "leave the option out"
+            )
+            raise RunError(f"--track {kind} cannot start ({type(e).__name__}: {first_line(e)}); {advice}") from e
+
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None = None) -> None:
+        """The values after an iteration, and the sample pictures drawn then: the .png, and the .mp4 if there is one."""
+        film = samples and samples.with_suffix(".mp4")
+        self._call("log", iteration, values, samples, film if film and film.exists() else None)
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *args) -> None:
+        if self.backend is None:
+            return
+        try:
+            getattr(self.backend, method)(*args)
+        except Exception as e:
+            self.backend = None
+            message = (
+                f"warning: --track {self.kind} failed ({type(e).__name__}: {first_line(e)}) and is left out from now"
+            )
+            print(
+                f"{message} on; metrics.jsonl and samples/ hold everything; --resume starts it again", file=sys.stderr
+            )
+
+
+class TensorBoard:
+    """What goes to OUTPUT_DIR/tensorboard; see `Tracker`."""
+
+    def __init__(self, config: dict, checkpoint: Path | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What was logged after the checkpoint is dropped, for these iterations are run again.
+        purge = int(checkpoint.name[11:]) + 1 if checkpoint else None
+        self.writer = SummaryWriter(str(Path(config["output_dir"], "tensorboard")), purge_step=purge)
+
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None, film: Path | None) -> None:
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+        if samples:
+            self.writer.add_image("samples", np.array(Image.open(samples)), iteration, dataformats="HWC")
+        if film:  # TensorBoard plays GIFs, but no MP4
+            content, (width, height) = as_gif(film)
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            summary = Summary(value=[Summary.Value(tag="film", image=image)])
+            self.writer.file_writer.add_summary(summary, iteration)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """What goes to Weights & Biases, or with WANDB_MODE=offline to OUTPUT_DIR/wandb; see `Tracker`.
+
+    A resumed run goes on under its id. Iterations that are run again are logged again, with the same values.
+    """
+
+    def __init__(self, config: dict, checkpoint: Path | None):
+        import wandb
+
+        self.wandb, out = wandb, Path(config["output_dir"]).resolve()
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "dancegrpo"),
+            name=out.name,
+            id=config["tracker_id"],
+            resume="allow",
+            dir=str(out),
+            config=config,
+            allow_val_change=True,
+            settings=wandb.Settings(console="off"),  # the progress bar would fill its log
+        )
+        self.run.define_metric("*", step_metric="iteration")
+
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None, film: Path | None) -> None:
+        row = values | {"iteration": iteration}
+        row |= {"samples": self.wandb.Image(str(samples))} if samples else {}
+        row |= {"film": self.wandb.Video(str(film), format="mp4")} if film else {}
+        self.run.log(row)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
 class Samples:
     """Sample pictures or videos: same prompts, same noise, no noise injected. Their scores are the curve to watch.
 
@@ -368,6 +494,10 @@ class Samples:
         self.prompts, self.draw, self.shape, self.reward = prompts[: config.num_samples], draw, shape, reward
         self.world, self.fps = world, fps
 
+    def sheet(self, iteration: int) -> Path:
+        """The file of the pictures that are drawn after so many iterations; a film lies beside it, as .mp4."""
+        return self.folder / f"{iteration:06d}.png"
+
     @torch.no_grad()
     def save(self, iteration: int) -> dict[str, float]:
         """Draw all, shared out over the processes, and save the first. Returns {"sample_reward_NAME": mean score}."""
@@ -380,7 +510,7 @@ class Samples:
             scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
         shown = self.world.collect(images[: self.SHOWN], min(count, self.SHOWN))
         if self.world.is_main:
-            captions, path = self.prompts[: len(shown)], self.folder / f"{iteration:06d}.png"
+            captions, path = self.prompts[: len(shown)], self.sheet(iteration)
             if self.fps is None:
                 save_pictures(path, shown, captions)
             else:
@@ -394,33 +524,39 @@ class Run:
     def __init__(self, config, world: World, checkpoints: Checkpoints, samples: Samples, folder: Folder):
         self.config, self.world, self.checkpoints, self.samples = config, world, checkpoints, samples
         self.done = checkpoints.restore(folder.checkpoint) if folder.checkpoint else 0
+        for group in checkpoints.optimizer.param_groups:
+            group["lr"] = config.learning_rate  # it may have been changed on --resume
         if world.is_main:
             with writing(samples.folder):
                 samples.folder.mkdir(exist_ok=True)
             file = Path(config.output_dir, "config.json")
             write_atomically(file, json.dumps(seal(folder.config), indent=2) + "\n")
         self.metrics = Metrics(config.output_dir, world, folder.checkpoint)
-        self.preempted, self.flat = Preemption(world), 0
+        self.preempted, self.flat, self.tracker = Preemption(world), 0, folder.tracker
 
     def iterations(self) -> Iterator[int]:
         """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
         options = {"initial": self.done, "total": self.config.iterations, "desc": "GRPO"}
         try:
             if not self.done:
-                self.metrics.start(self.samples.save(0))
+                scores = self.samples.save(0)
+                self.metrics.start(scores)
+                self.tracker.log(0, scores, self.samples.sheet(0))
             self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
             yield from self.bar
             self.metrics.draw()
         finally:
+            self.tracker.close()
             self.preempted.restore()
 
     def finish(self, iteration: int, row: dict) -> None:
         """Write the line of metrics; draw sample pictures and save a checkpoint if it is time."""
         done, c = iteration + 1, self.config
         self.checkpoints.require_finite(done)  # before pictures are drawn with such weights
-        if done == c.iterations or done % c.sample_every == 0:
-            row = row | self.samples.save(done)
+        drawn = done == c.iterations or done % c.sample_every == 0
+        row = row | (self.samples.save(done) if drawn else {})
         self.metrics.write({"iteration": done} | row)
+        self.tracker.log(done, row, self.samples.sheet(done) if drawn else None)
         self.bar.set_postfix_str(f"reward {row['reward_mean']:.4f}")
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         stop = self.preempted() and done < c.iterations
@@ -509,3 +645,16 @@ def save_videos(path: Path, videos: Tensor, captions: Sequence[str], fps: float)
             writer.send(frame)
         writer.close()
         part.replace(path.with_suffix(".mp4"))
+
+
+def as_gif(film: Path) -> tuple[bytes, tuple[int, int]]:
+    """An MP4 file as a GIF, and its width and height."""
+    from imageio_ffmpeg import read_frames
+    from PIL import Image
+
+    reader, file = read_frames(str(film)), io.BytesIO()
+    properties = next(reader)
+    frames = [Image.frombytes("RGB", properties["size"], frame) for frame in reader]
+    options = {"append_images": frames[1:], "duration": 1000 / properties["fps"], "loop": 0}
+    frames[0].save(file, "GIF", save_all=True, **options)
+    return file.getvalue(), properties["size"]

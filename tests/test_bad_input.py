@@ -1,11 +1,17 @@
 """What a user can get wrong ends in one clear line: what is wrong, and what to change."""
 
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from peft import get_peft_model_state_dict
 from PIL import Image
 
 import grpo_flux
@@ -80,6 +86,15 @@ def complaint(trainer, *words):
 def test_options(trainer, words, expected, tmp_path):
     assert expected in complaint(trainer, *words.split(), "--output-dir", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@EVERY
+def test_trackers(trainer, monkeypatch):
+    assert complaint(trainer, "--track", "mlflow") == "--track must be tensorboard or wandb, got 'mlflow'"
+    advice = "--track wandb needs the package wandb; install it: pip install wandb"
+    for found in (None, importlib.machinery.ModuleSpec("wandb", None)):  # the second: only a folder of that name
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
+        assert complaint(trainer, "--track", "wandb") == advice
 
 
 @EVERY
@@ -269,13 +284,79 @@ def test_gated_weights_say_where_to_ask():
         distributed.load_pretrained(loader, "a/b")
 
 
+# ------------------------------------------------------------------------------------------------- weights of --init
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory):
+    """A folder of checkpoints of earlier runs: full weights of FLUX and Stable Diffusion, and a LoRA of FLUX."""
+    folder = tmp_path_factory.mktemp("earlier")
+    (folder / "model").mkdir()
+    for name, part in {"flux": "transformer", "sd": "unet", "hunyuan": "transformer"}.items():
+        shutil.copytree(Path("tiny", name, part), folder / name / part)
+        write_sums(folder / name)
+    network = FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
+    network = distributed.prepare_network(network, lora_rank=2, lora_targets=grpo_flux.LORA_TARGETS)
+    FluxPipeline.save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(network))
+    write_sums(folder / "lora")
+    return folder
+
+
+def write_sums(checkpoint):
+    """checksums.json, as a run writes it."""
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    sums = {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    (checkpoint / "checksums.json").write_text(json.dumps(cli.seal({"files": sums})))
+
+
+@pytest.mark.parametrize("trainer, name, words, expected", [
+    (grpo_flux, "nothing", "", "there is no {}; give RUN/checkpoint-NNNNNN of an earlier run"),
+    (grpo_flux, "model", "", "{} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN"),
+    (grpo_flux, "sd", "", " {} does not fit --model tiny/flux: "),
+    (grpo_flux, "hunyuan", "", " {} does not fit --model tiny/flux: "),
+    (grpo_sd, "flux", "", " {} does not fit --model tiny/sd: "),
+    (grpo_video, "flux", "", " {} does not fit --model tiny/hunyuan: "),
+    (grpo_video, "hunyuan", "--preset tiny-i2v", " {} does not fit --transformer tiny/skyreels: 1 weights have other "),
+    (grpo_flux, "lora", "", " {} is a LoRA of rank 2, and --lora-rank is 0; give --lora-rank 2"),
+    (grpo_flux, "lora", "--lora-rank 4", " {} is a LoRA of rank 2, and --lora-rank is 4; give --lora-rank 2"),
+    (grpo_sd, "lora", "--lora-rank 2", " {} does not fit --model tiny/sd: "),
+    (grpo_flux, "flux", "--lora-rank 2", " {} holds all weights, and --lora-rank 2 trains a LoRA; give --lora-rank 0"),
+], ids=lambda x: x if isinstance(x, str) and " " not in x else "")  # fmt: skip
+def test_init_with_what_is_no_start_for_this_run(trainer, name, words, expected, earlier, tmp_path):
+    place = str(earlier / name)
+    line = complaint(trainer, "--init", place, *words.split(), "--output-dir", str(tmp_path / "out"))
+    assert line.startswith("--init") and expected.format(place) in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how, expected", [
+    ("cut", "cannot read {}/pytorch_lora_weights.safetensors ("),
+    ("changed", " {} is damaged: its pytorch_lora_weights.safetensors is missing or damaged; take another checkpoint"),
+    ("sums", " {} is damaged: its checksums.json is missing or damaged ("),
+])  # fmt: skip
+def test_init_with_a_damaged_checkpoint(how, expected, earlier, tmp_path):
+    copy = shutil.copytree(earlier / "lora", tmp_path / "copy")
+    file = copy / ("checksums.json" if how == "sums" else "pytorch_lora_weights.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content[:-20] if how == "cut" else content)
+    line = complaint(grpo_flux, "--init", str(copy), "--lora-rank", "2", "--output-dir", str(tmp_path / "out"))
+    assert line.startswith("--init") and expected.format(copy) in line
+
+
+def test_init_and_resume_of_a_run_that_started_elsewhere(tmp_path):
+    out = str(a_run(tmp_path / "run", init="runs/a/checkpoint-000050"))
+    line = complaint(grpo_flux, "--output-dir", out, "--resume", "--init", "runs/b/checkpoint-000050")
+    assert line.startswith("--init is 'runs/b/checkpoint-000050', but the run in ")
+    assert "has 'runs/a/checkpoint-000050'; resume with the run's own options (or none)" in line
+
+
 # ------------------------------------------------------------------------------------------------------ output folder
 
 
 def a_run(folder, **changes):
     """The traces of a run that has one checkpoint."""
     import dataclasses
-    import json
 
     config = dataclasses.asdict(grpo_flux.Config(preset="tiny", **grpo_flux.PRESETS["tiny"])) | changes
     config = cli.seal(config | {"script": "grpo_flux.py", "directory": os.getcwd()})

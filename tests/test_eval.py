@@ -241,6 +241,42 @@ def test_settings_come_from_the_run_and_can_be_overridden(finished, run, prompts
     assert evaluation.plan(cfg)[0].steps == 28
 
 
+OWN = """
+import torch
+def red(images, prompts):
+    return images[:, 0].mean((1, 2))
+"""
+
+
+def test_reward_paths_come_from_the_run_and_ones_own_reward_is_a_metric(run, prompts, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    metrics = f"hps,{tmp_path}/own.py:red"
+    options = dict(preset="paper", checkpoint=run / "checkpoint-000002", prompts=prompts, metrics=metrics)
+    results = evaluate(tmp_path / "out", **options)
+    assert results["settings"]["reward_paths"] == "hps=tiny/hps"  # clip's is not needed
+    for model, name in (("base", "base"), ("checkpoint", f"{run.name}/checkpoint-000002")):
+        shown = pictures(folder_of(tmp_path / "out", results, name))
+        summary = results["summary"]["red"][name]["overall"]
+        assert summary["mean"] == pytest.approx(shown[:, 0].mean().item(), abs=1e-6), model
+    assert results["summary"]["red"][f"{run.name}/checkpoint-000002"]["overall"]["difference"] != 0
+
+
+def test_reward_paths_of_a_run_are_found_from_its_directory_or_named(run, prompts, tmp_path, monkeypatch):
+    moved = shutil.copytree(run, tmp_path / "moved")
+    options = dict(preset="paper", checkpoint=moved / "checkpoint-000002", prompts=prompts.resolve(), metrics="hps")
+    repository = os.getcwd()
+    monkeypatch.chdir(tmp_path)
+    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words(options))
+    assert evaluation.plan(cfg)[0].reward_paths == f"hps={repository}/tiny/hps"
+    monkeypatch.chdir(repository)
+    other = grpo_flux.PRESETS["tiny"] | SMALL | {"reward_paths": "hps=a/b"}
+    write_config(moved, "grpo_flux.py", grpo_flux.Config(**other))
+    options["checkpoint"] = [moved / "checkpoint-000002", run / "checkpoint-000002"]
+    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words(options))
+    with pytest.raises(cli.RunError, match=r"take the reward model hps from a/b and .*tiny/hps; give --reward-paths"):
+        evaluation.plan(cfg)
+
+
 def test_the_report_needs_results_only(tmp_path):
     """Made-up results of two models, without any evaluation."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 3 * 20, 30, 3), dtype=np.uint8)  # 3 frames of 20 x 30

@@ -22,7 +22,9 @@ class Config:
     seed: Seed = 1  # of all
     prompts: str = "x.txt"  # file
     output_dir: str = "somewhere"  # where
+    init: str = ""  # weights
     resume: bool = False  # continue
+    track: str = ""  # where else
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,24 @@ def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_the_learning_rate_may_be_changed_on_resume_and_that_is_written_down(small_run, tmp_path, capsys):
+    out = copy_of(small_run("flux"), tmp_path)
+    shutil.rmtree(out / "checkpoint-000003")
+    words = ["--output-dir", str(out), "--resume"]
+    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, [*words, "--learning-rate", "1e-9"]))
+    assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
+    shutil.rmtree(out / "checkpoint-000003")
+    assert "from iteration 3 on --learning-rate is 1e-09, before 0.0001\n" in capsys.readouterr().err
+    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))  # keeps it
+    assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
+    config = json.loads((out / "config.json").read_text())
+    assert config["learning_rate"] == 1e-9
+    assert config["changes"] == [{"iteration": 2, "learning_rate": [1e-4, 1e-9]}]
+    a, b = metrics(small_run("flux")), metrics(out)
+    assert a[:2] == b[:2] and a[2]["reward_mean"] == b[2]["reward_mean"]  # the rollout came before its update
+    assert distance(weights("flux", small_run("flux"), 3), weights("flux", out, 3)) > 1e-5
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """What tests/two_processes.py left: a folder for each trainer."""
@@ -273,6 +291,26 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     assert next(iter(network.peft_config.values())).lora_alpha == 8  # twice the rank survived the file
     resumed = train(case, out, **options, iterations=3, resume=True)
     assert len(metrics(resumed)) == 3
+    options |= dict(init=out / "checkpoint-000003", learning_rate=1e-9, iterations=1)
+    second = train(case, tmp_path / "second", **options)
+    a, b = (load_file(run / f"checkpoint-00000{i}" / distributed.LORA_FILE) for run, i in ((out, 3), (second, 1)))
+    assert distance(a, b) < 1e-6
+    assert metrics(second)[0]["sample_reward_hps_before"] == metrics(out)[-1]["sample_reward_hps"]
+    with pytest.raises(cli.RunError, match=r"is a LoRA of rank 4, and --lora-rank is 0; give --lora-rank 4$"):
+        train(case, tmp_path / "third", **options | dict(lora_rank=0))
+
+
+@EACH
+def test_a_run_starts_from_the_weights_of_another(case, small_run, tmp_path):
+    first, options = small_run(case), dict(iterations=1, num_samples=3, learning_rate=1e-9)
+    second = train(case, tmp_path / "second", init=first / "checkpoint-000003", **options)
+    (row,) = metrics(second)
+    assert row["iteration"] == 1
+    assert row["sample_reward_hps_before"] == pytest.approx(metrics(first)[-1]["sample_reward_hps"], abs=1e-6)
+    assert distance(weights(case, first, 3), weights(case, second, 1)) < 1e-6
+    average = distributed.find_init(first / f"checkpoint-000003/{COMPONENTS[TRAINERS[case]]}_ema")
+    _, network, _ = TRAINERS[case].load_models(small.config(case), distributed.start_world(), average)
+    assert distance(weights(case, first, 3, "_ema"), network.state_dict()) == 0
 
 
 @EACH
