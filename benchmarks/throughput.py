@@ -75,10 +75,10 @@ def measure(trainer, cfg) -> list[dict]:
     rows, recorder = [], None
     load_models, load_reward, finish = trainer.load_models, trainer.load_reward, output.Run.finish
 
-    def models(cfg, world):
+    def models(cfg, world, *args):
         nonlocal recorder
         recorder = Recorder(world.device)
-        pipe, network, *rest = load_models(cfg, world)
+        pipe, network, *rest = load_models(cfg, world, *args)
         network.register_forward_pre_hook(recorder.note, with_kwargs=True)
         pipe.vae.decode = recorder.wrap(pipe.vae.decode)
         return pipe, network, *rest
