@@ -269,6 +269,21 @@ def test_two_processes_do_the_work_of_one(finished, two_processes, tmp_path):
 
 
 @pytest.mark.slow
+def test_four_processes_train_as_one_does_however_they_share_the_network(tmp_path):
+    options = small.FINISHED | {"prompts_per_iteration": 4, "num_samples": 1}
+    one = train("flux", tmp_path / "one", **options)
+    for size in (1, 2, 4):
+        four = tmp_path / f"shard-{size}"
+        changes = options | {"shard_size": size, "output_dir": str(four)}
+        launch.run("launch_cases", "train", ("flux", changes), 4, tmp_path / f"logs-{size}")
+        for a, b in zip(metrics(one), metrics(four), strict=True):
+            assert a["reward_mean"] == pytest.approx(b["reward_mean"], abs=1e-5)
+            assert b["ratio_max_deviation_first_update"] <= 1e-6
+        for suffix in ("", "_ema"):
+            assert distance(weights("flux", one, 3, suffix), weights("flux", four, 3, suffix)) < 1e-4
+
+
+@pytest.mark.slow
 def test_a_wrong_number_of_processes_is_refused(two_processes):
     line = (two_processes / "refused.txt").read_text()
     assert line == "error: --prompts-per-iteration 3 must be a multiple of the 2 processes"
