@@ -14,34 +14,36 @@ from pathlib import Path
 
 from rewards import RewardError
 from runtime import cli, data
-from runtime.cli import Count, Natural
+from runtime.cli import Natural
 
-from . import best_of_n, diversity, experiment, noise, one_form, rewards, timesteps
+from . import baselines, best_of_n, diversity, experiment, noise, one_form, rewards, timesteps
 
 EXPERIMENTS = noise.CLAIMS | timesteps.CLAIMS | best_of_n.CLAIMS | rewards.CLAIMS | diversity.CLAIMS
+EXPERIMENTS |= baselines.CLAIMS
 NAMES = (*EXPERIMENTS, "one-form")
-FULL = 3  # seeds from which a result counts
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "full"  # full is the only one
     output_dir: str = "runs/claims"  # runs, evaluations, and the results of trials
-    seeds: Count = 3  # of each arm: 1, 2, …
+    seeds: Natural = 0  # of each arm: 1, 2, …; 0: as many as the claim asks for, 3 or 5
     iterations: Natural = 0  # of each run; 0: those of the preset
 
 
 def main(name: str, cfg: Config) -> None:
     cli.check_ranges(cfg)
     folder = Path(cfg.output_dir)
-    results = Path("claims/results") if cfg.seeds >= FULL and not cfg.iterations else folder / "results"
+    needed = 3 if name == "one-form" else EXPERIMENTS[name].seeds
+    seeds = cfg.seeds or needed
+    results = Path("claims/results") if seeds >= needed and not cfg.iterations else folder / "results"
     with data.writing(results):
         results.mkdir(parents=True, exist_ok=True)
     if name == "one-form":
-        kind, result = one_form, one_form.run(cfg.seeds)
+        kind, result = one_form, one_form.run(seeds)
     else:
         kind, claim = experiment, EXPERIMENTS[name]
-        result = kind.summarize(claim, kind.run_arms(claim, name, cfg.seeds, cfg.iterations, folder))
+        result = kind.summarize(claim, kind.run_arms(claim, name, seeds, cfg.iterations, folder))
     data.write_atomically(results / f"{name}.json", json.dumps(result, indent=1) + "\n")
     kind.draw(result, results / f"{name}.png")
     print(kind.report(result), f"{results / name}.json, .png", sep="\n")

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from torchvision.transforms import functional as TF
 
-from rewards import CLIPReward, resize
+from rewards import CLIPReward
 from runtime import data
 
 from .experiment import Compare, Experiment, Run, heldout
+from .policy import pixels_of
 
 LOST = "mean CLIP distance of a prompt's pictures, base less trained (1 - cosine)"
 clip = cache(lambda: CLIPReward("tiny/clip"))
@@ -22,8 +23,8 @@ def distance(pictures: list[Path]) -> float:
     spreads = []
     for _, group in groupby(pictures, key=lambda path: path.name.split("-")[0]):
         images = torch.stack([TF.to_tensor(data.read_picture(path)) for path in group])  # (N, 3, H, W)
-        pixels = TF.normalize(resize(images, clip().size, clip().mode), clip().mean, clip().std)
-        spreads.append(mean_distance(clip().model.encode_image(pixels, normalize=True)))
+        features = clip().model.encode_image(pixels_of(clip(), images), normalize=True)
+        spreads.append(mean_distance(features))
     return sum(spreads) / len(spreads)
 
 
