@@ -16,10 +16,10 @@ from rewards import RewardError
 from runtime import cli, data
 from runtime.cli import Natural
 
-from . import baselines, best_of_n, diversity, experiment, noise, one_form, rewards, timesteps
+from . import baselines, best_of_n, diversity, experiment, faults, noise, one_form, rewards, timesteps, variants, video
 
 EXPERIMENTS = noise.CLAIMS | timesteps.CLAIMS | best_of_n.CLAIMS | rewards.CLAIMS | diversity.CLAIMS
-EXPERIMENTS |= baselines.CLAIMS
+EXPERIMENTS |= video.CLAIMS | baselines.CLAIMS | faults.CLAIMS | variants.CLAIMS
 NAMES = (*EXPERIMENTS, "one-form")
 
 
@@ -32,6 +32,7 @@ class Config:
 
 
 def main(name: str, cfg: Config) -> None:
+    cli.require(name in NAMES, f"unknown claim {name!r}; known: {', '.join(NAMES)}")
     cli.check_ranges(cfg)
     folder = Path(cfg.output_dir)
     needed = 3 if name == "one-form" else EXPERIMENTS[name].seeds
@@ -51,9 +52,11 @@ def main(name: str, cfg: Config) -> None:
 
 if __name__ == "__main__":
     with cli.one_line_errors(RewardError):
-        if len(sys.argv) == 1:
-            for name in NAMES:
-                print(f"{name:<14}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")
+        words = sys.argv[1:]
+        asked = words.pop(0) if words and not words[0].startswith("-") else ""
+        cfg = cli.parse_config(Config, {"full": {}}, words)
+        if asked:
+            main(asked, cfg)
         else:
-            cli.require(sys.argv[1] in NAMES, f"unknown claim {sys.argv[1]!r}; known: {', '.join(NAMES)}")
-            main(sys.argv[1], cli.parse_config(Config, {"full": {}}, sys.argv[2:]))
+            for name in NAMES:
+                print(f"{name:<20}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")

@@ -59,7 +59,7 @@ class Experiment:
     says: str  # the claim, and where it is made
     trainer: str  # grpo_sd, grpo_flux or grpo_video
     preset: str
-    arms: dict[str, dict]  # name → options that differ from the preset; "loop": a module whose main takes its place
+    arms: dict[str, dict]  # name → options that differ from the preset; "loop": MODULE[:FUNCTION] trains instead
     measures: dict[str, Callable[[Run], float]]  # name with its unit → what is measured of a run
     compares: tuple[Compare, ...]
     curves: tuple[tuple[str, str, str], ...]  # x, key of the metrics, name with its unit; x is a key of AXES
@@ -156,18 +156,22 @@ def parse(trainer, options: dict):
 
 
 def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
-    """The folder of the finished run of the trainer called `name`, or of another main with the trainer's options.
+    """The folder of the finished run of the trainer called `name`, or of loop, MODULE[:FUNCTION], with its options.
 
     Trains what is not done yet.
     """
     trainer, loop = importlib.import_module(name), loop or name
     options = options | {"save_every": 1_000_000, "keep_states": 1}  # one checkpoint, at the end
     config = parse(trainer, options)
-    run = folder / f"{loop.split('.')[-1]}-{digest(name, loop, asdict(config), files_of(asdict(config)))}"
+    run = (
+        folder
+        / f"{loop.split('.')[-1].replace(':', '-')}-{digest(name, loop, asdict(config), files_of(asdict(config)))}"
+    )
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
         begun = (run / "metrics.jsonl").exists() or cli.latest_checkpoint(run)
         options |= {"output_dir": str(run)} | ({"resume": True} if begun else {})
-        importlib.import_module(loop).main(parse(trainer, options))
+        module, _, function = loop.partition(":")
+        getattr(importlib.import_module(module), function or "main")(parse(trainer, options))
     return run
 
 

@@ -218,8 +218,10 @@ def test_a_claim_asks_for_runs_that_are_possible(name):
     claim = command.EXPERIMENTS[name]
     for options in claim.arms.values():
         trainer = importlib.import_module(claim.trainer)
-        options = {"preset": claim.preset} | {key: value for key, value in options.items() if key != "loop"}
-        cli.check_options(experiment.parse(trainer, options))
+        chosen = {"preset": claim.preset} | {key: value for key, value in options.items() if key != "loop"}
+        cli.check_options(experiment.parse(trainer, chosen))
+        module, _, function = options.get("loop", claim.trainer).partition(":")
+        assert callable(getattr(importlib.import_module(module), function or "main"))
     for part in claim.compares:
         assert {part.higher, part.lower or part.higher} <= set(claim.arms) and part.measure in claim.measures
     assert {axis for axis, *_ in claim.curves} <= set(experiment.AXES)
@@ -233,6 +235,7 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
         return {arm: runs[:seeds] for arm, runs in ARMS.items()}
 
     monkeypatch.setattr(command, "EXPERIMENTS", {"fake": CLAIM})
+    monkeypatch.setattr(command, "NAMES", ("fake",))
     monkeypatch.setattr(experiment, "run_arms", run_arms)
     monkeypatch.chdir(tmp_path)
     command.main("fake", command.Config(seeds=1, iterations=2))
@@ -243,6 +246,11 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "claims/results/fake.png").is_file()
     assert asked == [("fake", 1, 2), ("fake", 3, 0)]
     assert "a is better than b (Fig. 0): holds" in capsys.readouterr().out
+
+
+def test_an_unknown_claim_is_one_line():
+    with pytest.raises(cli.RunError, match=r"^unknown claim 'noise'; known: shared-noise, noise-level, "):
+        command.main("noise", command.Config())
 
 
 # ---------------------------------------------------------------------------------------------------------- one form
@@ -308,3 +316,20 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
     before = safetensors.torch.load_file(f"tiny/{'sd' if trainer is grpo_sd else 'flux'}/{component}/{weights}")
     after = safetensors.torch.load_file(run / "checkpoint-000002" / component / weights)
     assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["bf16_latents", "integer_time"])
+def test_a_fault_moves_the_ratio_where_the_trainer_has_1(fault, tmp_path):
+    options = FAST | {"iterations": 1, "steps": 6}  # of which 1000 sigma is no integer at the second
+    run = experiment.train("grpo_flux", options, tmp_path, f"claims.faults:{fault}")
+    (row,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 1e-6 < row["ratio_max_deviation_first_update"] < 1
+
+
+@pytest.mark.slow
+def test_a_rollout_of_single_samples_is_what_its_fault_draws(tmp_path, monkeypatch):
+    sizes, draw = [], grpo_flux.rollout
+    monkeypatch.setattr(grpo_flux, "rollout", lambda model, z, *rest: (sizes.append(len(z)), draw(model, z, *rest))[1])
+    experiment.train("grpo_flux", FAST | {"iterations": 1}, tmp_path, "claims.faults:other_batch")
+    assert sizes == [1] * 8
