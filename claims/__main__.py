@@ -14,34 +14,37 @@ from pathlib import Path
 
 from rewards import RewardError
 from runtime import cli, data
-from runtime.cli import Count, Natural
+from runtime.cli import Natural
 
-from . import best_of_n, diversity, experiment, noise, one_form, rewards, timesteps
+from . import baselines, best_of_n, diversity, experiment, faults, noise, one_form, rewards, timesteps, variants, video
 
 EXPERIMENTS = noise.CLAIMS | timesteps.CLAIMS | best_of_n.CLAIMS | rewards.CLAIMS | diversity.CLAIMS
+EXPERIMENTS |= video.CLAIMS | baselines.CLAIMS | faults.CLAIMS | variants.CLAIMS
 NAMES = (*EXPERIMENTS, "one-form")
-FULL = 3  # seeds from which a result counts
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "full"  # full is the only one
     output_dir: str = "runs/claims"  # runs, evaluations, and the results of trials
-    seeds: Count = 3  # of each arm: 1, 2, …
+    seeds: Natural = 0  # of each arm: 1, 2, …; 0: as many as the claim asks for, 3 or 5
     iterations: Natural = 0  # of each run; 0: those of the preset
 
 
 def main(name: str, cfg: Config) -> None:
+    cli.require(name in NAMES, f"unknown claim {name!r}; known: {', '.join(NAMES)}")
     cli.check_ranges(cfg)
     folder = Path(cfg.output_dir)
-    results = Path("claims/results") if cfg.seeds >= FULL and not cfg.iterations else folder / "results"
+    needed = 3 if name == "one-form" else EXPERIMENTS[name].seeds
+    seeds = cfg.seeds or needed
+    results = Path("claims/results") if seeds >= needed and not cfg.iterations else folder / "results"
     with data.writing(results):
         results.mkdir(parents=True, exist_ok=True)
     if name == "one-form":
-        kind, result = one_form, one_form.run(cfg.seeds)
+        kind, result = one_form, one_form.run(seeds)
     else:
         kind, claim = experiment, EXPERIMENTS[name]
-        result = kind.summarize(claim, kind.run_arms(claim, name, cfg.seeds, cfg.iterations, folder))
+        result = kind.summarize(claim, kind.run_arms(claim, name, seeds, cfg.iterations, folder))
     data.write_atomically(results / f"{name}.json", json.dumps(result, indent=1) + "\n")
     kind.draw(result, results / f"{name}.png")
     print(kind.report(result), f"{results / name}.json, .png", sep="\n")
@@ -49,9 +52,11 @@ def main(name: str, cfg: Config) -> None:
 
 if __name__ == "__main__":
     with cli.one_line_errors(RewardError):
-        if len(sys.argv) == 1:
-            for name in NAMES:
-                print(f"{name:<14}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")
+        words = sys.argv[1:]
+        asked = words.pop(0) if words and not words[0].startswith("-") else ""
+        cfg = cli.parse_config(Config, {"full": {}}, words)
+        if asked:
+            main(asked, cfg)
         else:
-            cli.require(sys.argv[1] in NAMES, f"unknown claim {sys.argv[1]!r}; known: {', '.join(NAMES)}")
-            main(sys.argv[1], cli.parse_config(Config, {"full": {}}, sys.argv[2:]))
+            for name in NAMES:
+                print(f"{name:<20}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")

@@ -7,23 +7,29 @@ from pathlib import Path
 import torch
 from torchvision.transforms import functional as TF
 
-from rewards import CLIPReward, resize
+from rewards import CLIPReward
 from runtime import data
 
 from .experiment import Compare, Experiment, Run, heldout
+from .policy import pixels_of
 
 LOST = "mean CLIP distance of a prompt's pictures, base less trained (1 - cosine)"
 clip = cache(lambda: CLIPReward("tiny/clip"))
 
 
 @torch.no_grad()
-def distance(pictures: list[Path]) -> float:
-    """Mean of 1 - cosine of the CLIP features, over the pairs of pictures of one prompt, then over prompts."""
-    spreads = []
+def features_of(pictures: list[Path]) -> list[torch.Tensor]:
+    """For each prompt the CLIP features of its N pictures, of unit length (N, D)."""
+    found = []
     for _, group in groupby(pictures, key=lambda path: path.name.split("-")[0]):
         images = torch.stack([TF.to_tensor(data.read_picture(path)) for path in group])  # (N, 3, H, W)
-        pixels = TF.normalize(resize(images, clip().size, clip().mode), clip().mean, clip().std)
-        spreads.append(mean_distance(clip().model.encode_image(pixels, normalize=True)))
+        found.append(clip().model.encode_image(pixels_of(clip(), images), normalize=True))
+    return found
+
+
+def distance(pictures: list[Path]) -> float:
+    """Mean of 1 - cosine of the CLIP features, over the pairs of pictures of one prompt, then over prompts."""
+    spreads = [mean_distance(features) for features in features_of(pictures)]
     return sum(spreads) / len(spreads)
 
 

@@ -57,13 +57,14 @@ class Experiment:
     """A claim: what is trained, what is measured, and what must come out."""
 
     says: str  # the claim, and where it is made
-    trainer: str  # grpo_sd, grpo_flux, grpo_video or a baseline; an arm may name another one as "trainer"
+    trainer: str  # grpo_sd, grpo_flux or grpo_video
     preset: str
-    arms: dict[str, dict]  # name → options that differ from the preset
+    arms: dict[str, dict]  # name → options that differ from the preset; "loop": MODULE[:FUNCTION] trains instead
     measures: dict[str, Callable[[Run], float]]  # name with its unit → what is measured of a run
     compares: tuple[Compare, ...]
     curves: tuple[tuple[str, str, str], ...]  # x, key of the metrics, name with its unit; x is a key of AXES
     heldout: dict = field(default_factory=lambda: {"preset": "tiny"})  # options of eval.py
+    seeds: int = 3
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -111,13 +112,18 @@ def curve(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(x), np.array(y)
 
 
+def sums(values: list[float]) -> np.ndarray:
+    """0, and the sums up to each of n values (n+1,)."""
+    return np.concatenate([[0.0], np.cumsum(values)])
+
+
 AXES = {  # of a plot: its label, and iterations (n,) of a run → positions (n,)
     "iteration": ("iteration", lambda run, x: x),
-    "evaluations": ("evaluations of the network, thousands", lambda run, x: x * evaluations(run.config) / 1000),
-    "seconds": (
-        "training, seconds",
-        lambda run, x: np.concatenate([[0.0], np.cumsum([row["seconds"] for row in run.rows])])[x],
+    "evaluations": (
+        "evaluations of the network, thousands",
+        lambda run, x: sums([row.get("evaluations", evaluations(run.config)) / 1000 for row in run.rows])[x],
     ),
+    "seconds": ("training, seconds", lambda run, x: sums([row["seconds"] for row in run.rows])[x]),
 }
 
 
@@ -149,15 +155,23 @@ def parse(trainer, options: dict):
     return cli.parse_config(trainer.Config, trainer.PRESETS, words(options))
 
 
-def train(name: str, options: dict, folder: Path) -> Path:
-    """The folder of the finished run of the trainer called `name`. Trains what is not done yet."""
-    trainer = importlib.import_module(name)
+def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
+    """The folder of the finished run of the trainer called `name`, or of loop, MODULE[:FUNCTION], with its options.
+
+    Trains what is not done yet.
+    """
+    trainer, loop = importlib.import_module(name), loop or name
     options = options | {"save_every": 1_000_000, "keep_states": 1}  # one checkpoint, at the end
     config = parse(trainer, options)
-    run = folder / f"{name.split('.')[-1]}-{digest(name, asdict(config), files_of(asdict(config)))}"
+    run = (
+        folder
+        / f"{loop.split('.')[-1].replace(':', '-')}-{digest(name, loop, asdict(config), files_of(asdict(config)))}"
+    )
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
         begun = (run / "metrics.jsonl").exists() or cli.latest_checkpoint(run)
-        trainer.main(parse(trainer, options | {"output_dir": str(run)} | ({"resume": True} if begun else {})))
+        options |= {"output_dir": str(run)} | ({"resume": True} if begun else {})
+        module, _, function = loop.partition(":")
+        getattr(importlib.import_module(module), function or "main")(parse(trainer, options))
     return run
 
 
@@ -191,7 +205,8 @@ def run_arms(experiment: Experiment, name: str, seeds: int, iterations: int, fol
         bar.set_postfix_str(f"{arm}, seed {seed}")
         options = {"preset": experiment.preset, "seed": seed} | experiment.arms[arm]
         options |= {"iterations": iterations} if iterations else {}
-        runs.append(train(options.pop("trainer", experiment.trainer), options, folder / "runs"))
+        loop = options.pop("loop", "")
+        runs.append(train(experiment.trainer, options, folder / "runs", loop))
     found, arms = evaluate(runs, experiment.heldout, folder / "evaluations"), {arm: [] for arm in experiment.arms}
     for (arm, _), run, figures in zip(todo, runs, found, strict=True):
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -288,7 +303,7 @@ def draw(result: dict, path: Path) -> None:
         axis.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
         axis.set(xlabel="arm", ylabel=name, xlim=(-0.5, len(arms) - 0.5))
     seeds = len(result["seeds"])
-    figure.suptitle(f"{result['says']}\n{result['verdict']}; mean and range over {seeds} seeds", fontsize="medium")
+    figure.suptitle(f"{result['says']}\n{result['verdict']}; mean and range; seeds: {seeds}", fontsize="medium")
     save_figure(figure, path)
 
 

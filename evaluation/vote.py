@@ -51,7 +51,8 @@ def write_page(results: Results, folder: Path) -> None:
     if not trained:
         return
     pairs = make_pairs(len(results.prompts), len(trained), PICTURE_PROMPTS if results.frames == 1 else VIDEO_PROMPTS)
-    side = 512 if results.frames == 1 else 256
+    width, height = data.read_picture(results.pictures[base][0][0]).size
+    side = min(512 if results.frames == 1 else 256, max(width, height // results.frames))  # the browser enlarges
     for pair in pairs:
         prompt, models = pair["prompt"], [base, trained[pair["model"] - 1]]
         shown = models[::-1] if pair["trained"] == "left" else models
@@ -154,6 +155,8 @@ function show() {
   $("count").textContent = `${done + 1} of ${data.pairs.length}: which shows this better?`;
   $("prompt").textContent = pair.prompt;
   [$("left").src, $("right").src] = pair.pictures;
+  for (const img of [$("left"), $("right")])
+    img.onload = () => img.style.imageRendering = img.naturalWidth > 128 ? "auto" : "pixelated";
 }
 
 function showResult() {

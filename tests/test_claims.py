@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
 import claims.__main__ as command
-from claims import diversity, experiment, one_form
+import grpo_flux
+import grpo_sd
+from claims import diversity, dpo, experiment, one_form, policy
 from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
+from rewards import load_reward
 from runtime import cli
 
 
@@ -89,7 +93,11 @@ def test_evaluations_of_the_network(changes, expected):
 def test_positions_on_the_axes():
     run, x = a_run(), np.array([0, 10, 20])
     found = {name: place(run, x).tolist() for name, (_, place) in experiment.AXES.items()}
-    assert found == {"iteration": [0, 10, 20], "evaluations": [0, 7.68, 15.36], "seconds": [0, 30, 60]}
+    assert found["iteration"] == [0, 10, 20] and found["seconds"] == [0, 30, 60]
+    assert found["evaluations"] == pytest.approx([0, 7.68, 15.36])
+    for row in run.rows:
+        row["evaluations"] = 100  # as a baseline counts them itself
+    assert experiment.AXES["evaluations"][1](run, x).tolist() == pytest.approx([0, 1, 2])
 
 
 def test_distance_of_features():
@@ -209,9 +217,11 @@ def test_a_claim_asks_for_runs_that_are_possible(name):
     """Of every arm the trainer's options are in range; parts and curves name what is measured."""
     claim = command.EXPERIMENTS[name]
     for options in claim.arms.values():
-        trainer = importlib.import_module(options.get("trainer", claim.trainer))
-        options = {"preset": claim.preset} | {key: value for key, value in options.items() if key != "trainer"}
-        cli.check_options(experiment.parse(trainer, options))
+        trainer = importlib.import_module(claim.trainer)
+        chosen = {"preset": claim.preset} | {key: value for key, value in options.items() if key != "loop"}
+        cli.check_options(experiment.parse(trainer, chosen))
+        module, _, function = options.get("loop", claim.trainer).partition(":")
+        assert callable(getattr(importlib.import_module(module), function or "main"))
     for part in claim.compares:
         assert {part.higher, part.lower or part.higher} <= set(claim.arms) and part.measure in claim.measures
     assert {axis for axis, *_ in claim.curves} <= set(experiment.AXES)
@@ -225,6 +235,7 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
         return {arm: runs[:seeds] for arm, runs in ARMS.items()}
 
     monkeypatch.setattr(command, "EXPERIMENTS", {"fake": CLAIM})
+    monkeypatch.setattr(command, "NAMES", ("fake",))
     monkeypatch.setattr(experiment, "run_arms", run_arms)
     monkeypatch.chdir(tmp_path)
     command.main("fake", command.Config(seeds=1, iterations=2))
@@ -235,6 +246,11 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "claims/results/fake.png").is_file()
     assert asked == [("fake", 1, 2), ("fake", 3, 0)]
     assert "a is better than b (Fig. 0): holds" in capsys.readouterr().out
+
+
+def test_an_unknown_claim_is_one_line():
+    with pytest.raises(cli.RunError, match=r"^unknown claim 'noise'; known: shared-noise, noise-level, "):
+        command.main("noise", command.Config())
 
 
 # ---------------------------------------------------------------------------------------------------------- one form
@@ -251,3 +267,69 @@ def test_another_schedule_would_show(monkeypatch):
     step = one_form.flow_sde_step
     monkeypatch.setattr(one_form, "flow_sde_step", lambda v, z, a, b, eta: step(v, z, a, 1.001 * b, eta))
     assert one_form.run(1)["verdict"] == FAILS
+
+
+# --------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_the_loss_of_online_dpo():
+    """-log sigmoid(-beta/2 (0.1 - (-0.3))): the better sample is predicted worse than by the reference, the worse one
+    better, so the loss is high."""
+    error, reference = torch.tensor([[0.5], [0.2]]), torch.tensor([[0.4], [0.5]])
+    assert dpo.dpo_loss(error, reference, 10.0).item() == pytest.approx(2.1269, abs=1e-4)  # log(1 + e²)
+    assert dpo.dpo_loss(error.flip(0), reference.flip(0), 10.0).item() == pytest.approx(0.1269, abs=1e-4)
+    assert dpo.dpo_loss(error, error, 10.0).item() == pytest.approx(0.6931, abs=1e-4)  # log 2
+
+
+def test_the_score_that_refl_climbs_is_the_rewards_own():
+    reward = load_reward("hps", {"hps": "tiny/hps"})
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    prompts = ["a red circle", "two crosses"]
+    score = policy.differentiable_score(reward.scorers["hps"], images, prompts)
+    torch.testing.assert_close(score.detach(), reward(images.detach(), prompts)["hps"])
+    score.sum().backward()
+    better = (images + 0.01 * images.grad.sign()).clamp(0, 1).detach()
+    assert (reward(better, prompts)["hps"] > score).all()
+
+
+FAST = dict(preset="tiny", iterations=2, prompts_per_iteration=2, group_size=4, steps=4, num_samples=2, micro_batch=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "loop, trainer, cost",
+    [
+        ("claims.ddpo", grpo_sd, 8 * 4 + 3 * 8 * 2),
+        ("claims.ddpo", grpo_flux, 8 * 4 + 3 * 8 * 2),
+        ("claims.refl", grpo_sd, None),
+        ("claims.dpo", grpo_sd, 8 * 4 + 2 * 24 * 4 // 2),  # two texts with guidance, one without
+    ],
+)
+def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path):
+    run = experiment.train(trainer.__name__, FAST, tmp_path, loop)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    costs = [row["evaluations"] for row in rows]
+    assert costs == [cost] * 2 if cost else all(c in (8 * (2 + 3), 8 * (3 + 3)) for c in costs)
+    assert all(row["grad_norm"] > 0 and np.isfinite(row["loss"]) for row in rows)
+    component = "unet" if trainer is grpo_sd else "transformer"
+    weights = "diffusion_pytorch_model.safetensors"
+    before = safetensors.torch.load_file(f"tiny/{'sd' if trainer is grpo_sd else 'flux'}/{component}/{weights}")
+    after = safetensors.torch.load_file(run / "checkpoint-000002" / component / weights)
+    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["bf16_latents", "integer_time"])
+def test_a_fault_moves_the_ratio_where_the_trainer_has_1(fault, tmp_path):
+    options = FAST | {"iterations": 1, "steps": 6}  # of which 1000 sigma is no integer at the second
+    run = experiment.train("grpo_flux", options, tmp_path, f"claims.faults:{fault}")
+    (row,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 1e-6 < row["ratio_max_deviation_first_update"] < 1
+
+
+@pytest.mark.slow
+def test_a_rollout_of_single_samples_is_what_its_fault_draws(tmp_path, monkeypatch):
+    sizes, draw = [], grpo_flux.rollout
+    monkeypatch.setattr(grpo_flux, "rollout", lambda model, z, *rest: (sizes.append(len(z)), draw(model, z, *rest))[1])
+    experiment.train("grpo_flux", FAST | {"iterations": 1}, tmp_path, "claims.faults:other_batch")
+    assert sizes == [1] * 8

@@ -1,0 +1,39 @@
+"""ReFL (2304.05977) on diffusion: the gradient of the reward itself, through one late denoising step.
+
+Sample without gradient up to a random step of the last third, predict the clean latent there with gradient, decode, and
+climb the reward. Without the pre-training loss of the paper, for which there are no data. The reward must be one of
+rewards.py's cosines (hps, clip, pickscore).
+"""
+
+import torch
+
+from runtime import cli, data, output
+
+from .policy import Policy, differentiable_score, take
+
+
+def main(cfg) -> None:
+    cli.require(cfg.reward in ("hps", "clip", "pickscore"), f"ReFL needs one differentiable reward, not {cfg.reward}")
+    policy, B = Policy(cfg), cfg.prompts_per_iteration * cfg.group_size
+    (scorer,) = policy.reward.scorers.values()
+    for iteration in policy.run.iterations():
+        clock = output.Stopwatch(policy.world)
+        captions = policy.captions(iteration, B)
+        text, keys = policy.encode(captions), [(cfg.seed, iteration, b, 0) for b in range(B)]
+        stop = int(data.keyed_rng("refl", cfg.seed, iteration).integers(2 * cfg.steps // 3, cfg.steps))
+        scores = []
+        for b in policy.world.chunks(torch.arange(B), cfg.micro_batch, "update"):
+            own = take(text, b)
+            z, noise = data.rollout_noise(policy.shape, [keys[i] for i in b], False, policy.world.device)
+            with torch.no_grad():
+                for i in range(stop):
+                    mean, std, _ = policy.gaussian(z, torch.full((len(b),), i), own)
+                    z = mean + std * noise(i)
+            z0_hat = policy.gaussian(z, torch.full((len(b),), stop), own).z0_hat
+            images = policy.vae.decode(z0_hat / policy.vae.config.scaling_factor).sample / 2 + 0.5
+            score = differentiable_score(scorer, images.clamp(0, 1), [captions[i] for i in b])
+            (-score.sum() / B).backward()
+            scores.append(score.detach())
+        norm, score = policy.update(iteration), torch.cat(scores)
+        clock.lap("update")
+        policy.finish(iteration, {cfg.reward: score}, -score.mean().item(), norm, B * (stop + 3), clock)
