@@ -452,7 +452,10 @@ def shard(network: nn.Module, world: World) -> nn.Module:
     for module in reversed(list(network.modules())):  # innermost first
         if type(module).__name__ in (network._no_split_modules or []):
             fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fsdp.fully_shard(network, mesh=mesh, mp_policy=policy)
+    kind = type(network).__name__
+    fsdp.fully_shard(network, mesh=mesh, mp_policy=policy)
+    type(network).__name__ = kind  # the network is of a new class now, whose name checkpoints would carry
+    return network
 
 
 def adamw(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
