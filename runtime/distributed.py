@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -390,7 +391,28 @@ def load_pipeline(pipeline_class: type, path: str, world: World, **components):
         world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
     pipe.register_modules(**{name: value for name, value in components.items() if isinstance(value, nn.Module)})
     pipe.set_progress_bar_config(disable=True)
+    say_once_what_is_cut_off(pipe)
     return pipe
+
+
+def say_once_what_is_cut_off(pipe) -> None:
+    """A diffusers pipeline warns of every prompt that is too long for an encoder. From now on the first one stands for
+    all, by encoder; there may be thousands, and nothing is wrong with them.
+    """
+    logging.getLogger(type(pipe).__module__).addFilter(is_new_warning)
+
+
+def is_new_warning(record: logging.LogRecord) -> bool:
+    kind, _, prompt = str(record.msg).partition(":")
+    if not kind.startswith("The following part of your input was truncated"):
+        return True
+    record.msg = f"{kind}:{prompt[:60]}… Further prompts that are cut off are not reported."
+    is_new = kind not in CUT_OFF
+    CUT_OFF.add(kind)
+    return is_new
+
+
+CUT_OFF: set[str] = set()  # the kinds of these warnings that this process has given
 
 
 def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:

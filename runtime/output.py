@@ -320,7 +320,8 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
     """README.md of a checkpoint, as the hub shows it: what was trained on what, how, and the lines that load it."""
     from huggingface_hub import ModelCardData
 
-    script, kind, name = Path(inspect.getfile(type(config))).name, type(checkpoints.pipeline).__name__, config.model
+    script, kind = Path(inspect.getfile(type(config))).name, type(checkpoints.pipeline).__name__
+    name = "/".join(Path(getattr(config, "transformer", "") or config.model).parts[-2:])  # OWNER/NAME, also of a folder
     video = "image-to-video" if "ImageToVideo" in kind else "text-to-video"
     header = ModelCardData(
         base_model=name,

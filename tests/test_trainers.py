@@ -612,6 +612,24 @@ def test_trimmed_text_without_a_mask_gives_the_same_velocity():
     assert all(mask is not None and not mask.all() for mask in masks[len(blocks) :])
 
 
+def test_prompts_that_are_too_long_are_reported_once(monkeypatch):
+    from diffusers.utils import logging
+
+    monkeypatch.setattr(distributed, "CUT_OFF", set())
+    pipe, _, _ = grpo_sd.load_models(small.config("sd"), distributed.start_world(), None)
+    logger = logging.get_logger(type(pipe).__module__)
+    with monkeypatch.context() as patch:
+        written = []
+        patch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=lambda r: written.append(r.getMessage()))])
+        for number in range(3):
+            grpo_sd.encode_prompts(pipe, [f"{number} red circles and " * 40], 1.0, "cpu")
+        logger.warning("something else")
+        logger.warning("something else")
+    assert len(written) == 3 and written[1:] == ["something else"] * 2
+    assert "truncated because CLIP can only handle sequences up to 77 tokens" in written[0]
+    assert written[0].endswith("Further prompts that are cut off are not reported.") and len(written[0]) < 250
+
+
 def test_prompts_of_different_lengths_are_padded_together():
     cache = distributed.PromptCache(
         lambda prompts: [torch.ones(1, 2, len(prompts[0]), 3), torch.ones(1, 2, len(prompts[0]))],
