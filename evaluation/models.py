@@ -157,4 +157,5 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: dis
             pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         except FILE_ERRORS as e:  # sizes or names that the network does not have
             raise cli.RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
+    distributed.say_once_what_is_cut_off(pipe)
     return pipe.to(world.device)

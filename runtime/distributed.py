@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -390,7 +391,28 @@ def load_pipeline(pipeline_class: type, path: str, world: World, **components):
         world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
     pipe.register_modules(**{name: value for name, value in components.items() if isinstance(value, nn.Module)})
     pipe.set_progress_bar_config(disable=True)
+    say_once_what_is_cut_off(pipe)
     return pipe
+
+
+def say_once_what_is_cut_off(pipe) -> None:
+    """A diffusers pipeline warns of every prompt that is too long for an encoder. From now on the first one stands for
+    all, by encoder; there may be thousands, and nothing is wrong with them.
+    """
+    logging.getLogger(type(pipe).__module__).addFilter(is_new_warning)
+
+
+def is_new_warning(record: logging.LogRecord) -> bool:
+    kind, _, prompt = str(record.msg).partition(":")
+    if not kind.startswith("The following part of your input was truncated"):
+        return True
+    record.msg = f"{kind}:{prompt[:60]}… Further prompts that are cut off are not reported."
+    is_new = kind not in CUT_OFF
+    CUT_OFF.add(kind)
+    return is_new
+
+
+CUT_OFF: set[str] = set()  # the kinds of these warnings that this process has given
 
 
 def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
@@ -452,7 +474,10 @@ def shard(network: nn.Module, world: World) -> nn.Module:
     for module in reversed(list(network.modules())):  # innermost first
         if type(module).__name__ in (network._no_split_modules or []):
             fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
-    return fsdp.fully_shard(network, mesh=mesh, mp_policy=policy)
+    kind = type(network).__name__
+    fsdp.fully_shard(network, mesh=mesh, mp_policy=policy)
+    type(network).__name__ = kind  # the network is of a new class now, whose name checkpoints would carry
+    return network
 
 
 def adamw(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:

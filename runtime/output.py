@@ -9,6 +9,7 @@ import io
 import json
 import os
 import secrets
+import shlex
 import shutil
 import sys
 import textwrap
@@ -26,7 +27,7 @@ from rewards import first_line, parse_paths, parse_spec
 
 from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
 from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, Preemption, World, find_init, local, trainable
+from .distributed import EMA, LORA_FILE, Preemption, World, find_init, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
@@ -188,8 +189,11 @@ class Checkpoints:
     A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
     `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, which is
     six times as large: only the newest `keep_states` checkpoints keep it. `state/` also holds the run's config.json and
-    metrics.jsonl of that time; `checksums.json` has the sha256 of every file.
+    metrics.jsonl of that time; `checksums.json` has the sha256 of every file, but for the model card's, which may be
+    edited: README.md, reward.png and samples.png.
     """
+
+    CARD = ("README.md", "reward.png", "samples.png")
 
     def __init__(
         self,
@@ -212,9 +216,10 @@ class Checkpoints:
             "ema": {str(i): average for i, average in enumerate(self.ema.average)},
         }
 
-    def save(self, output_dir: str, iteration: int) -> None:
+    def save(self, output_dir: str, iteration: int, card: str = "") -> None:
         """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete.
 
+        card: the text of its README.md, if it shall have one; the run's curves and newest samples come with it.
         Raises RunError, and writes nothing, if a weight is not finite.
         """
         self.require_finite(iteration)
@@ -237,6 +242,15 @@ class Checkpoints:
             self.world.barrier()
             names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
             sums = sha256_of(part, self.world.from_main(names), self.world)
+            if self.world.is_main and card:
+                (part / "README.md").write_text(card, encoding="utf-8")
+                newest = sorted(final.parent.glob("samples/" + 6 * "[0-9]" + ".png"))[-1:]
+                for file, name in [
+                    (final.parent / "reward.png", "reward.png"),
+                    *((file, "samples.png") for file in newest),
+                ]:
+                    if file.is_file():
+                        shutil.copy(file, part / name)
             require(UNREADABLE not in sums.values(), f"could not read {part} again; the checkpoint is not saved")
             if self.world.is_main:
                 write_atomically(part / "checksums.json", json.dumps(seal({"files": sums}), indent=2) + "\n")
@@ -300,6 +314,63 @@ class Checkpoints:
         state_dict.set_model_state_dict(self.network, state["network"], options=options)
         state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
         return int(checkpoint.name.split("-")[1])
+
+
+def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> str:
+    """README.md of a checkpoint, as the hub shows it: what was trained on what, how, and the lines that load it."""
+    from huggingface_hub import ModelCardData
+
+    script, kind = Path(inspect.getfile(type(config))).name, type(checkpoints.pipeline).__name__
+    name = "/".join(Path(getattr(config, "transformer", "") or config.model).parts[-2:])  # OWNER/NAME, also of a folder
+    video = "image-to-video" if "ImageToVideo" in kind else "text-to-video"
+    header = ModelCardData(
+        base_model=name,
+        base_model_relation="adapter" if checkpoints.is_lora else "finetune",
+        library_name="diffusers",
+        pipeline_tag=video if getattr(config, "frames", 1) > 1 else "text-to-image",
+        tags=["dancegrpo", "grpo", "reinforcement-learning", *["lora"] * checkpoints.is_lora],
+    ).to_yaml()
+    words = [script]
+    for field in dataclasses.fields(config):
+        value, option = getattr(config, field.name), field.name.replace("_", "-")
+        if value != field.default and field.name not in ("preset", "output_dir", "resume"):
+            words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    scores = {key: value for key, value in row.items() if key.startswith(("reward_", "sample_reward_"))}
+    return "\n".join([
+        f"---\n{header}\n---\n",
+        f"# {Path(name).name}, trained with DanceGRPO\n",
+        f"{name} after {iteration} iterations of GRPO ([arXiv 2505.07818](https://arxiv.org/abs/2505.07818)).",
+        "It loads from this folder like this; from elsewhere, put its path or its id on the hub for the dot:\n",
+        "```python", *loading_lines(config, checkpoints, iteration), "```\n",
+        "| | |\n|---|---|", f"| reward | {config.reward} |", f"| prompts | {config.prompts} |",
+        *(f"| {key} | {value:.4f} |" for key, value in scores.items()),
+        f"\n```bash\npython {shlex.join(words)}\n```\n",
+        "![curves of the rewards](reward.png)\n\n![sample pictures](samples.png)\n",
+    ])  # fmt: skip
+
+
+def loading_lines(config, checkpoints: Checkpoints, iteration: int) -> list[str]:
+    """Three lines of Python that make `pipe`, the pipeline with a checkpoint's weights, in that checkpoint's folder."""
+    folder = Path(config.output_dir, f"checkpoint-{iteration:06d}")
+    model, transformer = (
+        os.path.relpath(path, folder) if path and Path(path).is_dir() else path
+        for path in (config.model, getattr(config, "transformer", ""))
+    )
+    component, dtype = checkpoints.component, f"dtype={checkpoints.world.dtype}"
+    kind = f"diffusers.{type(checkpoints.pipeline).__name__}"
+    network = f"diffusers.{type(checkpoints.network).__name__}"
+    if not checkpoints.is_lora:
+        return [
+            "import diffusers, torch",
+            f'{component} = {network}.from_pretrained(".", subfolder="{component}", {dtype})',
+            f'pipe = {kind}.from_pretrained("{model}", {component}={component}, {dtype})',
+        ]
+    part = f'{component}={network}.from_pretrained("{transformer}", {dtype}), ' if transformer else ""
+    return [
+        "import diffusers, torch",
+        f'pipe = {kind}.from_pretrained("{model}", {part}{dtype})',
+        f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")',
+    ]
 
 
 class Metrics:
@@ -544,7 +615,6 @@ class Run:
                 self.tracker.log(0, scores, self.samples.sheet(0))
             self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
             yield from self.bar
-            self.metrics.draw()
         finally:
             self.tracker.close()
             self.preempted.restore()
@@ -561,9 +631,9 @@ class Run:
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         stop = self.preempted() and done < c.iterations
         if stop or done == c.iterations or done % c.save_every == 0:
-            self.checkpoints.save(c.output_dir, done)
-        if stop:
             self.metrics.draw()
+            self.checkpoints.save(c.output_dir, done, model_card(c, self.checkpoints, done, row))
+        if stop:
             message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
             if self.world.is_main:
                 self.bar.write(message)

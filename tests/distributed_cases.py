@@ -102,14 +102,17 @@ def train(world: distributed.World, name: str, iterations: int = 3, folder: str 
         ema.update()
     if folder and not resumed:
         checkpoints.save(folder, iterations)
-    full = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in network.state_dict().items()}
     return {
         "predictions": world.gather(before),
         "norms": norms,
-        "weights": full,
+        "weights": gathered(network),
         "elements": sum(p.numel() for p in distributed.trainable(network)),
         "gradient_elements": sum((g.to_local() if isinstance(g, DTensor) else g).numel() for g in held),
     }
+
+
+def gathered(network: nn.Module) -> dict:
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in network.state_dict().items()}
 
 
 def load(world: distributed.World, path: str) -> dict:
@@ -132,6 +135,10 @@ def main(folder: str) -> None:
         for name in TRAININGS:
             results[name, shard_size] = train(world, name)
         results["saved", shard_size] = train(world, "full", folder=str(Path(folder, f"saved-{shard_size}")))
+        init = Path(folder, f"saved-{shard_size}", "checkpoint-000003", "transformer")
+        results["init", shard_size] = gathered(
+            distributed.load_network(*NETWORKS["flux"], world, subfolder="transformer", init=init)
+        )
         results["load", shard_size] = load(world, str(Path(folder, "table")))
     for shard_size in [n for n in (1, 2, 4) if size % n == 0]:  # saved by copies of one kind, continued by the others
         world = dataclasses.replace(first, shard_size=shard_size, mesh=distributed.shard_mesh("cpu", size, shard_size))

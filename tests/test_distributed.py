@@ -110,7 +110,11 @@ def test_a_checkpoint_holds_the_whole_network_and_continues_on_copies_of_another
     weights = two["saved", shard_size]["weights"]
     folder = two["folder"] / f"saved-{shard_size}" / "checkpoint-000003"
     saved = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config["_class_name"] == "FluxTransformer2DModel"  # what diffusers and eval.py look for
     assert saved.keys() == weights.keys() and all(torch.equal(saved[k], weights[k]) for k in saved)
+    started = two["init", shard_size]  # what --init makes of it
+    assert started.keys() == weights.keys() and all(torch.equal(started[k], weights[k]) for k in started)
     average = load_file(folder / "transformer_ema" / "diffusion_pytorch_model.safetensors")
     assert 0 < distance(average, weights) < 0.1
     assert distance(two["continued", shard_size]["weights"], one["six iterations"]["weights"]) < 1e-5

@@ -3,6 +3,7 @@
 By default FLUX runs everything, and Stable Diffusion and text to video run once; `pytest -m slow` runs the rest.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,6 +11,7 @@ import math
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,9 +29,11 @@ from diffusers import (
     HunyuanVideoTransformer3DModel,
     StableDiffusionPipeline,
 )
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
+import eval as evaluation
 import grpo_flux
 import grpo_sd
 import grpo_video
@@ -132,7 +136,7 @@ def test_a_run_leaves_exactly_the_files_of_the_contract(finished):
     suffixes = [".mp4", ".png"] if config.get("frames", 1) > 1 else [".png"]
     samples = [iteration + suffix for iteration in ("000000", "000002", "000003") for suffix in suffixes]
     assert sorted(path.name for path in (out / "samples").iterdir()) == samples
-    saved = {component, f"{component}_ema", "state", "checksums.json"}
+    saved = {component, f"{component}_ema", "state", "checksums.json", "README.md", "reward.png", "samples.png"}
     assert {path.name for path in (out / "checkpoint-000003").iterdir()} == saved
     assert config["group_size"] == 4 and config["versions"]["torch"] in torch.__version__
     assert config["script"] == f"{trainer.__name__}.py"
@@ -178,6 +182,44 @@ def test_the_checkpoint_loads_in_stock_diffusers(finished):
     setattr(pipe, component, trained)
     assert drawn.shape in ((1, 64, 64, 3), (1, 5, 32, 48, 3))
     assert abs(stock_drawing(pipe) - drawn).max() > 0
+    assert abs(stock_drawing(pipe_of_the_card(out / "checkpoint-000003")) - stock_drawing(pipe)).max() == 0
+
+
+def pipe_of_the_card(checkpoint):
+    """The pipeline that the three lines of a checkpoint's README.md make, run in its folder as they stand there."""
+    (code,) = re.findall(r"```python\n(.*?)```", (checkpoint / "README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) == 3
+    names = {}
+    with contextlib.chdir(checkpoint):
+        exec(code, names)
+    names["pipe"].set_progress_bar_config(disable=True)
+    return names["pipe"]
+
+
+def test_a_checkpoint_has_a_model_card_which_may_be_edited(small_run, tmp_path):
+    out = copy_of(small_run("flux"), tmp_path)
+    checkpoint, last = out / "checkpoint-000003", metrics(out)[-1]
+    card = ModelCard.load(checkpoint / "README.md")
+    assert card.data.base_model == "tiny/flux" and card.data.library_name == "diffusers"
+    assert card.data.pipeline_tag == "text-to-image" and "dancegrpo" in card.data.tags
+    assert f"| sample_reward_hps | {last['sample_reward_hps']:.4f} |" in card.text
+    assert "| prompts | prompts/tiny.txt |" in card.text
+    command = re.search(r"```bash\npython grpo_flux.py (.*)\n", card.text).group(1)
+    again = dataclasses.asdict(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, shlex.split(command)))
+    assert again | {"preset": "", "output_dir": ""} == dataclasses.asdict(small.config("flux", **small.FINISHED)) | {
+        "preset": "", "output_dir": "",
+    }  # fmt: skip
+    for name in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+        assert (checkpoint / name).is_file()
+    assert (checkpoint / "samples.png").read_bytes() == (out / "samples" / "000003.png").read_bytes()
+    world = distributed.start_world()
+    (checkpoint / "README.md").write_text("my own words")
+    (checkpoint / "reward.png").unlink()
+    assert output.newest_whole_checkpoint(out, world) == checkpoint  # --resume is content
+    options = ["--preset", "tiny", "--checkpoint", str(checkpoint)]  # and so is eval.py, with the folder as it is
+    _, _, models, _ = evaluation.plan(cli.parse_config(evaluation.Config, evaluation.PRESETS, options))
+    assert [model.kind for model in models] == ["base", "network"]
+    evaluation.check_whole(models, world)
 
 
 # -------------------------------------------------------------------------------------- guarantees: resume, processes
@@ -297,11 +339,14 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     options = dict(lora_rank=4, learning_rate=0.01, kl_weight=0.1, num_samples=1)
     out = train(case, tmp_path / "lora", **options, iterations=2)
     folder, component = out / "checkpoint-000002", COMPONENTS[TRAINERS[case]]
-    assert {path.name for path in folder.iterdir()} == {"checksums.json", "pytorch_lora_weights.safetensors", "state"}
+    saved = {"README.md", "samples.png", "checksums.json", "pytorch_lora_weights.safetensors", "state"}
+    assert {path.name for path in folder.iterdir()} == saved
     pipe = stock_pipeline(case)
     base = stock_drawing(pipe)
     pipe.load_lora_weights(folder)
-    assert abs(stock_drawing(pipe) - base).max() > 1e-3
+    drawn = stock_drawing(pipe)
+    assert abs(drawn - base).max() > 1e-3
+    assert abs(stock_drawing(pipe_of_the_card(folder)) - drawn).max() == 0
     network = getattr(pipe, component)
     assert next(iter(network.peft_config.values())).lora_alpha == 8  # twice the rank survived the file
     resumed = train(case, out, **options, iterations=3, resume=True)
@@ -580,6 +625,24 @@ def test_trimmed_text_without_a_mask_gives_the_same_velocity():
         mask[1, :, 5:] = 0
         grpo_video.velocity(lean, z, sigma, short, cfg)
     assert all(mask is not None and not mask.all() for mask in masks[len(blocks) :])
+
+
+def test_prompts_that_are_too_long_are_reported_once(monkeypatch):
+    from diffusers.utils import logging
+
+    monkeypatch.setattr(distributed, "CUT_OFF", set())
+    pipe, _, _ = grpo_sd.load_models(small.config("sd"), distributed.start_world(), None)
+    logger = logging.get_logger(type(pipe).__module__)
+    with monkeypatch.context() as patch:
+        written = []
+        patch.setattr(logger, "handlers", [SimpleNamespace(level=0, handle=lambda r: written.append(r.getMessage()))])
+        for number in range(3):
+            grpo_sd.encode_prompts(pipe, [f"{number} red circles and " * 40], 1.0, "cpu")
+        logger.warning("something else")
+        logger.warning("something else")
+    assert len(written) == 3 and written[1:] == ["something else"] * 2
+    assert "truncated because CLIP can only handle sequences up to 77 tokens" in written[0]
+    assert written[0].endswith("Further prompts that are cut off are not reported.") and len(written[0]) < 250
 
 
 def test_prompts_of_different_lengths_are_padded_together():
