@@ -23,7 +23,7 @@ from torch import Tensor
 from rewards import parse_paths, parse_spec
 
 from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
-from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
+from .data import FINGERPRINTED, fingerprint, keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, Preemption, World, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
@@ -42,7 +42,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     The lock is the process's own and ends with it. config.json will hold all options, the directory where the run was
     started, hashes of the prompts and of the models and rewards that are files here, and versions.
     """
-    output_dir, file = Path(config.output_dir), Path(config.output_dir, "config.json")
+    output_dir = Path(config.output_dir)
     content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
     content["directory"], content["processes"] = os.getcwd(), world.size
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -53,10 +53,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
         lock_folder(output_dir)
-        stored = read_options(file) if file.is_file() else content
         advice = "take another --output-dir"
-        require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
-        require("script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
+        stored = refuse_foreign(output_dir) or content
         require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
@@ -79,6 +77,24 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     paths = [model, transformer, *own, *parse_paths(reward_paths).values()]
     return [path for path in paths if path and Path(path).exists()]
+
+
+OWN = {"dryrun.json", "results.json"}  # of runs and evaluations
+
+
+def refuse_foreign(folder: Path) -> dict:
+    """Raise RunError if this --output-dir holds files of a model, a checkpoint or a program. Others may be logs.
+
+    Returns the content of its config.json, {} if there is none.
+    """
+    file, suffixes, advice = folder / "config.json", FINGERPRINTED - {".txt"}, "take another --output-dir"
+    if file.is_file():
+        stored = read_options(file)
+        require("script" in stored, f"{folder} holds a config.json that is no run's, or is damaged; {advice}")
+        return stored
+    foreign = [path.name for path in sorted(folder.glob("*")) if path.suffix in suffixes and path.name not in OWN]
+    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, which no run wrote; {advice}")
+    return {}
 
 
 def read_options(file: Path) -> dict:
