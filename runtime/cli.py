@@ -280,7 +280,7 @@ def check_size(config, multiple: int) -> None:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints, oldest first: one being written has another name until it is whole."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    found = [path for path in Path(output_dir).glob("checkpoint-*/") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 
