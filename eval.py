@@ -203,8 +203,9 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distr
         with data.writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
         output.lock_folder(path.parent)
+        output.refuse_foreign(path.parent)
         stored = new
-        if any(path.with_name(name).exists() for name in ("config.json", "model_index.json", "metrics.jsonl")):
+        if any(path.with_name(name).exists() for name in ("config.json", "metrics.jsonl")):
             advice = "is damaged, or is not an evaluation's; take another --output-dir"
             try:
                 stored = cli.read_sealed(path)

@@ -235,7 +235,12 @@ def transformer_source(cfg: Config) -> dict:
 
 
 def transformer_config(cfg: Config) -> dict:
-    return distributed.load_pretrained(diffusers.HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg))
+    config = distributed.load_pretrained(
+        diffusers.HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg)
+    )
+    found, expected = config["_class_name"], "HunyuanVideoTransformer3DModel"
+    cli.require(found == expected, f"--transformer {cfg.transformer} is a {found}, not a {expected}")
+    return config
 
 
 def takes_first_frame(config: dict) -> bool:

@@ -505,7 +505,7 @@ def check_paths(paths: dict[str, str]) -> None:
 def is_folder_or_hub_id(path: str) -> bool:
     """Whether `path` is a folder, or OWNER/NAME where there is no folder OWNER (else it is a misspelt path)."""
     is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
-    return Path(path).is_dir() or (is_hub_id and not Path(path).parent.is_dir())
+    return bool(path) and (Path(path).is_dir() or (is_hub_id and not Path(path).parent.is_dir()))
 
 
 def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[str] = (), metadata=None) -> None:

@@ -38,6 +38,11 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         yield
     except (RunError, *errors) as e:
         sys.exit(f"error: {e}")
+    except (MemoryError, RuntimeError) as e:  # torch's errors of this kind are RuntimeErrors
+        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
+            raise
+        reason, advice = (str(e) or "out of memory").splitlines()[0], "--micro-batch (of eval.py --batch-size)"
+        sys.exit(f"error: {reason}; lower {advice}, height and width, or add --offload")
     except KeyboardInterrupt:
         print("interrupted; start it again to continue, a training run with --resume", file=sys.stderr)
         sys.exit(130)
@@ -96,6 +101,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
         for word in value if isinstance(value, (tuple, list)) else [value]:
             check_file_names(f"--{name.replace('_', '-')}", str(word))
     options["output_dir"] = os.path.expanduser(options["output_dir"])
+    require(not options["output_dir"].startswith("~"), f"--output-dir {options['output_dir']}: there is no such user")
     new = config_class(**options)
     if not getattr(new, "resume", False):
         return new
@@ -192,9 +198,10 @@ class Range(typing.NamedTuple):
 
 
 # The types of options. A number that is not finite is in none of them.
-Count = typing.Annotated[int, Range("at least 1", lambda x: x >= 1)]
-Natural = typing.Annotated[int, Range("0 or more", lambda x: x >= 0)]
-Several = typing.Annotated[int, Range("at least 2", lambda x: x >= 2)]
+MOST = Range("at most 10**9", lambda x: x <= 10**9)
+Count = typing.Annotated[int, Range("at least 1", lambda x: x >= 1), MOST]
+Natural = typing.Annotated[int, Range("0 or more", lambda x: x >= 0), MOST]
+Several = typing.Annotated[int, Range("at least 2", lambda x: x >= 2), MOST]
 Seed = typing.Annotated[int, Range("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63)]
 Rank = typing.Annotated[int, Range("0 (all weights are trained) or a rank of at most 1024", lambda x: 0 <= x <= 1024)]
 Positive = typing.Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
@@ -225,8 +232,15 @@ def find_place() -> Place:
     place = Place(*numbers)
     require(place.size > 0, f"WORLD_SIZE=0 in the environment means no process; {advice}")
     require(place.rank < place.size, f"RANK={place.rank} in the environment is not below WORLD_SIZE; {advice}")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place.size > 1 and name not in os.environ]
+    require(
+        place.local_rank < place.local_size,
+        f"LOCAL_RANK={place.local_rank} in the environment is not below LOCAL_WORLD_SIZE={place.local_size}; {advice}",
+    )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if place.size > 1 and not os.environ.get(name)]
     require(not missing, f"WORLD_SIZE={place.size} is in the environment, but {', '.join(missing)} is not; {advice}")
+    port = os.environ.get("MASTER_PORT", "0")
+    is_port = bool(re.fullmatch("[0-9]{1,5}", port)) and int(port) < 2**16
+    require(place.size == 1 or is_port, f"MASTER_PORT={port} in the environment is no port; {advice}")
     return place
 
 
@@ -287,7 +301,7 @@ def check_size(config, multiple: int) -> None:
 
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints, oldest first: one being written has another name until it is whole."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
+    found = [path for path in Path(output_dir).glob("checkpoint-*/") if re.fullmatch(r"checkpoint-\d{6,}", path.name)]
     return sorted(found, key=lambda path: int(path.name.split("-")[1]))
 
 

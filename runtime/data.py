@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import re
 import secrets
 import struct
 import urllib.request
@@ -110,9 +111,11 @@ def read_lines(path: Path) -> list[str]:
 def _json_field(line: str, name: str, where: str) -> str:
     try:
         value = json.loads(line)[name]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
+    except (ValueError, RecursionError, KeyError, TypeError) as e:
         raise RunError(f'{where} is not {{"{name}": "…"}} ({type(e).__name__}: {e})') from e
     require(isinstance(value, str), f"{where}: the {name} must be a string")
+    is_text = not re.search("[\ud800-\udfff]", value)  # which JSON can write, and UTF-8 cannot
+    require(is_text, f"{where}: the {name} has half a character, \\udXXX; write the whole one")
     return value
 
 

@@ -143,7 +143,10 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: rewards are scored in it
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except (OSError, dist.DistError) as e:
+            raise RunError(f"the processes cannot meet: {first_line(e)}; see the addresses that torchrun got") from e
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(rank, size, device, compute, shard_size, offload, shard_mesh(device.type, size, shard_size))
 

@@ -29,7 +29,8 @@ from rewards import parse_paths, parse_spec
 
 from . import distributed
 from .cli import require
-from .data import write_atomically
+from .data import write_atomically, writing
+from .output import refuse_foreign
 
 GIB = 2**30
 NODE = 8  # processes of a node
@@ -140,24 +141,35 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
     """The configuration of a diffusers model, from its folder or the hub's cache; nothing is downloaded.
 
     Where there is neither, the class's defaults and `known`: the model that this script's --model names by default.
+    Raises RunError if a folder is not complete, or is that of another model.
     """
+    place, expected = {"subfolder": subfolder} if subfolder else {}, network_class.__name__
+    config = _stored_config(network_class, path, option, **place)
+    if config:
+        found = config["_class_name"]
+        require(found == expected, f"{option} {path}: its {subfolder or 'network'} is a {found}, not a {expected}")
+        return config
+    print(f"{path} is not here: its {subfolder or 'network'} is taken to be the full-size {expected}")
+    parameters = inspect.signature(network_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | known
+
+
+def _stored_config(kind: type, path: str, option: str = "--model", **place) -> dict:
+    """The config file of a folder, or of the hub's cache; {} where there is neither."""
     distributed.check_path(option, path)
+    if Path(path).is_dir():
+        return distributed.load_pretrained(kind.load_config, path, option, **place)
     try:
-        place = {"subfolder": subfolder} if subfolder else {}
-        return dict(network_class.load_config(path, local_files_only=True, **place))
+        return dict(kind.load_config(path, local_files_only=True, **place))
     except OSError:
-        print(f"{path} is not here: its {subfolder or 'network'} is taken to be the full-size {network_class.__name__}")
-        parameters = inspect.signature(network_class.__init__).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty} | known
+        return {}
 
 
 def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
     """Parameters of each of a pipeline's frozen components; where its files are not here, those `known`."""
-    try:
-        index = DiffusionPipeline.load_config(path, local_files_only=True)
-    except OSError:
+    index, counts = _stored_config(DiffusionPipeline, path), {}
+    if not index:
         return known
-    counts = {}
     for name in known:
         library, class_name = index[name]
         model_class = getattr(importlib.import_module(library), class_name)
@@ -210,6 +222,7 @@ def run(
         cfg.prompts_per_iteration % cfg.processes == 0,
         f"--prompts-per-iteration {cfg.prompts_per_iteration} must be a multiple of the {cfg.processes} processes",
     )
+    refuse_foreign(Path(cfg.output_dir))
     node = min(cfg.processes, NODE)
     shard_size = distributed.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
     dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
@@ -277,7 +290,8 @@ def run(
         "gathered_gib": (forwards + 2 * micro_batches) * gathered / GIB,
     }
     path = Path(cfg.output_dir) / "dryrun.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(text_of(result, cfg.gpu_memory))
     return result

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rewards import first_line, parse_paths, parse_spec
+from rewards import MODEL_OF, first_line, parse_paths, parse_spec
 
-from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
-from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
+from .cli import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
+from .data import FINGERPRINTED, fingerprint, keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, LORA_FILE, Preemption, World, find_init, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
@@ -47,7 +47,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     The lock is the process's own and ends with it. config.json will hold all options, the directory where the run was
     started, hashes of the prompts and of the models and rewards that are files here, and versions.
     """
-    output_dir, file = Path(config.output_dir), Path(config.output_dir, "config.json")
+    output_dir = Path(config.output_dir)
     content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
     content["directory"], content["processes"] = os.getcwd(), world.size
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
@@ -58,10 +58,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
         lock_folder(output_dir)
-        stored = read_options(file) if file.is_file() else content
         advice = "take another --output-dir"
-        require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
-        require("script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
+        stored = refuse_foreign(output_dir) or content
         require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
@@ -78,7 +76,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     world.barrier()
     checkpoint, init = None, None
     if config.resume:
-        checkpoint = newest_whole_checkpoint(output_dir, world)
+        checkpoint = newest_whole_checkpoint(output_dir, world, content)
         if world.is_main:
             content["changes"] = changes_on_resume(config, stored, checkpoint)
     if config.init and not checkpoint:
@@ -107,11 +105,29 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     return [path for path in paths if path and Path(path).exists()]
 
 
+OWN = {"dryrun.json", "results.json"}  # of runs and evaluations
+
+
+def refuse_foreign(folder: Path) -> dict:
+    """Raise RunError if this --output-dir holds files of a model, a checkpoint or a program. Others may be logs.
+
+    Returns the content of its config.json, {} if there is none.
+    """
+    file, suffixes, advice = folder / "config.json", FINGERPRINTED - {".txt"}, "take another --output-dir"
+    if file.is_file():
+        stored = read_options(file)
+        require("script" in stored, f"{folder} holds a config.json that is no run's, or is damaged; {advice}")
+        return stored
+    foreign = [path.name for path in sorted(folder.glob("*")) if path.suffix in suffixes and path.name not in OWN]
+    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, which no run wrote; {advice}")
+    return {}
+
+
 def read_options(file: Path) -> dict:
     """The content of a config.json, {} if it is damaged."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return {}
     return stored if isinstance(stored, dict) else {}
 
@@ -133,8 +149,10 @@ LOCKS: list[int] = []  # the file descriptor that holds the lock of this process
 UNREADABLE = 64 * "0"  # instead of a file's sha256
 
 
-def newest_whole_checkpoint(output_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint whose files are as they were written; says which newer ones are not. A collective.
+def newest_whole_checkpoint(output_dir: Path, world: World, run: dict) -> Path | None:
+    """The newest checkpoint whose files are as this run wrote them; says which newer ones are not. A collective.
+
+    run: the content of config.json.
 
     None where a run ended before its first checkpoint: it starts again.
     """
@@ -142,7 +160,7 @@ def newest_whole_checkpoint(output_dir: Path, world: World) -> Path | None:
     if not checkpoints:
         return None
     for checkpoint in reversed(checkpoints):
-        fault = find_fault(checkpoint, world, needs_state=True)
+        fault = find_fault(checkpoint, world, run=run)
         if not fault:
             return checkpoint
         if world.is_main:
@@ -150,24 +168,42 @@ def newest_whole_checkpoint(output_dir: Path, world: World) -> Path | None:
     raise RunError(f"nothing to resume: {output_dir} has no whole checkpoint; start a new run in another --output-dir")
 
 
-def find_fault(checkpoint: Path, world: World, part: str = "", needs_state: bool = False) -> str:
+def find_fault(checkpoint: Path, world: World, part: str = "", run: dict | None = None) -> str:
     """What is wrong with the files of a checkpoint, or of the part whose names start so; "" if all are whole.
 
-    A collective: the files are shared out over the processes.
+    run: the content of config.json of the run that is to continue from it. A collective: the files are shared out over
+    the processes.
     """
     sums, fault = {}, ""
     if world.is_main:
         try:
-            sums = read_sealed(checkpoint / "checksums.json")["files"]
-        except (OSError, ValueError) as e:
+            sealed = read_sealed(checkpoint / "checksums.json")
+            sums = sealed["files"]
+            fault = "" if run is None else find_stranger(checkpoint, sealed["iteration"], run)
+        except (OSError, ValueError, KeyError) as e:
             fault = f"its checksums.json is missing or damaged ({e})"
-        if not fault and needs_state and not (checkpoint / "state").is_dir():
-            fault = "it keeps no state to resume from; --keep-states says how many checkpoints do"
     sums, fault = world.from_main((sums, fault))
     names = [name for name in sums if name.startswith(part)]
     found = {} if fault else sha256_of(checkpoint, names, world)
     wrong = [name for name in found if found[name] != sums[name]]
     return f"its {wrong[0]} is missing or damaged" if wrong else fault
+
+
+def find_stranger(checkpoint: Path, iteration: int, run: dict) -> str:
+    """Why the run cannot continue from this checkpoint, saved after `iteration`, if all its files are whole."""
+    if not (checkpoint / "state").is_dir():
+        return "it keeps no state to resume from; --keep-states says how many checkpoints do"
+    if name_of(iteration) != checkpoint.name:
+        return f"it was renamed: the run saved it as {name_of(iteration)}"
+    stored = read_options(checkpoint / "state" / "config.json")
+    own = run.keys() - FREE_ON_RESUME - {"directory", "processes", "files", "versions"}
+    other = sorted(name for name in own if stored.get(name) != run[name])
+    return f"it is of another run, whose {other[0]} is {stored.get(other[0])!r}" if other else ""
+
+
+def name_of(iteration: int) -> str:
+    """The folder of the checkpoint after so many iterations."""
+    return f"checkpoint-{iteration:06d}"
 
 
 def sha256_of(folder: Path, names: list[str], world: World) -> dict[str, str]:
@@ -223,7 +259,7 @@ class Checkpoints:
         Raises RunError, and writes nothing, if a weight is not finite.
         """
         self.require_finite(iteration)
-        final = Path(output_dir) / f"checkpoint-{iteration:06d}"
+        final = Path(output_dir) / name_of(iteration)
         part = final.with_name(final.name + ".part")
         if self.world.is_main:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
@@ -253,7 +289,9 @@ class Checkpoints:
                         shutil.copy(file, part / name)
             require(UNREADABLE not in sums.values(), f"could not read {part} again; the checkpoint is not saved")
             if self.world.is_main:
-                write_atomically(part / "checksums.json", json.dumps(seal({"files": sums}), indent=2) + "\n")
+                write_atomically(
+                    part / "checksums.json", json.dumps(seal({"iteration": iteration, "files": sums}), indent=2) + "\n"
+                )
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
                 self._delete_old_states(final)
@@ -608,6 +646,8 @@ class Run:
     def iterations(self) -> Iterator[int]:
         """The iterations that are still to do, under a progress bar. `finish` must be called at the end of each."""
         options = {"initial": self.done, "total": self.config.iterations, "desc": "GRPO"}
+        if self.world.is_main:
+            print(start_line(self.config, self.checkpoints, self.done), flush=True)
         try:
             if not self.done:
                 scores = self.samples.save(0)
@@ -615,6 +655,8 @@ class Run:
                 self.tracker.log(0, scores, self.samples.sheet(0))
             self.bar = self.world.progress(range(self.done, self.config.iterations), **options)
             yield from self.bar
+            if self.world.is_main:
+                print(end_line(self.config, self.checkpoints, max(self.done, self.config.iterations)), flush=True)
         finally:
             self.tracker.close()
             self.preempted.restore()
@@ -647,6 +689,34 @@ class Run:
                 "warning: in ten iterations all rewards of every group were equal, so nothing is learned; look at the "
                 "sample pictures, raise --eta or --group-size, or change the reward's threshold"
             )
+
+
+def start_line(config, checkpoints: Checkpoints, done: int) -> str:
+    """What is trained, where the run is, and how to watch it."""
+    count = sum(weight.numel() for weight in trainable(checkpoints.network)) / 1e6
+    what = f"LoRA of rank {config.lora_rank}" if checkpoints.is_lora else "all weights"
+    todo = f"iterations {done + 1} to {config.iterations}" + f", after {name_of(done)}" * bool(done)
+    if done >= config.iterations:
+        todo = f"all {done} iterations are done, --iterations prolongs it"
+    model = getattr(config, "transformer", "") or config.model
+    return (
+        f"{model}, {checkpoints.component}: {what}, {count:.3g} million; reward {config.reward}; {todo}; "
+        f"in {config.output_dir}: reward.png and samples/ show how it goes, metrics.jsonl has the numbers"
+    )
+
+
+def end_line(config, checkpoints: Checkpoints, done: int) -> str:
+    """How to evaluate the last checkpoint, and how to load it."""
+    checkpoint, paths = Path(config.output_dir, name_of(done)), parse_paths(config.reward_paths)
+    options = ["--prompts", config.prompts] if Path(config.prompts).is_file() else []
+    if metrics := [name for name, model in MODEL_OF.items() if model in paths and model != "geneval"]:
+        own = ",".join(f"{name}={path}" for name, path in paths.items() if name != "geneval")
+        options += ["--metrics", ",".join(metrics), "--reward-paths", own]
+    command = shlex.join(["python", "eval.py", "--checkpoint", str(checkpoint), *options])
+    kind, part = type(checkpoints.network).__name__.removeprefix("FSDP"), checkpoints.component
+    load = f"diffusers.{kind}.from_pretrained({str(checkpoint)!r}, subfolder={part!r})"
+    load = f"pipeline.load_lora_weights({str(checkpoint)!r})" if checkpoints.is_lora else load
+    return f"{checkpoint} is saved; to evaluate it: {command}; to load it: {load}"
 
 
 class Stopwatch:

@@ -84,7 +84,7 @@ def train(world: distributed.World, name: str, iterations: int = 3, folder: str 
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
     resumed = bool(folder) and cli.latest_checkpoint(folder) is not None
     if resumed:
-        checkpoints.restore(output.newest_whole_checkpoint(Path(folder), world))
+        checkpoints.restore(output.newest_whole_checkpoint(Path(folder), world, {}))
     share = SAMPLES // world.size
     mine = list(range(world.rank * share, (world.rank + 1) * share))
     with torch.no_grad():

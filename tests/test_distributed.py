@@ -166,13 +166,13 @@ def test_only_the_newest_checkpoints_keep_their_state(tmp_path, capsys):
     with_state = [path.parent.name for path in tmp_path.glob("*/state")]
     assert sorted(with_state) == ["checkpoint-000003", "checkpoint-000004"]
     assert len(list(tmp_path.glob("*/network/*.safetensors"))) == 4 and not list(tmp_path.glob("**/*.part"))
-    assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world)) == 4
+    assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world, {})) == 4
     (tmp_path / "checkpoint-000004").rename(tmp_path / "taken-away")
-    assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world)) == 3
+    assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world, {})) == 3
     (tmp_path / "checkpoint-000003").rename(tmp_path / "also")
     capsys.readouterr()
     with pytest.raises(cli.RunError, match=r"has no whole checkpoint"):
-        output.newest_whole_checkpoint(tmp_path, world)
+        output.newest_whole_checkpoint(tmp_path, world, {})
     assert "checkpoint-000002 is skipped: it keeps no state" in capsys.readouterr().err
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
     checkpoints.save(tmp_path, 9)
     (tmp_path / "checkpoint-000009" / "checksums.json").unlink()
     checkpoints.save(tmp_path, 4)  # of a run that continued from an earlier checkpoint
-    assert output.newest_whole_checkpoint(tmp_path, world).name == "checkpoint-000004"
+    assert output.newest_whole_checkpoint(tmp_path, world, {}).name == "checkpoint-000004"
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):

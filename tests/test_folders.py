@@ -126,7 +126,7 @@ def test_home_is_expanded_and_an_empty_folder_name_refused(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("content, expected", [
-    ({"model_index.json": "{}"}, "is a model's folder"),
+    ({"model_index.json": "{}"}, "holds model_index.json, which no run wrote"),
     ({"config.json": '{"metrics": "hps"}'}, "holds a config.json that is no run's"),
     ({"config.json": '{"metrics": '}, "holds a config.json that is no run's"),
     ({"metrics.jsonl": "{}\n"}, "already holds a run"),
