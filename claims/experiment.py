@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -161,12 +162,10 @@ def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
     Trains what is not done yet.
     """
     trainer, loop = importlib.import_module(name), loop or name
-    options = options | {"save_every": 1_000_000, "keep_states": 1}  # one checkpoint, at the end
+    options = options | {"save_every": 20, "keep_states": 1}  # an interrupted run goes on from there
     config = parse(trainer, options)
-    run = (
-        folder
-        / f"{loop.split('.')[-1].replace(':', '-')}-{digest(name, loop, asdict(config), files_of(asdict(config)))}"
-    )
+    key = digest(name, loop, asdict(config), files_of(asdict(config)))
+    run = folder / f"{loop.split('.')[-1].replace(':', '-')}-{key}"
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
         begun = (run / "metrics.jsonl").exists() or cli.latest_checkpoint(run)
         options |= {"output_dir": str(run)} | ({"resume": True} if begun else {})
@@ -303,7 +302,8 @@ def draw(result: dict, path: Path) -> None:
         axis.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
         axis.set(xlabel="arm", ylabel=name, xlim=(-0.5, len(arms) - 0.5))
     seeds = len(result["seeds"])
-    figure.suptitle(f"{result['says']}\n{result['verdict']}; mean and range; seeds: {seeds}", fontsize="medium")
+    title = textwrap.fill(result["says"], 50 * panels)
+    figure.suptitle(f"{title}\n{result['verdict']}; mean and range; seeds: {seeds}", fontsize="medium")
     save_figure(figure, path)
 
 

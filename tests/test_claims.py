@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
+from torchvision.transforms.functional import to_tensor
 
 import claims.__main__ as command
 import grpo_flux
@@ -333,3 +334,21 @@ def test_a_rollout_of_single_samples_is_what_its_fault_draws(tmp_path, monkeypat
     monkeypatch.setattr(grpo_flux, "rollout", lambda model, z, *rest: (sizes.append(len(z)), draw(model, z, *rest))[1])
     experiment.train("grpo_flux", FAST | {"iterations": 1}, tmp_path, "claims.faults:other_batch")
     assert sizes == [1] * 8
+
+
+@pytest.mark.slow
+def test_heldout_figures_are_those_of_the_pictures_that_a_run_gets(tmp_path):
+    prompts = ["a red circle", "two blue squares"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    runs = [experiment.train("grpo_flux", FAST | {"iterations": 1, "seed": seed}, tmp_path) for seed in (1, 2)]
+    options = {"preset": "tiny", "prompts": str(tmp_path / "prompts.txt"), "images_per_prompt": 2, "metrics": "hps"}
+    found = experiment.evaluate(runs, options, tmp_path)
+    reward, captions = load_reward("hps", {"hps": "tiny/hps"}), [prompt for prompt in prompts for _ in range(2)]
+    for figures, *pictures in found:
+        trained, base = (
+            reward(torch.stack([to_tensor(Image.open(path).convert("RGB")) for path in paths]), captions)["hps"].mean()
+            for paths in pictures
+        )
+        assert figures["hps"]["mean"] == pytest.approx(trained.item(), abs=1e-6)
+        assert figures["hps"]["difference"] == pytest.approx((trained - base).item(), abs=1e-6)
+    assert found[0][1][0].parent != found[1][1][0].parent and found[0][2] == found[1][2]  # one base for all
