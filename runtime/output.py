@@ -73,7 +73,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
             require(
                 not changed,
                 f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "
-                f"start a new run in another --output-dir",
+                f"start a new run in another --output-dir, which may --init from a checkpoint of this one",
             )
     world.barrier()
     checkpoint, init = None, None
