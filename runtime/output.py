@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rewards import first_line, parse_paths, parse_spec
 
-from .cli import Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
+from .cli import Lazy, RunError, command_words, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
 from .data import fingerprint, keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, LORA_FILE, Preemption, World, find_init, local, trainable
 
@@ -330,11 +330,9 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
         pipeline_tag=video if getattr(config, "frames", 1) > 1 else "text-to-image",
         tags=["dancegrpo", "grpo", "reinforcement-learning", *["lora"] * checkpoints.is_lora],
     ).to_yaml()
-    words = [script]
-    for field in dataclasses.fields(config):
-        value, option = getattr(config, field.name), field.name.replace("_", "-")
-        if value != field.default and field.name not in ("preset", "output_dir", "resume"):
-            words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("preset", "output_dir", "resume")]
+    options = {field.name: getattr(config, field.name) for field in fields}
+    words = [script, *command_words({f.name: options[f.name] for f in fields if options[f.name] != f.default})]
     scores = {key: value for key, value in row.items() if key.startswith(("reward_", "sample_reward_"))}
     return "\n".join([
         f"---\n{header}\n---\n",
