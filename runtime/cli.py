@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "presets, and the options that they set:\n" + "\n".join(map(describe_preset, presets.items()))
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?# (.*)$", inspect.getsource(config_class), re.MULTILINE))
     types = typing.get_type_hints(config_class)
     how_to_read = {
@@ -121,6 +123,22 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
         resumed = dataclasses.replace(resumed, output_dir=os.path.abspath(new.output_dir))
         os.chdir(directory)
     return resumed
+
+
+def describe_preset(preset: tuple[str, dict]) -> str:
+    """A preset's name and its options, as lines of --help."""
+    name, options = preset
+    text = f"  {name}: {' '.join(command_words(options)) or 'the defaults'}".replace("%", "%%")
+    return textwrap.fill(text, 120, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+
+
+def command_words(options: dict) -> list[str]:
+    """{"group_size": 4, "offload": True, "compile": False} → ["--group-size", "4", "--offload", "--no-compile"]"""
+    words = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return words
 
 
 def check_file_names(option: str, value: str) -> None:

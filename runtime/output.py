@@ -25,7 +25,17 @@ from torch import Tensor
 
 from rewards import MODEL_OF, first_line, parse_paths, parse_spec
 
-from .cli import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, read_sealed, require, seal
+from .cli import (
+    FREE_ON_RESUME,
+    Lazy,
+    RunError,
+    command_words,
+    complete_checkpoints,
+    latest_checkpoint,
+    read_sealed,
+    require,
+    seal,
+)
 from .data import FINGERPRINTED, fingerprint, keyed_noise, save_image, write_atomically, writing
 from .distributed import EMA, LORA_FILE, Preemption, World, find_init, local, trainable
 
@@ -71,7 +81,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
             require(
                 not changed,
                 f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "
-                f"start a new run in another --output-dir",
+                f"start a new run in another --output-dir, which may --init from a checkpoint of this one",
             )
     world.barrier()
     checkpoint, init = None, None
@@ -368,11 +378,9 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
         pipeline_tag=video if getattr(config, "frames", 1) > 1 else "text-to-image",
         tags=["dancegrpo", "grpo", "reinforcement-learning", *["lora"] * checkpoints.is_lora],
     ).to_yaml()
-    words = [script]
-    for field in dataclasses.fields(config):
-        value, option = getattr(config, field.name), field.name.replace("_", "-")
-        if value != field.default and field.name not in ("preset", "output_dir", "resume"):
-            words += [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    fields = [field for field in dataclasses.fields(config) if field.name not in ("preset", "output_dir", "resume")]
+    options = {field.name: getattr(config, field.name) for field in fields}
+    words = [script, *command_words({f.name: options[f.name] for f in fields if options[f.name] != f.default})]
     scores = {key: value for key, value in row.items() if key.startswith(("reward_", "sample_reward_"))}
     return "\n".join([
         f"---\n{header}\n---\n",

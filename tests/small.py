@@ -25,19 +25,10 @@ def options(case: str) -> dict:
     return video if case == "t2i" else video | {"frames": 5}
 
 
-def arguments(options: dict) -> list[str]:
-    """{"group_size": 4, "resume": True, "shared_noise": False} → ["--group-size", "4", "--resume", …]"""
-    words = []
-    for name, value in options.items():
-        name = name.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
-
-
 def config(case: str, **changes):
     """The options of a small run, as the trainer's command line reads them."""
     trainer = TRAINERS[case]
-    return cli.parse_config(trainer.Config, trainer.PRESETS, arguments(options(case) | changes))
+    return cli.parse_config(trainer.Config, trainer.PRESETS, cli.command_words(options(case) | changes))
 
 
 def train(case: str, output_dir, **changes):

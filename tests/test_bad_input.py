@@ -89,6 +89,26 @@ def test_options(trainer, words, expected, tmp_path):
 
 
 @EVERY
+@pytest.mark.parametrize("reward, expected", [
+    ("nowhere.py:f", "nowhere.py:f: there is no file 'nowhere.py'; write FILE.py:NAME"),
+    ("sampling.py", "unknown reward 'sampling.py'; write NAME[@THRESHOLD][:WEIGHT], "),
+    ("sampling.py:beauty", "sampling.py has no function or class 'beauty'"),
+    ("sampling.py:SDE", "sampling.py has no function or class 'SDE'"),
+    ("BROKEN:f", "broken.py, line 2: ZeroDivisionError: division by zero"),
+    ("BROKEN:f@high", "threshold and weight must be numbers"),
+    ("http://127.0.0.1:9", "unknown reward 'http://127.0.0.1:9'; write NAME[@THRESHOLD][:WEIGHT], "),
+    ("hps,http://127.0.0.1:9/judge", "reward judge: nothing answers at http://127.0.0.1:9/judge ("),
+    ("http://127.0.0.1:9/mean", "the function must not be called mean; rename it"),
+])  # fmt: skip
+def test_rewards_of_ones_own(trainer, reward, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "broken.py").write_text("x = 1\nx / 0\n")
+    words = ["--reward", reward.replace("BROKEN", str(tmp_path / "broken.py")), "--output-dir", str(tmp_path / "out")]
+    assert expected in complaint(trainer, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@EVERY
 def test_trackers(trainer, monkeypatch):
     assert complaint(trainer, "--track", "mlflow") == "--track must be tensorboard or wandb, got 'mlflow'"
     advice = "--track wandb needs the package wandb; install it: pip install wandb"
@@ -292,6 +312,7 @@ def earlier(tmp_path_factory):
     """A folder of checkpoints of earlier runs: full weights of FLUX and Stable Diffusion, and a LoRA of FLUX."""
     folder = tmp_path_factory.mktemp("earlier")
     (folder / "model").mkdir()
+    a_run(folder / "run")
     for name, part in {"flux": "transformer", "sd": "unet", "hunyuan": "transformer"}.items():
         shutil.copytree(Path("tiny", name, part), folder / name / part)
         write_sums(folder / name)
@@ -312,6 +333,8 @@ def write_sums(checkpoint):
 @pytest.mark.parametrize("trainer, name, words, expected", [
     (grpo_flux, "nothing", "", "there is no {}; give RUN/checkpoint-NNNNNN of an earlier run"),
     (grpo_flux, "model", "", "{} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN"),
+    (grpo_flux, "run", "", "{} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN"),
+    (grpo_flux, "run/metrics.jsonl", "", "{} is no checkpoint of a run, which has a checksums.json; give "),
     (grpo_flux, "sd", "", " {} does not fit --model tiny/flux: "),
     (grpo_flux, "hunyuan", "", " {} does not fit --model tiny/flux: "),
     (grpo_sd, "flux", "", " {} does not fit --model tiny/sd: "),
@@ -384,6 +407,13 @@ def test_resume_takes_the_runs_own_options(tmp_path):
     for more in ([], ["--preset", "tiny"], ["--group-size", "6"]):
         cfg = cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words + more)
         assert (cfg.preset, cfg.group_size, cfg.learning_rate, cfg.iterations) == ("tiny", 6, 5e-5, 99)
+
+
+@pytest.mark.parametrize("value", ["0", "nan", "-1e-5"])
+def test_resume_with_a_learning_rate_that_is_none(value, tmp_path):
+    out = str(a_run(tmp_path / "run"))
+    line = complaint(grpo_flux, "--output-dir", out, "--resume", f"--learning-rate={value}")
+    assert line == f"--learning-rate must be above 0, got {float(value)}"
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):

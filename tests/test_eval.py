@@ -523,6 +523,8 @@ def first_frame(path):
         ({"metrics": "beauty"}, "unknown reward 'beauty'"),
         ({"metrics": "hps,hps"}, "reward 'hps' is given twice"),
         ({"metrics": "hps,nowhere.py:f"}, "there is no file 'nowhere.py'"),
+        ({"metrics": "hps,sampling.py:beauty"}, "sampling.py has no function or class 'beauty'"),
+        ({"metrics": "hps,http://host/judge:2"}, "--metrics takes names only"),
         ({"reward_paths": "geneval=sampling.py:f"}, "geneval has an option here, --detector"),
         ({"metrics": "hps@0.28"}, "--metrics takes names only"),
         ({"metrics": "vq"}, "reward vq judges video"),

@@ -4,6 +4,7 @@ import base64
 import gzip
 import io
 import json
+import re
 import shutil
 import socket
 import threading
@@ -293,6 +294,18 @@ def test_a_function_of_ones_own_is_a_reward(own, tiny_reward):
     assert scores["length"].tolist() == [0.0, 1.0]
     assert torch.equal(scores["hps"], tiny_reward(images, prompts)["hps"])
     check_reward(f"{own}:sharpness", "", video=True)
+
+
+def test_the_example_of_the_readme(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
+    spec = f"hps,{tmp_path}/my_rewards.py:red:0.5"
+    check_reward(spec, "hps=tiny/hps")
+    reward = load_reward(spec, TINY)
+    images = torch.zeros(3, 3, 64, 64)
+    images[:2, 0], images[2, 2] = 1.0, 0.5  # red, red, a dark blue
+    scores = reward(images, ["a red circle", "a blue circle", "a blue circle"])
+    assert reward.weights == {"hps": 1.0, "red": 0.5} and scores["red"].tolist() == [1.0, -1.0, 0.25]
 
 
 def test_a_function_of_ones_own_gets_videos_as_they_are(own):

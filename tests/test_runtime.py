@@ -70,8 +70,9 @@ def test_the_command_line_overrides_the_preset_and_the_preset_the_default():
 
 def test_help_shows_each_option_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        cli.parse_config(Options, {"a": {}}, ["--help"])
+        cli.parse_config(Options, {"a": {}, "b": {"size": 5, "on": False}}, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
+    assert text.endswith("presets, and the options that they set: a: the defaults b: --size 5 --no-on")
     assert "--size SIZE of something, in pixels (default: 3)" in text
     assert "--on, --no-on a switch (default: True)" in text
 

@@ -734,6 +734,36 @@ def test_a_reward_that_is_not_a_number_stops_the_run_and_leaves_what_was_saved(s
     assert len(metrics(out)) == 4
 
 
+FAILING = """
+import os, torch
+def judge(images, prompts):
+    scores = images.mean((1, 2, 3))
+    if os.environ["JUDGE"] == "fails":
+        return scores / {"a": 1}["b"]
+    return {"fine": scores, "column": scores[:, None], "nan": scores * float("nan")}[os.environ["JUDGE"]]
+"""
+
+
+def test_a_reward_of_ones_own_that_fails_later_names_its_line_and_nothing_is_lost(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(FAILING)
+    options = dict(reward=f"{tmp_path}/own.py:judge", num_samples=1, save_every=1)
+    monkeypatch.setenv("JUDGE", "fine")
+    train("flux", tmp_path / "out", iterations=1, **options)
+    before = {path: path.read_bytes() for path in (tmp_path / "out/checkpoint-000001").rglob("*") if path.is_file()}
+    for kind, expected in {
+        "fails": r"^reward judge: .*own\.py, line 6: KeyError: 'b'$",
+        "column": r"^reward judge: .*own\.py must return a tensor of shape \(8,\), it returned one of shape \(8, 1\)$",
+        "nan": r"^reward judge gave nan for the prompt '.*'; the run stops here$",
+    }.items():
+        monkeypatch.setenv("JUDGE", kind)
+        with pytest.raises(RewardError, match=expected):
+            train("flux", tmp_path / "out", iterations=2, resume=True, **options)
+        assert before == {path: path.read_bytes() for path in before} and len(metrics(tmp_path / "out")) == 1
+    monkeypatch.setenv("JUDGE", "fine")
+    train("flux", tmp_path / "out", iterations=2, resume=True, **options)
+    assert [row["iteration"] for row in metrics(tmp_path / "out")] == [1, 2]
+
+
 def test_a_loss_that_is_not_a_number_stops_before_it_touches_the_weights(tmp_path):
     with pytest.raises(cli.RunError, match="lower --learning-rate"):
         train("flux", tmp_path / "out", num_samples=1, learning_rate=1e30)
