@@ -244,7 +244,7 @@ def check_ranges(config) -> None:
 def check_options(config) -> None:
     """Ranges, and how options go together, for all trainers. Runs before any model is loaded."""
     check_ranges(config)
-    c, processes = config, find_place().size
+    c, processes = config, config.processes if config.dry_run else find_place().size
     trained = 2 * c.keep_best_worst or c.group_size  # samples of each group that are trained on
     for ok, message in (
         (
