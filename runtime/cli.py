@@ -273,7 +273,7 @@ def check_ranges(config) -> None:
 def check_options(config) -> None:
     """Ranges, and how options go together, for all trainers. Runs before any model is loaded."""
     check_ranges(config)
-    c, processes = config, find_place().size
+    c, processes = config, config.processes if config.dry_run else find_place().size
     require(c.track in ("", "tensorboard", "wandb"), f"--track must be tensorboard or wandb, got {c.track!r}")
     package = importlib.util.find_spec(c.track) if c.track else None
     found = package and package.origin  # a folder called wandb, as its runs leave it here, is not the package

@@ -218,10 +218,6 @@ def run(
     vae, decode   the VAE's class and configuration, and (VAE, z (M, *shape)) → images or videos, the trainer's own
     fits_whole    what --shard-size 0 means, as for `distributed.start_world`
     """
-    require(
-        cfg.prompts_per_iteration % cfg.processes == 0,
-        f"--prompts-per-iteration {cfg.prompts_per_iteration} must be a multiple of the {cfg.processes} processes",
-    )
     refuse_foreign(Path(cfg.output_dir))
     node = min(cfg.processes, NODE)
     shard_size = distributed.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)

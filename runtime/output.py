@@ -189,22 +189,23 @@ def find_fault(checkpoint: Path, world: World, part: str = "", run: dict | None 
         try:
             sealed = read_sealed(checkpoint / "checksums.json")
             sums = sealed["files"]
-            fault = "" if run is None else find_stranger(checkpoint, sealed["iteration"], run)
+            if run is not None and not (checkpoint / "state").is_dir():
+                fault = "it keeps no state to resume from; --keep-states says how many checkpoints do"
+            elif run is not None and checkpoint.name != name_of(sealed["iteration"]):
+                fault = f"it was renamed: the run saved it as {name_of(sealed['iteration'])}"
         except (OSError, ValueError, KeyError) as e:
             fault = f"its checksums.json is missing or damaged ({e})"
     sums, fault = world.from_main((sums, fault))
     names = [name for name in sums if name.startswith(part)]
     found = {} if fault else sha256_of(checkpoint, names, world)
     wrong = [name for name in found if found[name] != sums[name]]
-    return f"its {wrong[0]} is missing or damaged" if wrong else fault
+    if fault or wrong or run is None:
+        return f"its {wrong[0]} is missing or damaged" if wrong else fault
+    return world.from_main(find_difference(checkpoint, run) if world.is_main else "")
 
 
-def find_stranger(checkpoint: Path, iteration: int, run: dict) -> str:
-    """Why the run cannot continue from this checkpoint, saved after `iteration`, if all its files are whole."""
-    if not (checkpoint / "state").is_dir():
-        return "it keeps no state to resume from; --keep-states says how many checkpoints do"
-    if name_of(iteration) != checkpoint.name:
-        return f"it was renamed: the run saved it as {name_of(iteration)}"
+def find_difference(checkpoint: Path, run: dict) -> str:
+    """What tells a whole checkpoint's run from `run`, "" if it is the same."""
     stored = read_options(checkpoint / "state" / "config.json")
     own = run.keys() - FREE_ON_RESUME - {"directory", "processes", "files", "versions"}
     other = sorted(name for name in own if stored.get(name) != run[name])

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -23,20 +25,35 @@ from runtime import cli, data, distributed
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
 
+def tree(folder):
+    """All files and folders in a folder, with their contents."""
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
+
+
 def complaint(trainer, *words):
-    """The one line that the command line with these words ends in; no model may be loaded on the way."""
+    """The one line that the script with these words ends in, without "error: "; Python prints it and exits with 1.
+
+    No model may be loaded on the way, and no file or folder may change.
+    """
 
     def forbidden(*args, **kwargs):
         raise AssertionError("a model was loaded before the options were checked")
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises((cli.RunError, RewardError)) as caught:
+    with tempfile.TemporaryDirectory() as empty, pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "load_reward", forbidden)
         patch.setattr(DiffusionPipeline, "from_pretrained", forbidden)
         start = [] if "--preset" in words else ["--preset", "tiny-t2i" if trainer is grpo_video else "tiny"]
-        trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, [*start, *words]))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+        words = [*words] if "--output-dir" in words else [*words, "--output-dir", f"{empty}/out"]
+        out = words[words.index("--output-dir") + 1] if words[-1] != "--output-dir" else empty
+        root = next(filter(os.path.isdir, (out, os.path.dirname(out), empty)))
+        before = tree(root)
+        with pytest.raises(SystemExit) as caught, cli.one_line_errors(RewardError):
+            config = cli.parse_config(trainer.Config, trainer.PRESETS, [*start, *words])
+            trainer.dry_run(config) if config.dry_run else trainer.main(config)
+        assert tree(root) == before
+    message = caught.value.code
+    assert message.startswith("error: ") and "\n" not in message
+    return message.removeprefix("error: ")
 
 
 @EVERY
@@ -81,11 +98,75 @@ def complaint(trainer, *words):
         ("--num-samples 0", "--num-samples must be at least 1"),
         ("--prompts-per-iteration 0", "--prompts-per-iteration must be at least 1"),
         ("--seed -1", "--seed must be from 0 to"),
+        ("--learning-rate inf", "--learning-rate must be above 0, got inf"),
+        ("--learning-rate nan", "--learning-rate must be above 0, got nan"),
+        ("--learning-rate 1e", "argument --learning-rate: invalid float value"),
+        ("--kl-weight inf", "--kl-weight must be 0 or more, got inf"),
+        ("--max-grad-norm inf", "--max-grad-norm must be above 0, got inf"),
+        ("--advantage-clip nan", "--advantage-clip must be above 0, got nan"),
+        ("--ema-decay nan", "--ema-decay must be in [0, 1), got nan"),
+        ("--ema-decay -0.1", "--ema-decay must be in [0, 1)"),
+        ("--clip-range 1", "--clip-range must be in (0, 1)"),
+        ("--timestep-fraction nan", "--timestep-fraction must be in (0, 1], got nan"),
+        ("--eta nan", "--eta must be "),
+        ("--guidance inf", "--guidance must be "),
+        ("--lora-rank 100000", "--lora-rank must be 0 (all weights are trained) or a rank of at most 1024"),
+        ("--lora-rank 1.5", "argument --lora-rank: invalid int value"),
+        ("--seed 11111111111111111111111111", "--seed must be from 0 to 2**63 - 1"),
+        ("--seed x", "argument --seed: invalid int value"),
+        ("--iterations ''", "argument --iterations: invalid int value"),
+        ("--iterations 1.5", "argument --iterations: invalid int value"),
+        ("--group-size 99999999999", "--group-size must be at most 10**9"),
+        ("--steps 99999999999", "--steps must be at most 10**9"),
+        ("--height 99999999999", "--height must be at most 10**9"),
+        ("--height -64", "--height must be at least 1"),
+        ("--sde-window -1", "--sde-window must be 0 or more"),
+        ("--save-every -1", "--save-every must be at least 1"),
+        ("--keep-states 0", "--keep-states must be at least 1"),
+        ("--processes 0", "--processes must be at least 1"),
+        ("--gpu-memory inf", "--gpu-memory must be above 0, got inf"),
+        ("--dtype float16", "--dtype must be one of auto, bfloat16, float32, got 'float16'"),
+        ("--shard-size 7", "--shard-size must divide the 1 processes, got 7"),
+        ("--shard-size -1", "--shard-size must be 0 or more"),
+        ("--shared-noise no", "unrecognized arguments: no"),
+        ("--resume yes", "unrecognized arguments: yes"),
+        ("runs/flux", "unrecognized arguments: runs/flux"),
+        ("--output-dir", "argument --output-dir: expected one argument"),
+        ("--preset ''", "unknown preset ''; known: "),
+        ("--reward ''", "unknown reward ''"),
+        ("--reward hps,,clip", "unknown reward ''"),
+        ("--reward hps,hps", "reward 'hps' is given twice"),
+        ("--reward hps@nan", "unknown reward 'hps@nan'"),
+        ("--reward hps:nan", "unknown reward 'hps:nan'"),
+        ("--reward hps:inf", "unknown reward 'hps:inf'"),
+        ("--reward hps@1e400", "unknown reward 'hps@1e400'"),
+        ("--reward hps:0", "every weight in 'hps:0' is 0, so nothing is rewarded"),
+        ("--reward nothing.py:f", "there is no file 'nothing.py'"),
+        ("--reward sampling.py:taste", "sampling.py has no function or class 'taste'"),
+        ("--prompts ''", "no prompt file ''"),
+        ("--prompts prompts", "no prompt file 'prompts'"),
+        ("--prompts nothing.txt", "no prompt file 'nothing.txt'"),
+        ("--prompts pyproject.csv", "no prompt file 'pyproject.csv'"),
+        ("--model ''", "--model: no folder ''"),
+        ("--model a/b/c", "--model: no folder 'a/b/c'"),
+        ("--model README.md", "--model: no folder 'README.md'"),
+        ("--model tiny/hps", "cannot load tiny/hps"),
+        ("--model tiny/flux/vae", "cannot load tiny/flux/vae"),
+        ("--model tiny/sd/unet", "cannot load tiny/sd/unet"),
+        ("--output-dir ''", "--output-dir is empty"),
+        ("--output-dir ~no-such-user/runs", "--output-dir ~no-such-user/runs: there is no such user"),
+        ("--output-dir tiny/hps", "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, which no run wrote"),
+        ("--output-dir tiny/flux", "tiny/flux holds model_index.json, which no run wrote"),
+        ("--output-dir tiny/flux/vae", "tiny/flux/vae holds a config.json that is no run's"),
+        ("--output-dir runtime", "runtime holds __init__.py, cli.py, data.py, which no run wrote"),
+        ("--dry-run --processes 7", "must be a multiple of the 7 processes"),
+        ("--dry-run --output-dir tiny/clip", "tiny/clip holds "),
+        ("--dry-run --model tiny/clip", "cannot load tiny/clip"),
+        ("--dry-run --steps 0", "--steps must be at least 2"),
     ],
 )
-def test_options(trainer, words, expected, tmp_path):
-    assert expected in complaint(trainer, *words.split(), "--output-dir", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+def test_options(trainer, words, expected):
+    assert expected in complaint(trainer, *shlex.split(words))
 
 
 @EVERY
@@ -133,10 +214,28 @@ def test_prompts_that_cannot_be_shared_out(trainer, monkeypatch):
         ("--eta 0", "--eta must be in (0, 1]"),
         ("--eta 1.5", "--eta must be in (0, 1]"),
         ("--guidance 0.5", "--guidance must be at least 1"),
+        ("--model tiny/flux", "--model tiny/flux is a FluxPipeline; this script trains a StableDiffusionPipeline"),
+        ("--model tiny/hunyuan", "--model tiny/hunyuan is a HunyuanVideoPipeline"),
+        ("--max-sequence-length 5", "unrecognized arguments: --max-sequence-length 5"),
+        ("--dry-run --model tiny/flux", "cannot load tiny/flux: "),
     ],
 )
 def test_options_of_diffusion(words, expected):
     assert expected in complaint(grpo_sd, *words.split())
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--model tiny/sd", "--model tiny/sd is a StableDiffusionPipeline; this script trains a FluxPipeline"),
+        ("--model tiny/hunyuan", "--model tiny/hunyuan is a HunyuanVideoPipeline"),
+        ("--frames 5", "unrecognized arguments: --frames 5"),
+        ("--dry-run --model tiny/sd", "cannot load tiny/sd: "),
+        ("--dry-run --model tiny/hunyuan", "its transformer is a HunyuanVideoTransformer3DModel"),
+    ],
+)
+def test_options_of_flux(words, expected):
+    assert expected in complaint(grpo_flux, *words.split())
 
 
 @pytest.mark.parametrize("trainer", [grpo_flux, grpo_video], ids=lambda trainer: trainer.__name__)
@@ -146,7 +245,14 @@ def test_options_of_diffusion(words, expected):
         ("--eta 0", "--eta must be above 0"),
         ("--sde fast", "--sde must be one of dance, flow, cps, got 'fast'"),
         ("--sde cps --eta 1.2", "--eta must be at most 1 with --sde cps"),
+        ("--eta inf", "--eta must be above 0, got inf"),
         ("--shift 0", "--shift must be above 0"),
+        ("--shift inf", "--shift must be above 0, got inf"),
+        ("--guidance -5", "--guidance must be above 0, got -5.0"),
+        ("--guidance nan", "--guidance must be above 0, got nan"),
+        ("--max-sequence-length 0", "--max-sequence-length must be at least 1, got 0"),
+        ("--max-sequence-length -3", "--max-sequence-length must be at least 1, got -3"),
+        ("--sde-window-every 0", "--sde-window-every must be at least 1, got 0"),
         ("--ratio none", "--ratio must be one of plain, guard, dppo, got 'none'"),
         ("--ratio guard --sde cps --eta 0.8", "--ratio guard needs Gaussian log-probabilities, which --sde cps"),
     ],
@@ -165,6 +271,15 @@ def test_options_of_rectified_flow(trainer, words, expected):
         ("--preset tiny-t2v --frames 1", "reward vq judges video"),
         ("--preset tiny-t2v --fps 0", "--fps must be above 0"),
         ("--preset tiny-t2v --true-guidance 0.5", "--true-guidance must be at least 1"),
+        ("--preset tiny-t2v --fps inf", "--fps must be above 0, got inf"),
+        ("--preset tiny-t2v --true-guidance inf", "--true-guidance must be at least 1 (off), got inf"),
+        ("--preset tiny-t2v --frames 99999999999", "--frames must be at most 10**9"),
+        ("--preset tiny-i2v --first-frame-steps 0", "--first-frame-steps must be at least 1"),
+        ("--preset tiny-t2v --model tiny/sd", "--model tiny/sd is a StableDiffusionPipeline"),
+        ("--preset tiny-t2v --transformer tiny/flux", "cannot load tiny/flux"),
+        ("--preset tiny-t2v --transformer tiny/flux/transformer", "is a FluxTransformer2DModel, not a HunyuanVideo"),
+        ("--preset tiny-t2v --transformer tiny/hunyuan/vae", "is a AutoencoderKLHunyuanVideo, not a HunyuanVideo"),
+        ("--preset tiny-t2v --dry-run --model tiny/flux", "its transformer is a FluxTransformer2DModel, not a Hunyuan"),
         ("--preset tiny-t2v --height 20", "--height must be a multiple of 8"),
         ("--preset tiny-i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
         ("--preset tiny-t2i --reward mq", "reward mq judges video"),
@@ -174,8 +289,40 @@ def test_options_of_rectified_flow(trainer, words, expected):
         ),
     ],
 )
-def test_options_of_video(words, expected, tmp_path):
-    assert expected in complaint(grpo_video, *words.split(" "), "--output-dir", str(tmp_path / "out"))
+def test_options_of_video(words, expected):
+    assert expected in complaint(grpo_video, *words.split(" "))
+
+
+@pytest.mark.parametrize("option", ["--model", "--prompts", "--reward", "--reward-paths", "--output-dir"])
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a", "a\0b"], ids=["long", "deep", "NUL"])
+def test_names_that_no_file_can_have(option, name, tmp_path):
+    start = {"--output-dir": f"{tmp_path}/", "--reward-paths": "hps="}.get(option, "")
+    line = complaint(grpo_flux, option, start + name)
+    assert line.startswith(option) and "is too long for a path, or has a NUL byte" in line
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ("WORLD_SIZE=2", "WORLD_SIZE=2 is in the environment, but RANK, MASTER_ADDR, MASTER_PORT is not"),
+        ("WORLD_SIZE=x", "WORLD_SIZE=x in the environment is no number"),
+        ("WORLD_SIZE=0", "WORLD_SIZE=0 in the environment means no process"),
+        ("WORLD_SIZE=", "WORLD_SIZE= in the environment is no number"),
+        ("RANK=x", "RANK=x in the environment is no number"),
+        ("RANK=-1", "RANK=-1 in the environment is no number"),
+        ("RANK=3", "RANK=3 in the environment is not below WORLD_SIZE"),
+        ("LOCAL_RANK=5", "LOCAL_RANK=5 in the environment is not below LOCAL_WORLD_SIZE=1"),
+        ("LOCAL_WORLD_SIZE=0", "LOCAL_RANK=0 in the environment is not below LOCAL_WORLD_SIZE=0"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x", "MASTER_PORT=x in the environment is no port"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999", "MASTER_PORT=99999 in the environment is no"),
+        ("WORLD_SIZE=2 RANK=0 MASTER_ADDR= MASTER_PORT=29500", "in the environment, but MASTER_ADDR is not"),
+    ],
+)
+def test_torchruns_variables(trainer, variables, expected, monkeypatch):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    assert expected in complaint(trainer)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +378,18 @@ def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
         ("bad.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2 is not"),
         ("broken.jsonl", b'{"prompt": "a"\n', "line 1 is not"),
         ("number.jsonl", b'{"prompt": 3}\n', "line 1: the prompt must be a string"),
+        ("nan.jsonl", b'{"prompt": NaN}\n', "line 1: the prompt must be a string"),
+        ("list.jsonl", b'["a"]\n', "line 1 is not"),
+        ("text.JSONL", b"a red circle\n", "line 1 is not"),
+        ("blank.jsonl", b'{"prompt": " "}\n', "line 1 is blank"),
+        ("deep.jsonl", b"[" * 100_000, "line 1 is not"),
+        ("digits.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", "line 1 is not"),
+        ("half.jsonl", b'{"prompt": "a \\ud83d"}', "line 1: the prompt has half a character"),
+        ("mark.txt", b"\xef\xbb\xbf\n", "is empty"),
+        ("wide.txt", "a red circle".encode("utf-16"), "must be UTF-8"),
+        ("list.json", b'["a"]', "is neither text nor JSONL"),
+        ("table.csv", b"a", "is neither text nor JSONL"),
+        ("table.parquet", b"PAR1", "is neither text nor JSONL"),
     ],
 )
 def test_prompt_files(name, content, expected, tmp_path):

@@ -11,7 +11,15 @@ from runtime import cli, distributed, dryrun
 from sampling import flow_sigmas
 
 ROWS, LENGTH = 8, 32  # of 64 x 64 pixels; text tokens
-OPTIONS = {"processes": 1, "gpu_memory": 80.0, "dtype": "float32", "shard_size": 1, "offload": False, "lora_rank": 0}
+OPTIONS = {
+    "dry_run": True,
+    "processes": 1,
+    "gpu_memory": 80.0,
+    "dtype": "float32",
+    "shard_size": 1,
+    "offload": False,
+    "lora_rank": 0,
+}
 OPTIONS |= {
     "prompts_per_iteration": 4,
     "group_size": 4,

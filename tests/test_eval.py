@@ -543,6 +543,28 @@ def first_frame(path):
         ({"images_per_prompt": 0}, "--images-per-prompt must be at least 1"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"seed": -1}, "--seed must be from 0 to"),
+        ({"seed": 10**26}, "--seed must be from 0 to 2"),
+        ({"images_per_prompt": 10**10}, "--images-per-prompt must be at most 10"),
+        ({"guidance": "inf"}, "--guidance must be 0 or more, got inf"),
+        ({"shift": "nan"}, "--shift must be 0 or more, got nan"),
+        ({"fps": "inf"}, "--fps must be 0 or more, got inf"),
+        ({"max_sequence_length": -1}, "--max-sequence-length must be 0 or more"),
+        ({"metrics": ""}, "unknown reward ''"),
+        ({"metrics": "hps:nan"}, "unknown reward 'hps:nan'"),
+        ({"metrics": "hps:2"}, "--metrics takes names only"),
+        ({"checkpoint": "tiny/flux/vae"}, "--checkpoint tiny/flux/vae is a AutoencoderKL"),
+        ({"checkpoint": "tiny/sd"}, "--checkpoint tiny/sd is a StableDiffusionPipeline"),
+        ({"checkpoint": "README.md"}, "--checkpoint README.md has neither a transformer folder"),
+        ({"checkpoint": "nothing", "model": ""}, "--checkpoint: there is no nothing"),
+        ({"transformer": "tiny/flux/vae"}, "--transformer tiny/flux/vae is a AutoencoderKL"),
+        ({"model": "tiny/flux/transformer"}, "cannot load tiny/flux/transformer"),
+        ({"prompts": "prompts"}, "no prompt file 'prompts'"),
+        ({"prompts": "MIXED.jsonl"}, "line 2: the style must be a string"),
+        ({"output_dir": "tiny/hps"}, "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, which no run wrote"),
+        ({"output_dir": "tiny/flux"}, "tiny/flux holds model_index.json, which no run wrote"),
+        ({"output_dir": "tiny/flux/vae"}, "tiny/flux/vae holds a config.json that is no run's"),
+        ({"output_dir": "RUN/.."}, "is not an evaluation's"),
+        ({"output_dir": ""}, "--output-dir is empty"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_loaded(
@@ -553,12 +575,13 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
     (tmp_path / "METADATA.jsonl").write_text('{"prompt": "a dog", "tag": "colors", "include": []}\n')
     row = {"prompt": "a dog", "tag": "colors", "include": [{"class": "dog", "count": 1}]}
     (tmp_path / "UNKNOWN.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "MIXED.jsonl").write_text('{"prompt": "a", "style": "b"}\n{"prompt": "c", "style": 3}\n')
     (tmp_path / "BROKEN.safetensors").write_text("not a tensor")
     config = json.loads((run / "checkpoint-000002/transformer/config.json").read_text())
     (tmp_path / "OTHER").mkdir()
     (tmp_path / "OTHER/config.json").write_text(json.dumps(config | {"num_layers": 7}))
     places = {"RUN": run / "checkpoint-000002", "LORA": run / "checkpoint-000003", "SD": stable_diffusion}
-    places |= {name: tmp_path / name for name in ("EMPTY", "OTHERS", "METADATA", "UNKNOWN", "BROKEN", "OTHER")}
+    places |= {name: tmp_path / name for name in ("EMPTY", "OTHERS", "METADATA", "UNKNOWN", "MIXED", "BROKEN", "OTHER")}
 
     def filled(text):
         for name, path in places.items():

@@ -1,4 +1,4 @@
-"""A run of two processes that is killed again and again ends like one that was not.
+"""A run of two processes that is killed again and again ends like one that was not; a folder has one run at a time.
 
 Three kills by default; KILLS=20 pytest -m slow tests/test_killed.py kills twenty times.
 """
@@ -108,3 +108,43 @@ def finish(straight, killed, logs):
     for picture in straight.glob("samples/*.png"):
         assert (killed / "samples" / picture.name).read_bytes() == picture.read_bytes()
     assert not list(killed.glob("*.part"))
+
+
+PATIENT = """
+import time
+from pathlib import Path
+
+def patient(images, prompts):
+    while not Path(__file__).with_name("go").exists():
+        time.sleep(0.05)
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
+def test_of_simultaneous_starts_in_one_folder_exactly_one_runs(count, tmp_path):
+    (tmp_path / "own.py").write_text(PATIENT)  # the run lasts until the others have ended
+    options = {"output_dir": str(tmp_path / "out"), "reward": f"{tmp_path / 'own.py'}:patient", "reward_paths": ""}
+    options |= {"iterations": 2, "prompts_per_iteration": 1, "num_samples": 1, "steps": 3, "updates_per_rollout": 1}
+    logs = [tmp_path / f"logs-{seed}" for seed in range(count)]
+    started = [
+        launch.start("launch_cases", "train", ("flux", options | {"seed": seed}), 1, log)[0]
+        for seed, log in enumerate(logs)
+    ]
+    given_up = time.time() + 300  # two that run would wait for each other
+    while sum(process.is_alive() for process in started) > 1 and time.time() < given_up:
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    for process in started:
+        process.join(300)
+    texts = [(log / "rank-0.log").read_text() for log in logs]
+    assert sorted(process.exitcode for process in started) == [0] + [1] * (count - 1), texts
+    (winner,) = (seed for seed, process in enumerate(started) if process.exitcode == 0)
+    refusal = f"another process is working in {tmp_path / 'out'}; wait for it, or take another --output-dir\n"
+    assert all(text == f"error: {refusal}" for seed, text in enumerate(texts) if seed != winner)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["seed"] == winner
+    assert [row["iteration"] for row in rows(tmp_path / "out")] == [1, 2]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("config.json", "metrics.jsonl", "reward.png", "samples", "checkpoint-000002")
+    }

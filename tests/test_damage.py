@@ -1,0 +1,376 @@
+"""A finished run whose files are damaged, lost or exchanged is continued rightly, or refused in one line."""
+
+import contextlib
+import io
+import json
+import random
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import grpo_flux
+import grpo_sd
+import grpo_video
+import small
+from evaluation.models import check_whole
+from rewards import RewardError
+from runtime import cli, data, distributed, output
+
+OPTIONS = {"lora_rank": 2, "ema_decay": 0.5, "iterations": 2, "save_every": 1, "sample_every": 1, "num_samples": 1}
+OPTIONS |= {"prompts_per_iteration": 1, "steps": 3, "updates_per_rollout": 1}
+NEWEST, OLDER = "checkpoint-000002", "checkpoint-000001"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two iterations and two checkpoints, and what it printed."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(output.Metrics, "draw", lambda self: None)
+        folder = small.train("flux", tmp_path_factory.mktemp("run") / "out", **OPTIONS)
+    return folder, printed.getvalue()
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(finished[0], tmp_path / "run"))
+
+
+def tree(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
+
+
+def outcome(action, *arguments):
+    """What the action returns, or the one line that it ends in as a script does."""
+    try:
+        with cli.one_line_errors(RewardError):
+            return action(*arguments)
+    except SystemExit as e:
+        assert e.code.startswith("error: ") and "\n" not in e.code
+        return e.code
+
+
+def resume(folder, trainer=grpo_flux):
+    """The checkpoint from which `--resume` would continue, by all checks of a run; no model is loaded."""
+    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(folder), "--resume"])
+    checkpoint = output.open_folder(cfg, distributed.start_world(), trainer.check(cfg)).checkpoint
+    return checkpoint.name if checkpoint else "the start"
+
+
+def evaluate(checkpoint, *options):
+    """The weights that `eval.py --checkpoint` would draw with, by all its checks; no model is loaded."""
+    words = ["--preset", "tiny", "--metrics", "hps", "--checkpoint", str(checkpoint), *options]
+    models = evaluation.plan(cli.parse_config(evaluation.Config, evaluation.PRESETS, words))[2]
+    check_whole(models, distributed.start_world())
+    return models[1].weights
+
+
+def replace(path, content):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    path.write_bytes(content)
+
+
+def with_a_wrong_bit(content, position):
+    damaged = bytearray(content)
+    damaged[position // 8] ^= 1 << position % 8
+    return bytes(damaged)
+
+
+DAMAGE = {
+    "deleted": lambda path: path.unlink(),
+    "empty": lambda path: replace(path, b""),
+    "truncated": lambda path: replace(path, path.read_bytes()[: path.stat().st_size // 2]),
+    "longer": lambda path: replace(path, path.read_bytes() + b"{"),
+    "one wrong bit": lambda path: replace(path, with_a_wrong_bit(path.read_bytes(), 4 * path.stat().st_size)),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+IN_CHECKPOINT = ["checksums.json", "pytorch_lora_weights.safetensors", "pytorch_lora_weights_ema.safetensors"]
+IN_CHECKPOINT += [f"state/{name}" for name in (".metadata", "__0_0.distcp", "config.json", "metrics.jsonl")]
+EACH = pytest.mark.parametrize("damage", DAMAGE)
+
+
+# ------------------------------------------------------------------------------------------------------------- --resume
+
+
+@EACH
+@pytest.mark.parametrize("name", IN_CHECKPOINT)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(name, damage, run, capsys):
+    DAMAGE[damage](run / NEWEST / name)
+    before = tree(run)
+    assert outcome(resume, run) == OLDER
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{run / NEWEST} is skipped: its {name} is missing or damaged")
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("name", [name for name in IN_CHECKPOINT if name != "state/config.json"])  # both have the same
+def test_a_file_of_another_checkpoint_is_noticed(name, run, capsys):
+    shutil.copy(run / OLDER / name, run / NEWEST / name)
+    assert outcome(resume, run) == OLDER
+    expected = "it was renamed: the run saved it as" if name == "checksums.json" else f"its {name} is missing or dam"
+    assert f"{run / NEWEST} is skipped: {expected}" in capsys.readouterr().err
+
+
+@EACH
+def test_a_damaged_config_is_refused_with_the_copy_to_restore(damage, run):
+    copy = run / NEWEST / "state" / "config.json"
+    DAMAGE[damage](run / "config.json")
+    before = tree(run)
+    assert re.search(f"config.json .*; copy {copy} over it", outcome(resume, run))
+    assert tree(run) == before
+    shutil.rmtree(run / "config.json") if damage == "a folder" else None
+    shutil.copy(copy, run / "config.json")  # the advice helps
+    assert outcome(resume, run) == NEWEST
+
+
+@EACH
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples/000001.png"])
+def test_what_a_checkpoint_does_not_need_may_be_damaged(name, damage, run, capsys):
+    DAMAGE[damage](run / name)
+    assert outcome(resume, run) == NEWEST
+    assert capsys.readouterr().err == ""
+
+
+@EACH
+def test_the_metrics_of_a_resumed_run_are_those_of_its_checkpoint(damage, finished, run):
+    DAMAGE[damage](run / "metrics.jsonl")
+    world = distributed.start_world()
+    if damage == "a folder":
+        with pytest.raises(cli.RunError, match=r"could not write .*metrics\.jsonl: .*Is a directory"):
+            output.Metrics(run, world, run / NEWEST)
+        return
+    output.Metrics(run, world, run / NEWEST)
+    assert (run / "metrics.jsonl").read_text() == (finished[0] / "metrics.jsonl").read_text()
+
+
+def remove(*names):
+    return lambda run: [shutil.rmtree(run / name) for name in names]
+
+
+def rename(*pairs):
+    return lambda run: [(run / old).rename(run / new) for old, new in pairs]
+
+
+def empty(run):
+    shutil.rmtree(run / NEWEST)
+    (run / NEWEST).mkdir()
+
+
+def of_another_run(run):
+    """A whole checkpoint of a run with another seed."""
+    shutil.rmtree(run / NEWEST)
+    config = json.loads((run / OLDER / "state" / "config.json").read_text()) | {"seed": 8}
+    config = cli.seal({name: value for name, value in config.items() if name != "sha256"})
+    shutil.copytree(run / OLDER, run / NEWEST)
+    (run / NEWEST / "state" / "config.json").write_text(json.dumps(config))
+    names = [str(path.relative_to(run / NEWEST)) for path in (run / NEWEST).rglob("*") if path.is_file()]
+    names.remove("checksums.json")
+    sums = output.sha256_of(run / NEWEST, names, distributed.start_world())
+    (run / NEWEST / "checksums.json").write_text(json.dumps(cli.seal({"iteration": 2, "files": sums})))
+
+
+def change(**values):
+    def by_hand(run):
+        content = json.loads((run / "config.json").read_text()) | values
+        (run / "config.json").write_text(json.dumps({k: v for k, v in content.items() if v != "absent"}))
+
+    return by_hand
+
+
+@pytest.mark.parametrize("name, damage, expected, said", [
+    ("empty", empty, OLDER, "its checksums.json is missing"),
+    ("a file", lambda run: (shutil.rmtree(run / NEWEST), (run / NEWEST).touch()), OLDER, ""),
+    ("half saved", rename((NEWEST, f"{NEWEST}.part")), OLDER, ""),
+    ("deleted", remove(NEWEST), OLDER, ""),
+    ("state deleted", remove(f"{NEWEST}/state"), OLDER, "it keeps no state to resume from"),
+    ("states deleted", remove(f"{NEWEST}/state", f"{OLDER}/state"), "error: nothing to resume: ", "keeps no state"),
+    ("all deleted", remove(NEWEST, OLDER), "the start", ""),
+    ("run deleted", lambda run: shutil.rmtree(run), "error: nothing to resume: no run in", ""),
+    ("renamed", rename((NEWEST, "checkpoint-000007")), OLDER, "it was renamed: the run saved it as checkpoint-000002"),
+    ("exchanged", rename((NEWEST, "x"), (OLDER, NEWEST), ("x", OLDER)), "error: nothing to resume: ", "was renamed"),
+    ("of another run", of_another_run, OLDER, "it is of another run, whose seed is 8"),
+    ("LoRA by hand", change(lora_rank=4), "error: cannot resume: ", ""),
+    ("EMA by hand", change(ema_decay=0.0), "error: cannot resume: ", ""),
+    ("older version", change(eta="absent"), "error: cannot resume: ", ""),
+    ("unsealed", change(sha256="absent"), "error: cannot resume: ", ""),
+])  # fmt: skip
+def test_checkpoints_that_are_lost_or_exchanged(name, damage, expected, said, run, capsys):
+    damage(run)
+    before = tree(run)
+    assert outcome(resume, run).startswith(expected)
+    err = capsys.readouterr().err
+    assert said in err and bool(said) == bool(err)
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("trainer", [grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
+def test_a_run_of_another_script_is_refused(trainer, run):
+    before = tree(run)
+    assert f"is a run of grpo_flux.py, not of {trainer.__name__}.py" in outcome(resume, run, trainer)
+    assert tree(run) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- eval.py
+
+
+@EACH
+@pytest.mark.parametrize("name, part", [(IN_CHECKPOINT[1], ""), (IN_CHECKPOINT[2], f"/{IN_CHECKPOINT[2]}")])
+def test_damaged_weights_are_not_evaluated(name, part, damage, run):
+    assert outcome(evaluate, f"{run / NEWEST}{part}") == str(run / NEWEST / name)
+    DAMAGE[damage](run / NEWEST / name)
+    before = tree(run)
+    assert outcome(evaluate, f"{run / NEWEST}{part}").startswith("error: --checkpoint")
+    assert tree(run) == before
+
+
+@EACH
+def test_without_the_runs_config_nothing_is_evaluated(damage, run):
+    DAMAGE[damage](run / "config.json")
+    expected = "--model is needed" if damage in ("deleted", "a folder") else "config.json"
+    assert expected in outcome(evaluate, run / NEWEST)
+
+
+@pytest.mark.parametrize("place", ["", NEWEST])
+def test_an_evaluation_does_not_write_into_a_run(place, run):
+    words = [
+        "--preset",
+        "tiny",
+        "--metrics",
+        "hps",
+        "--checkpoint",
+        str(run / NEWEST),
+        "--output-dir",
+        str(run / place),
+    ]
+    before = tree(run)
+    line = outcome(lambda: evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, words)))
+    assert line.endswith("; take another --output-dir")
+    assert tree(run) == before
+
+
+# ------------------------------------------------------------------------------------------ what a run says of itself
+
+
+def test_a_run_says_what_it_trains_and_how_to_go_on(finished):
+    folder, printed = finished
+    start, end = printed.splitlines()
+    assert start.startswith("tiny/flux, transformer: LoRA of rank 2, ")
+    assert f"; reward hps; iterations 1 to 2; in {folder}: reward.png and samples/ show" in start
+    command = re.search(r"to evaluate it: python eval\.py (.*); to load it: pipeline\.load_lora_weights\('(.*)'\)", end)
+    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, shlex.split(command[1]))
+    _, family, models, rows = evaluation.plan(cfg)  # the command is one that works
+    assert (family, models[1].weights, len(rows)) == ("FluxPipeline", str(folder / NEWEST / IN_CHECKPOINT[1]), 204)
+    assert (cfg.metrics, cfg.reward_paths) == ("hps,clip", "hps=tiny/hps,clip=tiny/clip")
+    assert Path(command[2]) == folder / NEWEST
+
+
+def rows(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, "checksums.json", "state/__0_0.distcp", "state/.metadata"])
+def test_a_run_that_lost_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(name, finished, run, monkeypatch, capsys):
+    monkeypatch.setattr(output.Metrics, "draw", lambda self: None)
+    if name:
+        DAMAGE["one wrong bit"](run / NEWEST / name)
+    words = ["--output-dir", str(run), "--resume"]
+    assert outcome(lambda: grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))) is None
+    todo = f"iterations 2 to 2, after {OLDER}" if name else "all 2 iterations are done, --iterations prolongs it"
+    assert todo in capsys.readouterr().out
+    for name in IN_CHECKPOINT[1:3]:
+        assert (run / NEWEST / name).read_bytes() == (finished[0] / NEWEST / name).read_bytes()
+    assert rows(run) == rows(finished[0])
+    assert tree(run).keys() == {run / path.relative_to(finished[0]) for path in tree(finished[0])}
+
+
+# ------------------------------------------------------------------------------------------------------------ at random
+
+
+@pytest.mark.slow
+def test_300_random_faults_give_the_right_result_or_one_line(finished, run):
+    rng, whole, refused = random.Random(0), tree(run), 0
+    files = [path for path, content in whole.items() if content]
+    for _ in range(300):
+        path = rng.choice(files)
+        if rng.random() < 0.5:
+            path.write_bytes(with_a_wrong_bit(whole[path], rng.randrange(8 * len(whole[path]))))
+        else:
+            path.write_bytes(whole[path][: rng.randrange(len(whole[path]))])
+        chosen = outcome(resume, run)
+        if chosen in (NEWEST, OLDER):
+            assert tree(run / chosen).items() <= whole.items(), path
+        else:
+            assert chosen.startswith("error: cannot resume: ") and path == run / "config.json"
+        weights = outcome(evaluate, run / NEWEST)
+        assert weights.startswith("error: ") or Path(weights).read_bytes() == whole[Path(weights)], path
+        refused += weights.startswith("error: ")
+        path.write_bytes(whole[path])
+    assert 0 < refused < 200
+    assert tree(run) == whole
+
+
+class Started(Exception):
+    """All options are right, and the models would be loaded."""
+
+
+VALUES = [
+    "",
+    " ",
+    "-1",
+    "0",
+    "1",
+    "2",
+    "3",
+    "5",
+    "8",
+    "0.5",
+    "1.5",
+    "nan",
+    "inf",
+    "-inf",
+    "1e-9",
+    "1e400",
+    "9" * 20,
+    "x",
+]
+VALUES += ["hps", "clip:2", "hps@0.3", "hps,clip", "hps:", "@", ":", "=", ",", "hps=tiny/hps", "clip=tiny/clip,hps=x"]
+VALUES += ["tiny/flux", "tiny/sd", "tiny/hunyuan", "tiny/skyreels", "tiny/flux/vae", "tiny/hps", "tiny", ".", "/", "~"]
+VALUES += ["prompts/tiny.txt", "prompts/moving.jsonl", "README.md", "sampling.py:x", "a/b", "\0", "y" * 300, "\udcff"]
+VALUES += ["dance", "cps", "guard", "bfloat16", "auto", "float64", "--seed", "é", "{}", "None", "\n"]
+
+
+@pytest.mark.slow
+def test_300_random_command_lines_start_or_end_in_one_line(tmp_path, monkeypatch):
+    def start(*args, **kwargs):
+        raise Started
+
+    scripts = [grpo_flux, grpo_sd, grpo_video, evaluation]
+    for module in scripts:
+        monkeypatch.setattr(module, "load_reward", start)
+    monkeypatch.setattr(data, "paint_first_frames", start)
+    monkeypatch.setattr(evaluation, "generate", start)
+    rng, started = random.Random(0), 0
+    for number in range(300):
+        script = scripts[number % 4]
+        out = tmp_path / str(number)
+        preset = rng.choice([name for name in script.PRESETS if "tiny" in name])
+        options = sorted(script.Config.__dataclass_fields__.keys() - {"preset", "output_dir", "dry_run"})
+        words = ["--preset", preset, "--output-dir", str(out)]
+        for name in rng.sample(options, rng.choice([1, 1, 2, 3])):
+            words += [f"--{name.replace('_', '-')}"] + [rng.choice(VALUES)] * (rng.random() < 0.95)
+        try:
+            line = outcome(lambda: script.main(cli.parse_config(script.Config, script.PRESETS, words)))  # noqa: B023
+        except Started:
+            started += 1
+        except Exception as e:
+            raise AssertionError(f"{script.__name__} {words}") from e
+        else:
+            assert line.startswith("error: "), words
+            assert not tree(out), words
+    assert 30 < started < 200
