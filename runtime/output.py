@@ -61,6 +61,11 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
     content["directory"], content["processes"] = os.getcwd(), world.size
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    init = None
+    if config.init and not world.from_main(complete_checkpoints(output_dir)):
+        init = find_init(config.init)
+        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
+        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
     if world.is_main:
         content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
@@ -84,15 +89,11 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
                 f"start a new run in another --output-dir, which may --init from a checkpoint of this one",
             )
     world.barrier()
-    checkpoint, init = None, None
+    checkpoint = None
     if config.resume:
         checkpoint = newest_whole_checkpoint(output_dir, world, content)
         if world.is_main:
             content["changes"] = changes_on_resume(config, stored, checkpoint)
-    if config.init and not checkpoint:
-        init = find_init(config.init)
-        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
-        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
     content["tracker_id"] = stored.get("tracker_id", secrets.token_hex(4)) if config.track and world.is_main else ""
     return Folder(content, checkpoint, init, Tracker(config.track if world.is_main else "", content, checkpoint))
 
