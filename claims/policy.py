@@ -34,7 +34,7 @@ class Policy:
         folder = output.open_folder(cfg, world, self.prompts)
         self.reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
         world.freeze(*self.reward.models)
-        pipe, self.network, _ = trainer.load_models(cfg, world)
+        pipe, self.network, _ = trainer.load_models(cfg, world, folder.init)
         self.vae, self.optimizer = pipe.vae, distributed.adamw(self.network, cfg.learning_rate)
         ema = distributed.EMA(self.network, cfg.ema_decay)
         checkpoints = output.Checkpoints(pipe, component, self.optimizer, ema, world, cfg.keep_states)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -89,6 +90,18 @@ def test_sides_and_order_are_random_and_the_same_each_time():
     assert 80 < (sides[1:] != sides[:-1]).sum() < 120  # changes of side; 100 are expected, with deviation 7
     ranks = np.array([pair["prompt"] for pair in pairs])
     assert abs(np.corrcoef(ranks, np.arange(200))[0, 1]) < 0.2
+
+
+def test_videos_are_animations_of_all_their_frames(tmp_path):
+    results = make_results(tmp_path, ["a cross moves up"], ["base", "trained"])
+    for [[path]] in results.pictures.values():
+        frames = [np.full((8, 16, 3), 60 * k, np.uint8) for k in range(1, 4)]
+        Image.fromarray(np.concatenate(frames)).save(path)  # one below the other
+    vote.write_page(replace(results, frames=3, fps=8.0), tmp_path)
+    (pair,) = content(tmp_path)[1]["pairs"]
+    for uri in pair["pictures"]:
+        video = Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2])))
+        assert (video.n_frames, video.size) == (3, (16, 8))
 
 
 def test_without_a_trained_model_there_is_nothing_to_vote_on(tmp_path):
