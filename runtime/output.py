@@ -63,6 +63,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         require(not (output_dir / "model_index.json").exists(), f"{output_dir} is a model's folder; {advice}")
         require("script" in stored, f"{output_dir} holds a config.json that is no run's; {advice}")
         require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
+        content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
@@ -85,7 +86,6 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         init = find_init(config.init)
         fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
         require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
-    content["tracker_id"] = stored.get("tracker_id", secrets.token_hex(4)) if config.track and world.is_main else ""
     return Folder(content, checkpoint, init, Tracker(config.track if world.is_main else "", content, checkpoint))
 
 
@@ -629,9 +629,11 @@ class Run:
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         stop = self.preempted() and done < c.iterations
         if stop or done == c.iterations or done % c.save_every == 0:
-            self.metrics.draw()
+            if not stop:  # else there may be little time
+                self.metrics.draw()
             self.checkpoints.save(c.output_dir, done, model_card(c, self.checkpoints, done, row))
         if stop:
+            self.metrics.draw()
             message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
             if self.world.is_main:
                 self.bar.write(message)
