@@ -76,6 +76,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         advice = "take another --output-dir"
         stored = refuse_foreign(output_dir) or content
         require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
+        content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
@@ -94,7 +95,6 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         checkpoint = newest_whole_checkpoint(output_dir, world, content)
         if world.is_main:
             content["changes"] = changes_on_resume(config, stored, checkpoint)
-    content["tracker_id"] = stored.get("tracker_id", secrets.token_hex(4)) if config.track and world.is_main else ""
     return Folder(content, checkpoint, init, Tracker(config.track if world.is_main else "", content, checkpoint))
 
 
@@ -683,9 +683,11 @@ class Run:
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         stop = self.preempted() and done < c.iterations
         if stop or done == c.iterations or done % c.save_every == 0:
-            self.metrics.draw()
+            if not stop:  # else there may be little time
+                self.metrics.draw()
             self.checkpoints.save(c.output_dir, done, model_card(c, self.checkpoints, done, row))
         if stop:
+            self.metrics.draw()
             message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
             if self.world.is_main:
                 self.bar.write(message)
