@@ -300,7 +300,7 @@ def draw(result: dict, path: Path) -> None:
             axis.plot([i] * len(values), values, "o", alpha=0.5, color=f"C{i}")
             axis.plot(i, np.mean(values), "_", markersize=28, markeredgewidth=2, color=f"C{i}")
         axis.set_xticks(range(len(arms)), arms, rotation=20, ha="right")
-        axis.set(xlabel="arm", ylabel=name, xlim=(-0.5, len(arms) - 0.5))
+        axis.set(xlabel="arm", ylabel=textwrap.fill(name, 45), xlim=(-0.5, len(arms) - 0.5))
     seeds = len(result["seeds"])
     title = textwrap.fill(result["says"], 50 * panels)
     figure.suptitle(f"{title}\n{result['verdict']}; mean and range; seeds: {seeds}", fontsize="medium")
