@@ -180,7 +180,7 @@ def test_prompts_that_cannot_be_shared_out(trainer, monkeypatch):
         ("--model tiny/flux", "--model tiny/flux is a FluxPipeline; this script trains a StableDiffusionPipeline"),
         ("--model tiny/hunyuan", "--model tiny/hunyuan is a HunyuanVideoPipeline"),
         ("--max-sequence-length 5", "unrecognized arguments: --max-sequence-length 5"),
-        ("--dry-run --model tiny/flux", "cannot load tiny/flux: "),
+        ("--dry-run --model tiny/flux", "cannot load tiny/flux/unet: "),
     ],
 )
 def test_options_of_diffusion(words, expected):
@@ -193,7 +193,7 @@ def test_options_of_diffusion(words, expected):
         ("--model tiny/sd", "--model tiny/sd is a StableDiffusionPipeline; this script trains a FluxPipeline"),
         ("--model tiny/hunyuan", "--model tiny/hunyuan is a HunyuanVideoPipeline"),
         ("--frames 5", "unrecognized arguments: --frames 5"),
-        ("--dry-run --model tiny/sd", "cannot load tiny/sd: "),
+        ("--dry-run --model tiny/sd", "cannot load tiny/sd/transformer: "),
         ("--dry-run --model tiny/hunyuan", "its transformer is a HunyuanVideoTransformer3DModel"),
     ],
 )
