@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import pickle
 import random
 import re
 import shlex
@@ -11,8 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file
 
 import eval as evaluation
 import grpo_flux
@@ -20,7 +21,7 @@ import grpo_sd
 import grpo_video
 import small
 from evaluation.models import check_whole
-from rewards import RewardError
+from rewards import RewardError, load_reward
 from runtime import cli, data, distributed, output
 
 OPTIONS = {"lora_rank": 2, "ema_decay": 0.5, "iterations": 2, "save_every": 1, "sample_every": 1, "num_samples": 1}
@@ -255,6 +256,78 @@ def test_an_evaluation_does_not_write_into_a_run(place, run):
     assert tree(run) == before
 
 
+# ------------------------------------------------------------------------------------------------ models and rewards
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"{}", b"[]", b"null"], ids=str)
+@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan"])
+def test_a_model_that_lacks_a_config_is_refused_before_anything_is_loaded(name, content, tmp_path):
+    model = Path(shutil.copytree(Path("tiny") / name, tmp_path / "model"))
+    distributed.pipeline_index(str(model))
+    for file in sorted(model.rglob("*config.json")):
+        whole = file.read_bytes()
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(cli.RunError, match=r"has no config, or a damaged one|lacks a tokenizer's files") as caught:
+            distributed.pipeline_index(str(model))
+        assert str(file.parent) in str(caught.value) and "\n" not in str(caught.value)
+        file.write_bytes(whole)
+
+
+def without_a_weight(content):
+    weights = safetensors.torch.load(content)
+    return safetensors.torch.save({name: weight for name, weight in list(weights.items())[1:]}, {"format": "pt"})
+
+
+DAMAGED_WEIGHTS = {
+    "absent": lambda content: None,
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "short": lambda content: content[:-3],
+    "text": lambda content: b"no weights",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED_WEIGHTS.values(), without_a_weight], ids=[*DAMAGED_WEIGHTS, "lacking"])
+def test_damaged_weights_of_a_model_are_one_line(damage, tmp_path):
+    model = Path(shutil.copytree("tiny/flux", tmp_path / "model"))
+    for file in sorted(model.rglob("*.safetensors")):
+        whole = file.read_bytes()
+        content = damage(whole)
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(cli.RunError, match=f"{file.parent}|{file.parent.name}") as caught:
+            distributed.load_parts(str(model), torch.float32)
+        assert "give --model a complete folder" in str(caught.value) and "\n" not in str(caught.value)
+        file.write_bytes(whole)
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+DAMAGED_PICKLES = DAMAGED_WEIGHTS | {
+    "a program": lambda content: pickle.dumps(Path.cwd),
+    "other weights": lambda content: saved({"x": torch.zeros(2)}),
+    "a list": lambda content: saved([torch.zeros(2)]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PICKLES.values(), ids=DAMAGED_PICKLES)
+@pytest.mark.parametrize(
+    "name, file",
+    [("hps", "hps/HPS_tiny.pt"), ("clip", "clip/open_clip_pytorch_model.bin"), ("vq", "videoalign/model.pth")],
+)
+def test_damaged_weights_of_a_reward_are_one_line(name, file, damage, tmp_path):
+    file = Path(file)
+    folder = Path(shutil.copytree(Path("tiny") / file.parent, tmp_path / "reward"))
+    content = damage((folder / file.name).read_bytes())
+    (folder / file.name).unlink() if content is None else (folder / file.name).write_bytes(content)
+    with pytest.raises(RewardError) as caught:
+        load_reward(name, {file.parent.name: str(folder)})
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------ what a run says of itself
 
 
@@ -287,7 +360,7 @@ def test_a_run_that_lost_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(nam
     todo = f"iterations 2 to 2, after {OLDER}" if name else "all 2 iterations are done, --iterations prolongs it"
     assert todo in capsys.readouterr().out
     for name in IN_CHECKPOINT[1:3]:
-        a, b = (load_file(folder / NEWEST / name) for folder in (run, finished[0]))
+        a, b = (safetensors.torch.load_file(folder / NEWEST / name) for folder in (run, finished[0]))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert rows(run) == rows(finished[0])
     assert tree(run).keys() == {run / path.relative_to(finished[0]) for path in tree(finished[0])}

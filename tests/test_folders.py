@@ -197,6 +197,15 @@ def test_resume_from_a_folder_that_was_moved(tmp_path, world):
     assert parse("--output-dir", str(tmp_path / "new"), "--resume").output_dir == str(tmp_path / "new")
 
 
+def test_resume_from_another_directory_goes_back_to_that_of_the_start(tmp_path, world, monkeypatch):
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    a_run(Path("run"), world)
+    monkeypatch.chdir(tmp_path)
+    assert parse("--output-dir", "start/run", "--resume").output_dir == str(tmp_path / "start" / "run")
+    assert Path.cwd() == tmp_path / "start"
+
+
 def test_resume_with_other_prompts_is_refused(tmp_path, world):
     a_run(tmp_path, world)
     before = tree(tmp_path)
