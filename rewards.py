@@ -621,7 +621,7 @@ def loading(name: str, path: str, what: str) -> Iterator[None]:
 
 def check_tokenizer(folder: str | Path) -> None:
     """Raise RewardError if a local folder lacks a tokenizer's files: transformers would invent one without words."""
-    names = {path.name for path in Path(folder).glob("*")}
+    names = {path.name for path in Path(folder).glob("*") if path.is_file()}
     vocabulary = names & {"tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"}
     if Path(folder).is_dir() and not ("tokenizer_config.json" in names and vocabulary):
         raise RewardError(f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")

@@ -178,7 +178,8 @@ def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
     )
     listed = _listed_first_frames(index)
     batch_size = config.prompts_per_iteration
-    batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in range(config.iterations))
+    epoch = range(min(config.iterations, -(-len(prompts) // batch_size)))  # of iterations, after which all were visited
+    batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in epoch)
     visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
     for prompt in world.progress(list(visited), desc="first frames", delay=2.0):
         visited[prompt] = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
@@ -311,5 +312,7 @@ def reading_picture(path: str | Path) -> Iterator[None]:
 
     try:
         yield
+    except FileNotFoundError as e:
+        raise RunError(f"there is no picture {path}; correct its path where it is named, or put it there") from e
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import logging
 import signal
 import warnings
@@ -196,7 +197,8 @@ def load_pretrained(loader, path: str, option: str = "--model", **options):
             if "gated" in f"{type(e.__cause__).__name__} {type(e).__name__} {e}".lower() or "401" in str(e)
             else f"give {option} a complete folder in diffusers' layout, or a hub id that this machine can reach"
         )
-        raise RunError(f"cannot load {path}: {reason}; {advice}") from e
+        part = f"/{options['subfolder']}" if options.get("subfolder") else ""
+        raise RunError(f"cannot load {path}{part}: {reason}; {advice}") from e
 
 
 class ModelConfig(dict):
@@ -217,11 +219,15 @@ def check_family(path: str, expected: str) -> None:
 
 
 def pipeline_index(path: str, option: str = "--model") -> dict:
-    """model_index.json of a pipeline. Raises RunError if it is damaged, or if one of its tokenizers lacks files."""
+    """model_index.json of a pipeline. Raises RunError if it is damaged, or lacks a component's config or tokenizer."""
     from diffusers import DiffusionPipeline
 
     index = load_pretrained(DiffusionPipeline.load_config, path, option)
     for name in index:
+        require(
+            has_config(Path(path, name)),
+            f"{Path(path, name)} has no config, or a damaged one; give {option} a whole folder",
+        )
         if name.startswith("tokenizer") and Path(path).is_dir():
             folder = Path(path, name)
             require(folder.is_dir(), f"{option} {path} has no folder {name}; complete it")
@@ -230,6 +236,17 @@ def pipeline_index(path: str, option: str = "--model") -> dict:
             except RewardError as e:
                 raise RunError(f"{option} {path} is not complete: {e}; add them") from e
     return index
+
+
+def has_config(folder: Path) -> bool:
+    """Whether a component's folder, if it is here, says what it holds. transformers takes its defaults where one does
+    not: a Llama of 7 billion parameters."""
+    files = [file for file in folder.glob("*config.json") if file.is_file()]
+    try:
+        contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    except (OSError, ValueError):
+        return False
+    return not folder.is_dir() or (bool(contents) and all(isinstance(c, dict) and c for c in contents))
 
 
 def load_weights(network_class: type, path: str, option: str = "--model", **options) -> nn.Module:

@@ -61,6 +61,11 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
     content["directory"], content["processes"] = os.getcwd(), world.size
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    init = None
+    if config.init and not world.from_main(complete_checkpoints(output_dir)):
+        init = find_init(config.init)
+        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
+        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
     if world.is_main:
         content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
@@ -71,6 +76,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         advice = "take another --output-dir"
         stored = refuse_foreign(output_dir) or content
         require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
+        content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
         found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
         require(
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
@@ -84,16 +90,11 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
                 f"start a new run in another --output-dir, which may --init from a checkpoint of this one",
             )
     world.barrier()
-    checkpoint, init = None, None
+    checkpoint = None
     if config.resume:
         checkpoint = newest_whole_checkpoint(output_dir, world, content)
         if world.is_main:
             content["changes"] = changes_on_resume(config, stored, checkpoint)
-    if config.init and not checkpoint:
-        init = find_init(config.init)
-        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
-        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
-    content["tracker_id"] = stored.get("tracker_id", secrets.token_hex(4)) if config.track and world.is_main else ""
     return Folder(content, checkpoint, init, Tracker(config.track if world.is_main else "", content, checkpoint))
 
 
@@ -682,9 +683,11 @@ class Run:
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         stop = self.preempted() and done < c.iterations
         if stop or done == c.iterations or done % c.save_every == 0:
-            self.metrics.draw()
+            if not stop:  # else there may be little time
+                self.metrics.draw()
             self.checkpoints.save(c.output_dir, done, model_card(c, self.checkpoints, done, row))
         if stop:
+            self.metrics.draw()
             message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
             if self.world.is_main:
                 self.bar.write(message)

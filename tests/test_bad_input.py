@@ -217,7 +217,7 @@ def test_prompts_that_cannot_be_shared_out(trainer, monkeypatch):
         ("--model tiny/flux", "--model tiny/flux is a FluxPipeline; this script trains a StableDiffusionPipeline"),
         ("--model tiny/hunyuan", "--model tiny/hunyuan is a HunyuanVideoPipeline"),
         ("--max-sequence-length 5", "unrecognized arguments: --max-sequence-length 5"),
-        ("--dry-run --model tiny/flux", "cannot load tiny/flux: "),
+        ("--dry-run --model tiny/flux", "cannot load tiny/flux/unet: "),
     ],
 )
 def test_options_of_diffusion(words, expected):
@@ -230,7 +230,7 @@ def test_options_of_diffusion(words, expected):
         ("--model tiny/sd", "--model tiny/sd is a StableDiffusionPipeline; this script trains a FluxPipeline"),
         ("--model tiny/hunyuan", "--model tiny/hunyuan is a HunyuanVideoPipeline"),
         ("--frames 5", "unrecognized arguments: --frames 5"),
-        ("--dry-run --model tiny/sd", "cannot load tiny/sd: "),
+        ("--dry-run --model tiny/sd", "cannot load tiny/sd/transformer: "),
         ("--dry-run --model tiny/hunyuan", "its transformer is a HunyuanVideoTransformer3DModel"),
     ],
 )
@@ -330,7 +330,7 @@ def test_torchruns_variables(trainer, variables, expected, monkeypatch):
     [
         (None, "image to video needs first frames: name a folder or a JSONL file with --first-frames"),
         ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in "),
-        ('{"prompt": "a red circle", "image": "none.png"}', "none.png"),
+        ('{"prompt": "a red circle", "image": "none.png"}', "none.png; correct its path"),
         ('{"prompt": "a red circle", "image": "text.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle", "image": "half.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle"}', 'first_frames.jsonl line 1 is not {"image": "…"}'),

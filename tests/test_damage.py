@@ -1,8 +1,10 @@
 """A finished run whose files are damaged, lost or exchanged is continued rightly, or refused in one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import pickle
 import random
 import re
 import shlex
@@ -10,6 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 import eval as evaluation
 import grpo_flux
@@ -17,7 +21,7 @@ import grpo_sd
 import grpo_video
 import small
 from evaluation.models import check_whole
-from rewards import RewardError
+from rewards import RewardError, load_reward
 from runtime import cli, data, distributed, output
 
 OPTIONS = {"lora_rank": 2, "ema_decay": 0.5, "iterations": 2, "save_every": 1, "sample_every": 1, "num_samples": 1}
@@ -252,6 +256,78 @@ def test_an_evaluation_does_not_write_into_a_run(place, run):
     assert tree(run) == before
 
 
+# ------------------------------------------------------------------------------------------------ models and rewards
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"{}", b"[]", b"null"], ids=str)
+@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan"])
+def test_a_model_that_lacks_a_config_is_refused_before_anything_is_loaded(name, content, tmp_path):
+    model = Path(shutil.copytree(Path("tiny") / name, tmp_path / "model"))
+    distributed.pipeline_index(str(model))
+    for file in sorted(model.rglob("*config.json")):
+        whole = file.read_bytes()
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(cli.RunError, match=r"has no config, or a damaged one|lacks a tokenizer's files") as caught:
+            distributed.pipeline_index(str(model))
+        assert str(file.parent) in str(caught.value) and "\n" not in str(caught.value)
+        file.write_bytes(whole)
+
+
+def without_a_weight(content):
+    weights = safetensors.torch.load(content)
+    return safetensors.torch.save({name: weight for name, weight in list(weights.items())[1:]}, {"format": "pt"})
+
+
+DAMAGED_WEIGHTS = {
+    "absent": lambda content: None,
+    "empty": lambda content: b"",
+    "truncated": lambda content: content[: len(content) // 2],
+    "short": lambda content: content[:-3],
+    "text": lambda content: b"no weights",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGED_WEIGHTS.values(), without_a_weight], ids=[*DAMAGED_WEIGHTS, "lacking"])
+def test_damaged_weights_of_a_model_are_one_line(damage, tmp_path):
+    model = Path(shutil.copytree("tiny/flux", tmp_path / "model"))
+    for file in sorted(model.rglob("*.safetensors")):
+        whole = file.read_bytes()
+        content = damage(whole)
+        file.unlink() if content is None else file.write_bytes(content)
+        with pytest.raises(cli.RunError, match=f"{file.parent}|{file.parent.name}") as caught:
+            distributed.load_parts(str(model), torch.float32)
+        assert "give --model a complete folder" in str(caught.value) and "\n" not in str(caught.value)
+        file.write_bytes(whole)
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+DAMAGED_PICKLES = DAMAGED_WEIGHTS | {
+    "a program": lambda content: pickle.dumps(Path.cwd),
+    "other weights": lambda content: saved({"x": torch.zeros(2)}),
+    "a list": lambda content: saved([torch.zeros(2)]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PICKLES.values(), ids=DAMAGED_PICKLES)
+@pytest.mark.parametrize(
+    "name, file",
+    [("hps", "hps/HPS_tiny.pt"), ("clip", "clip/open_clip_pytorch_model.bin"), ("vq", "videoalign/model.pth")],
+)
+def test_damaged_weights_of_a_reward_are_one_line(name, file, damage, tmp_path):
+    file = Path(file)
+    folder = Path(shutil.copytree(Path("tiny") / file.parent, tmp_path / "reward"))
+    content = damage((folder / file.name).read_bytes())
+    (folder / file.name).unlink() if content is None else (folder / file.name).write_bytes(content)
+    with pytest.raises(RewardError) as caught:
+        load_reward(name, {file.parent.name: str(folder)})
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------ what a run says of itself
 
 
@@ -284,7 +360,8 @@ def test_a_run_that_lost_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(nam
     todo = f"iterations 2 to 2, after {OLDER}" if name else "all 2 iterations are done, --iterations prolongs it"
     assert todo in capsys.readouterr().out
     for name in IN_CHECKPOINT[1:3]:
-        assert (run / NEWEST / name).read_bytes() == (finished[0] / NEWEST / name).read_bytes()
+        a, b = (safetensors.torch.load_file(folder / NEWEST / name) for folder in (run, finished[0]))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert rows(run) == rows(finished[0])
     assert tree(run).keys() == {run / path.relative_to(finished[0]) for path in tree(finished[0])}
 
@@ -319,30 +396,25 @@ class Started(Exception):
     """All options are right, and the models would be loaded."""
 
 
-VALUES = [
-    "",
-    " ",
-    "-1",
-    "0",
-    "1",
-    "2",
-    "3",
-    "5",
-    "8",
-    "0.5",
-    "1.5",
-    "nan",
-    "inf",
-    "-inf",
-    "1e-9",
-    "1e400",
-    "9" * 20,
-    "x",
-]
-VALUES += ["hps", "clip:2", "hps@0.3", "hps,clip", "hps:", "@", ":", "=", ",", "hps=tiny/hps", "clip=tiny/clip,hps=x"]
-VALUES += ["tiny/flux", "tiny/sd", "tiny/hunyuan", "tiny/skyreels", "tiny/flux/vae", "tiny/hps", "tiny", ".", "/", "~"]
-VALUES += ["prompts/tiny.txt", "prompts/moving.jsonl", "README.md", "sampling.py:x", "a/b", "\0", "y" * 300, "\udcff"]
-VALUES += ["dance", "cps", "guard", "bfloat16", "auto", "float64", "--seed", "é", "{}", "None", "\n"]
+# Values of random options, which | divides.
+NUMBERS = "-1|0|1|2|3|4|5|8|32|64|0.5|1.5|nan|inf|-inf|1e-9|1e400|1e3|+4|1_0|x|--seed||" + 20 * "9"
+VALUES = "x|hps|clip:2|hps@0.3|hps,clip|hps:|@|:|=|,|hps=tiny/hps|clip=x,hps=x|vq,mq|mean|dance|cps|guard|auto|float64|"
+VALUES += "tiny/flux|tiny/sd|tiny/hunyuan|tiny/skyreels|tiny/flux/vae|tiny/hps|tiny|.|/|~|a/b|README.md|{}|None|--seed|"
+VALUES += "prompts/tiny.txt|prompts/moving.jsonl|sampling.py:x|| |\n|\0|\u00e9|\udcff|" + 300 * "y"
+BASES = {"tiny": "tiny/flux", "tiny-video": "tiny/hunyuan"}  # of eval.py's presets
+
+
+def random_words(rng, script, output_dir):
+    """A command line of one to three options with values that are often wrong."""
+    preset = rng.choice([name for name in script.PRESETS if "tiny" in name])
+    words = ["--preset", preset, "--output-dir", str(output_dir)]
+    words += ["--model", BASES[preset]] if script is evaluation else []
+    fields = [f for f in dataclasses.fields(script.Config) if f.name not in ("preset", "output_dir", "dry_run")]
+    for field in rng.sample(fields, rng.choice([1, 1, 2, 3])):
+        words.append(f"--{field.name.replace('_', '-')}")
+        if not isinstance(field.default, bool):
+            words.append(rng.choice((NUMBERS if isinstance(field.default, int | float) else VALUES).split("|")))
+    return words
 
 
 @pytest.mark.slow
@@ -359,11 +431,7 @@ def test_300_random_command_lines_start_or_end_in_one_line(tmp_path, monkeypatch
     for number in range(300):
         script = scripts[number % 4]
         out = tmp_path / str(number)
-        preset = rng.choice([name for name in script.PRESETS if "tiny" in name])
-        options = sorted(script.Config.__dataclass_fields__.keys() - {"preset", "output_dir", "dry_run"})
-        words = ["--preset", preset, "--output-dir", str(out)]
-        for name in rng.sample(options, rng.choice([1, 1, 2, 3])):
-            words += [f"--{name.replace('_', '-')}"] + [rng.choice(VALUES)] * (rng.random() < 0.95)
+        words = random_words(rng, script, out)
         try:
             line = outcome(lambda: script.main(cli.parse_config(script.Config, script.PRESETS, words)))  # noqa: B023
         except Started:
@@ -373,4 +441,4 @@ def test_300_random_command_lines_start_or_end_in_one_line(tmp_path, monkeypatch
         else:
             assert line.startswith("error: "), words
             assert not tree(out), words
-    assert 30 < started < 200
+    assert 30 < started < 270

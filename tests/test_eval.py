@@ -559,7 +559,7 @@ def first_frame(path):
         ({"transformer": "tiny/flux/vae"}, "--transformer tiny/flux/vae is a AutoencoderKL"),
         ({"model": "tiny/flux/transformer"}, "cannot load tiny/flux/transformer"),
         ({"prompts": "prompts"}, "no prompt file 'prompts'"),
-        ({"prompts": "MIXED.jsonl"}, "line 2: the style must be a string"),
+        ({"prompts": "MIXED.jsonl", "metrics": "hps"}, "line 2: the style must be a string"),
         ({"output_dir": "tiny/hps"}, "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, which no run wrote"),
         ({"output_dir": "tiny/flux"}, "tiny/flux holds model_index.json, which no run wrote"),
         ({"output_dir": "tiny/flux/vae"}, "tiny/flux/vae holds a config.json that is no run's"),
@@ -605,7 +605,7 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
         for key, value in options.items()
     }
     with pytest.raises((cli.RunError, RewardError)) as caught:
-        evaluate(tmp_path / "out", **options)
+        evaluate(**{"output_dir": tmp_path / "out"} | options)
     assert filled(expected) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 

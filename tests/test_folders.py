@@ -174,10 +174,36 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
     assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
 
 
+def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(tmp_path, world):
+    cfg = replace(a_run(tmp_path, world), resume=True, init=str(tmp_path / "gone" / "checkpoint-000001"))
+    folder = output.open_folder(cfg, world, ["one", "two"])
+    assert folder.init is None and folder.checkpoint == tmp_path / "checkpoint-000002"
+    folder.checkpoint.rename(tmp_path / "taken-away")
+    with pytest.raises(cli.RunError, match=r"--init: there is no .*gone/checkpoint-000001; give RUN/checkpoint-NNNNNN"):
+        output.open_folder(cfg, world, ["one", "two"])
+
+
+def test_a_tracker_keeps_its_id(tmp_path, world):
+    cfg = replace(a_run(tmp_path, world), resume=True)
+    before = json.loads((tmp_path / "config.json").read_text())["tracker_id"]
+    assert len(before) == 8
+    for track in ("tensorboard", ""):
+        assert output.open_folder(replace(cfg, track=track), world, ["one", "two"]).config["tracker_id"] == before
+
+
 def test_resume_from_a_folder_that_was_moved(tmp_path, world):
     a_run(tmp_path / "old", world)
     (tmp_path / "old").rename(tmp_path / "new")
     assert parse("--output-dir", str(tmp_path / "new"), "--resume").output_dir == str(tmp_path / "new")
+
+
+def test_resume_from_another_directory_goes_back_to_that_of_the_start(tmp_path, world, monkeypatch):
+    (tmp_path / "start").mkdir()
+    monkeypatch.chdir(tmp_path / "start")
+    a_run(Path("run"), world)
+    monkeypatch.chdir(tmp_path)
+    assert parse("--output-dir", "start/run", "--resume").output_dir == str(tmp_path / "start" / "run")
+    assert Path.cwd() == tmp_path / "start"
 
 
 def test_resume_with_other_prompts_is_refused(tmp_path, world):
