@@ -291,14 +291,7 @@ class Checkpoints:
             names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
             sums = sha256_of(part, self.world.from_main(names), self.world)
             if self.world.is_main and card:
-                (part / "README.md").write_text(card, encoding="utf-8")
-                newest = sorted(final.parent.glob("samples/" + 6 * "[0-9]" + ".png"))[-1:]
-                for file, name in [
-                    (final.parent / "reward.png", "reward.png"),
-                    *((file, "samples.png") for file in newest),
-                ]:
-                    if file.is_file():
-                        shutil.copy(file, part / name)
+                self._write_card(part, iteration, card)
             require(UNREADABLE not in sums.values(), f"could not read {part} again; the checkpoint is not saved")
             if self.world.is_main:
                 write_atomically(
@@ -308,6 +301,14 @@ class Checkpoints:
                 part.rename(final)
                 self._delete_old_states(final)
             self.world.barrier()
+
+    def _write_card(self, folder: Path, iteration: int, card: str) -> None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        sheets = [path for path in sorted(folder.parent.glob("samples/*.png")) if path.stem.isdigit()]
+        sheets = [path for path in sheets if int(path.stem) <= iteration]  # later ones: of a run that continued earlier
+        for file, name in zip([folder.parent / "reward.png", *sheets[-1:]], self.CARD[1:], strict=False):
+            if file.is_file():
+                shutil.copy(file, folder / name)
 
     def require_finite(self, iteration: int) -> None:
         """Raise RunError if a trained weight, or its average, is infinite or NaN. A collective."""

@@ -264,12 +264,15 @@ def test_the_learning_rate_may_be_changed_on_resume_and_that_is_written_down(sma
     grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, [*words, "--learning-rate", "1e-9"]))
     assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
     shutil.rmtree(out / "checkpoint-000003")
+    (out / "samples" / "000004.png").write_text("later than the next checkpoint")
     assert "from iteration 3 on --learning-rate is 1e-09, before 0.0001\n" in capsys.readouterr().err
     grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))  # keeps it
     assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
     config = json.loads((out / "config.json").read_text())
     assert config["learning_rate"] == 1e-9
     assert config["changes"] == [{"iteration": 2, "learning_rate": [1e-4, 1e-9]}]
+    sheet = (out / "checkpoint-000003" / "samples.png").read_bytes()
+    assert sheet == (out / "samples" / "000003.png").read_bytes()
     a, b = metrics(small_run("flux")), metrics(out)
     assert a[:2] == b[:2] and a[2]["reward_mean"] == b[2]["reward_mean"]  # the rollout came before its update
     assert distance(weights("flux", small_run("flux"), 3), weights("flux", out, 3)) > 1e-5
