@@ -722,8 +722,9 @@ def end_line(config, checkpoints: Checkpoints, done: int) -> str:
     """How to evaluate the last checkpoint, and how to load it."""
     checkpoint, paths = Path(config.output_dir, name_of(done)), parse_paths(config.reward_paths)
     options = ["--prompts", config.prompts] if Path(config.prompts).is_file() else []
-    if metrics := [name for name, model in MODEL_OF.items() if model in paths and model != "geneval"]:
-        own = ",".join(f"{name}={path}" for name, path in paths.items() if name != "geneval")
+    other = {"geneval"} | ({"videoalign"} if getattr(config, "frames", 1) == 1 else set())  # judge in another way
+    if metrics := [name for name, model in MODEL_OF.items() if model in paths.keys() - other]:
+        own = ",".join(f"{name}={path}" for name, path in paths.items() if name not in other)
         options += ["--metrics", ",".join(metrics), "--reward-paths", own]
     command = shlex.join(["python", "eval.py", "--checkpoint", str(checkpoint), *options])
     kind, part = type(checkpoints.network).__name__.removeprefix("FSDP"), checkpoints.component

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -342,6 +343,22 @@ def test_a_run_says_what_it_trains_and_how_to_go_on(finished):
     assert (family, models[1].weights, len(rows)) == ("FluxPipeline", str(folder / NEWEST / IN_CHECKPOINT[1]), 204)
     assert (cfg.metrics, cfg.reward_paths) == ("hps,clip", "hps=tiny/hps,clip=tiny/clip")
     assert Path(command[2]) == folder / NEWEST
+
+
+@pytest.mark.parametrize("case, metrics, paths", [
+    ("sd", "hps,clip", "hps=tiny/hps,clip=tiny/clip"),
+    ("t2v", "hps,vq,mq,ta", "hps=tiny/hps,videoalign=tiny/videoalign"),
+    ("t2i", "hps", "hps=tiny/hps"),  # one frame is no video
+])  # fmt: skip
+def test_the_metrics_that_a_run_advises_can_judge_what_it_draws(case, metrics, paths):
+    cfg = small.config(case, output_dir="runs/x")
+    checkpoints = SimpleNamespace(network=torch.nn.Linear(1, 1), component="net", is_lora=False)
+    line = output.end_line(cfg, checkpoints, 7)
+    assert (
+        f"--checkpoint runs/x/checkpoint-000007 --prompts {cfg.prompts} --metrics {metrics} --reward-paths {paths};"
+        in line
+    )
+    assert line.endswith("to load it: diffusers.Linear.from_pretrained('runs/x/checkpoint-000007', subfolder='net')")
 
 
 def rows(folder):
