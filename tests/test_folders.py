@@ -1,6 +1,7 @@
 """Output folders belong to one run, prompts are read as they are written, and damage is told in one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -175,9 +176,14 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
 
 
 def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(tmp_path, world):
-    cfg = replace(a_run(tmp_path, world), resume=True, init=str(tmp_path / "gone" / "checkpoint-000001"))
+    init, run = tmp_path / "gone" / "checkpoint-000001", tmp_path / "run"
+    (init / "transformer").mkdir(parents=True)
+    (init / "transformer" / "config.json").write_text("{}")
+    (init / "checksums.json").write_text(json.dumps(cli.seal({"files": {}, "iteration": 1})))
+    cfg = replace(a_run(run, world, init=str(init)), resume=True)
+    shutil.rmtree(init)
     folder = output.open_folder(cfg, world, ["one", "two"])
-    assert folder.init is None and folder.checkpoint == tmp_path / "checkpoint-000002"
+    assert folder.init is None and folder.checkpoint == run / "checkpoint-000002"
     folder.checkpoint.rename(tmp_path / "taken-away")
     with pytest.raises(cli.RunError, match=r"--init: there is no .*gone/checkpoint-000001; give RUN/checkpoint-NNNNNN"):
         output.open_folder(cfg, world, ["one", "two"])

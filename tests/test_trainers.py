@@ -215,7 +215,8 @@ def test_a_checkpoint_has_a_model_card_which_may_be_edited(small_run, tmp_path):
     world = distributed.start_world()
     (checkpoint / "README.md").write_text("my own words")
     (checkpoint / "reward.png").unlink()
-    assert output.newest_whole_checkpoint(out, world) == checkpoint  # --resume is content
+    content = json.loads((out / "config.json").read_text())
+    assert output.newest_whole_checkpoint(out, world, content) == checkpoint  # --resume is content
     options = ["--preset", "tiny", "--checkpoint", str(checkpoint)]  # and so is eval.py, with the folder as it is
     _, _, models, _ = evaluation.plan(cli.parse_config(evaluation.Config, evaluation.PRESETS, options))
     assert [model.kind for model in models] == ["base", "network"]
