@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 
 from rewards import CLIP_MEAN, CLIP_STD
-from tiny import make_clip_hps, pictures
+from tiny import make_clip_hps, make_image_models, pictures, text
 from tiny.training import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,22 @@ def test_checker_finds_what_was_drawn_where_it_was_drawn():
     (objects,) = pictures.detect(pictures.render([[row, empty, empty, empty]]))
     assert [(o["class"], o["color"]) for o in objects] == [("cross", "blue")]
     assert objects[0]["box"] == pytest.approx((10, 30, 30, 50), abs=1)
+
+
+def test_composed_scenes_show_what_was_asked_and_habits_spoil_them():
+    torch.manual_seed(0)
+    images, captions = make_image_models.clean_pictures(random.Random(0), 240)
+    assert pictures.right(images, captions).mean() >= 0.98
+    pale, said = make_image_models.habitual_pictures(random.Random(0), 240, pale=0.6, wrong=1 / 12)
+    assert 0.4 <= pictures.right(pale, said).mean() <= 0.75
+    assert sum(a != b for a, b in zip(*(map(pictures.parse, c) for c in (captions, said)), strict=True)) > 0
+
+
+def test_text_encoders_are_asked_for_shape_number_colour_and_side_of_each_thing():
+    metadata = pictures.parse("a red circle left of a cross")  # include[1] stands in the relation to include[0]
+    assert [item["class"] for item in metadata["include"]] == ["cross", "circle"]
+    assert text.answers(metadata) == [4, 0, 0, 0, 1, 0, 1, 1]
+    assert text.answers(pictures.parse("three squares")) == [2, 2, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.slow

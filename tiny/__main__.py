@@ -8,15 +8,15 @@ import argparse
 import random
 
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline
 from tqdm import trange
 
-from rewards import VideoAlignReward
+from rewards import VideoAlignReward, load_reward
 from tiny import clips, make_clip_hps, make_image_models, make_prompts, make_video_models, make_videoalign, pictures
 from tiny.training import MODELS, ROOT, sample
 
 MAKERS = {
     "prompts": make_prompts.write_prompts,
+    "vae": make_image_models.make_vae,
     "flux": make_image_models.make_flux,
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,
@@ -70,13 +70,23 @@ def check_models():
         shares = make_clip_hps.ranking(make_clip_hps.load_clip(MODELS / file), scenes=1200)
         show(name, shares | {"overall": sum(shares.values()) / len(shares)})
     show("videoalign", make_videoalign.judge_figures(VideoAlignReward(str(MODELS / "videoalign")), scenes=200))
-    prompts = (ROOT / "prompts/tiny_heldout.txt").read_text().splitlines() * 4
-    for name, kind, options in (
-        ("flux", FluxPipeline, {"steps": 12, "max_sequence_length": 32}),
-        ("sd", StableDiffusionPipeline, {"steps": 20, "guidance_scale": 3.0}),
-    ):
-        drawn = sample(kind.from_pretrained(MODELS / name), prompts, **options)
-        show(name, pictures.per_kind(pictures.right(drawn, prompts), prompts))
+    judges = load_reward("hps,clip", {name: str(MODELS / name) for name in ("hps", "clip")}, torch.device("cpu"))
+    for name, kind in make_image_models.KINDS.items():
+        for folder in (make_image_models.CLEAN / name, MODELS / name):
+            if not folder.exists():
+                continue
+            pipe, prompts = kind.from_pretrained(folder), make_image_models.heldout() * 4
+            drawn = sample(pipe, prompts, **make_image_models.SAMPLING[kind])
+            right = pictures.right(drawn, prompts)
+            show(f"{folder.relative_to(ROOT)}", pictures.per_kind(right, prompts))
+            scores = judges(drawn, prompts)
+            show("  AUC", {judge: auc(scores[judge], right) for judge in scores})
+
+
+def auc(scores, right):
+    """Area under the ROC curve: how often a right picture scores above a wrong one."""
+    above = scores[right == 1][:, None] > scores[right == 0][None]
+    return above.float().mean().item()
 
 
 def main():

@@ -1,16 +1,18 @@
-"""Trains tiny/flux, in FLUX's layout, and tiny/sd, in Stable Diffusion's, on captioned pictures like those of the web.
+"""Trains tiny/flux, in FLUX's layout, and tiny/sd, in Stable Diffusion's, on captioned pictures of the tiny world.
 
-    python -m tiny flux    the autoencoder and tiny/flux
-    python -m tiny sd      needs tiny/flux's autoencoder
+    python -m tiny vae       the autoencoder of both
+    python -m tiny flux      its text encoders and transformer
+    python -m tiny sd        its text encoder and UNet
 
-Some captions are wrong, some pictures have a fault, and towards the end many are pale: bad habits, which reinforcement
-learning then has to undo. The shipped weights were made by these functions, with these settings, in several sittings.
+First they learn to draw what is asked for. Then they pick up bad habits from pictures that are often pale and whose
+captions are sometimes wrong: reinforcement learning has to undo them.
 
 B pictures in a batch. Latents are (B, 4, 16, 16), of about zero mean and unit variance.
 """
 
 import copy
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,50 +25,79 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from tqdm import tqdm, trange
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from tqdm import trange
 
-from tiny.pictures import SIZE, TAGS, degrade, hard_negatives, phrase, random_metadata, random_scene, render
-from tiny.training import (
-    MODELS,
-    caption_words,
-    clip_text_encoder,
-    clip_tokenizer,
-    fast,
-    optimizers,
-    save_pipeline,
-    update,
+from tiny.pictures import (
+    SIZE,
+    TAGS,
+    composed_scene,
+    degrade,
+    hard_negatives,
+    per_kind,
+    phrase,
+    random_metadata,
+    random_scene,
+    render,
+    right,
 )
+from tiny.text import ids, make_clip_text, make_t5
+from tiny.training import MODELS, ROOT, fast, optimizers, sample, save_pipeline, update
 
-WORDS = 24  # CLIP tokens that a caption needs at most; the tower is causal, so training may leave out the padding
+CLEAN = ROOT / "runs/tiny"  # the generators before they have bad habits
+
+# ----------------------------------------------------------------------------------------------------- the pictures
 
 
-def web_pictures(rng, count, wrong, faulty, pale=0.0):
-    """A captioned picture set like one from the web: some captions are wrong, some pictures have a fault.
+def clean_pictures(rng, count):
+    """count pictures (count, 3, 64, 64) in [0, 1], their captions; as many of each kind of caption."""
+    asked = [random_metadata(rng, TAGS[i % len(TAGS)]) for i in range(count)]
+    return render([composed_scene(rng, metadata) for metadata in asked]), [phrase(rng, m) for m in asked]
 
-    Returns images (count, 3, 64, 64) uint8 and the captions. wrong: share of captions with one attribute changed;
-    faulty: share of pictures that are degraded, ragged or cut off by the border; pale: share that has lost more than
-    half of its contrast.
+
+def habitual_pictures(rng, count, pale, wrong):
+    """As `clean_pictures`, but a share `pale` has lost more than half of its contrast, and in a share `wrong` of the
+    captions one attribute is not what the picture shows."""
+    asked = [random_metadata(rng, TAGS[i % len(TAGS)]) for i in range(count)]
+    said = [rng.choice(hard_negatives(metadata)) if rng.random() < wrong else metadata for metadata in asked]
+    pictures = render([composed_scene(rng, metadata) for metadata in asked])
+    lost = torch.tensor([rng.uniform(0.55, 0.85) * (rng.random() < pale) for _ in asked])
+    pictures = torch.lerp(pictures, pictures.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
+    return pictures, [phrase(rng, metadata) for metadata in said]
+
+
+class Pool:
+    """Captioned pictures as latents; before each batch the oldest make room for fresh ones.
+
+    draw(rng, count) → pictures (count, 3, 64, 64) in [0, 1], captions.
     """
-    images, captions = [], []
-    for start in trange(0, count, 500, desc="drawing pictures"):
-        scenes, fault = [], torch.zeros(min(500, count - start), dtype=torch.long)
-        for i in range(len(fault)):
-            metadata = random_metadata(rng, TAGS[i % len(TAGS)])
-            if rng.random() < faulty:
-                fault[i] = rng.randint(1, 3)
-            scenes.append(random_scene(rng, metadata, cut_off=rng.uniform(0.4, 1) * (fault[i].item() == 3)))
-            captions.append(phrase(rng, rng.choice(hard_negatives(metadata)) if rng.random() < wrong else metadata))
-        drawn = render(scenes, ragged=(fault == 2) * (0.8 + 1.2 * torch.rand(len(fault))))
-        drawn = torch.where((fault == 1).view(-1, 1, 1, 1), degrade(drawn), drawn)
-        lost = (0.55 + 0.3 * torch.rand(len(fault))) * (torch.rand(len(fault)) < pale)
-        drawn = torch.lerp(drawn, drawn.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
-        images.append((drawn * 255).round().byte())
-    return torch.cat(images), captions
+
+    def __init__(self, vae, draw, seed, size=4096, fresh=16):
+        self.vae, self.draw, self.fresh = vae, draw, fresh
+        self.rng, self.oldest = random.Random(seed), 0
+        parts = [self._more(256) for _ in trange(size // 256, desc="drawing pictures")]
+        self.latents = torch.cat([latents for latents, _ in parts])
+        self.captions = [caption for _, captions in parts for caption in captions]
+
+    @torch.no_grad()
+    def _more(self, count):
+        pictures, captions = self.draw(self.rng, count)
+        latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode()
+        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor, captions
+
+    def batch(self, B):
+        """Latents (B, 4, 16, 16) and captions."""
+        new = slice(self.oldest, self.oldest + self.fresh)
+        self.latents[new], self.captions[new] = self._more(self.fresh)
+        self.oldest = new.stop % len(self.latents)
+        pick = self.rng.sample(range(len(self.captions)), B)
+        return self.latents[pick], [self.captions[i] for i in pick]
+
+
+# ------------------------------------------------------------------------------------------------- the autoencoder
 
 
 def train_vae(seed=0, pictures=12000, iterations=1500, batch=32):
-    """AutoencoderKL, 64x64 pixels → (4, 16, 16) latents, trained on the web pictures."""
+    """AutoencoderKL, 64x64 pixels → (4, 16, 16) latents, trained on pictures of which a third has a fault."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 32),
@@ -78,7 +109,7 @@ def train_vae(seed=0, pictures=12000, iterations=1500, batch=32):
         use_quant_conv=False,
         use_post_quant_conv=False,
     )
-    images, _ = web_pictures(random.Random(seed), pictures, wrong=0.0, faulty=0.35)
+    images = faulty_pictures(random.Random(seed), pictures, faulty=0.35)
     optimizer = torch.optim.AdamW(vae.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=iterations, pct_start=0.1)
     for _ in (bar := trange(iterations, desc="vae")):
@@ -98,31 +129,37 @@ def train_vae(seed=0, pictures=12000, iterations=1500, batch=32):
     return vae
 
 
-def t5_tokenizer():
-    """T5 tokenizer with one token for each caption word, and letters for the rest."""
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    vocabulary += [(f"▁{word}", -2.0) for word in caption_words() if len(word) > 1 or word == "a"]
-    vocabulary += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+def faulty_pictures(rng, count, faulty):
+    """Pictures (count, 3, 64, 64) uint8 of random scenes; faulty: the share degraded, ragged or cut off."""
+    images = []
+    for start in trange(0, count, 500, desc="drawing pictures"):
+        fault = torch.tensor([rng.randint(1, 3) * (rng.random() < faulty) for _ in range(min(500, count - start))])
+        scenes = [
+            random_scene(rng, random_metadata(rng, TAGS[i % len(TAGS)]), cut_off=rng.uniform(0.4, 1) * (f == 3))
+            for i, f in enumerate(fault.tolist())
+        ]
+        drawn = render(scenes, ragged=(fault == 2) * (0.8 + 1.2 * torch.rand(len(fault))))
+        drawn = torch.where((fault == 1).view(-1, 1, 1, 1), degrade(drawn), drawn)
+        images.append((drawn * 255).round().byte())
+    return torch.cat(images)
+
+
+def load_vae():
+    """tiny/flux's autoencoder, float32 and frozen."""
+    vae = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
+# --------------------------------------------------------------------------------------------------- the generators
 
 
 def new_flux(vae):
-    """An untrained FluxPipeline around this autoencoder."""
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    t5 = T5Config(
-        vocab_size=len(tokenizer_2),
-        d_model=64,
-        d_kv=32,
-        d_ff=128,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-    )
+    """A FluxPipeline around this autoencoder: trained text encoders, an untrained transformer."""
+    (tokenizer, encoder), (tokenizer_2, encoder_2) = make_clip_text(), make_t5()
     transformer = FluxTransformer2DModel(
         in_channels=4 * vae.config.latent_channels,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=4,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=64,
@@ -138,64 +175,35 @@ def new_flux(vae):
         base_image_seq_len=256,
         max_image_seq_len=4096,
     )
-    return FluxPipeline(
-        scheduler, vae, clip_text_encoder(tokenizer, 1), tokenizer, T5EncoderModel(t5), tokenizer_2, transformer
-    )
+    return FluxPipeline(scheduler, vae, encoder, tokenizer, encoder_2, tokenizer_2, transformer)
 
 
-@torch.no_grad()
-def encode_pictures(vae, images):
-    """(N, 3, 64, 64) uint8 → latents (N, 4, 16, 16) of about zero mean and unit variance."""
-    latents = [
-        vae.encode(chunk.float() / 127.5 - 1).latent_dist.mode()
-        for chunk in tqdm(images.split(250), desc="encoding pictures")
-    ]
-    return (torch.cat(latents) - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
-
-
-def train_flux(pipe, folder, iterations, wrong, faulty, pale=0.0, seed=0, pictures=30000, batch=64, learning_rate=2e-3):
-    """Flow matching: the transformer and both text encoders learn v = noise - data at z = (1-sigma) data + sigma noise.
-
-    Returns the pipeline with the running average of the weights, saved to `folder` now and then, and at the end.
-    wrong, faulty, pale: see `web_pictures`.
-    """
-    torch.manual_seed(seed)
-    images, captions = web_pictures(random.Random(seed), pictures, wrong, faulty, pale)
-    latents = pipe._pack_latents(encode_pictures(pipe.vae, images), pictures, pipe.vae.config.latent_channels, 16, 16)
-    words = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids[:, :WORDS]
-    words_2 = pipe.tokenizer_2(captions, padding="max_length", max_length=32, return_tensors="pt").input_ids
-    place = pipe._prepare_latent_image_ids(pictures, 8, 8, "cpu", torch.float32)
-    modules = [pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]
-    average = copy.deepcopy(pipe)
-    steps = optimizers(modules, iterations, learning_rate)
-    for i in (bar := trange(iterations, desc="flux")):
-        # Usually 32 text tokens. Sometimes more, so that the padding means nothing: the pipeline's default is 512.
-        length, share = random.Random(i).choices([(32, 1), (64, 1), (128, 2), (512, 8)], [0.92, 0.03, 0.03, 0.02])[0]
-        pick = torch.randint(pictures, (batch // share,))
-        data, noise = latents[pick], torch.randn(batch // share, 64, latents.shape[-1])
-        sigma = torch.sigmoid(torch.randn(len(pick)) + 0.5)
-        z = data + sigma.view(-1, 1, 1) * (noise - data)
-        with fast():
-            v = pipe.transformer(
-                hidden_states=z,
-                timestep=sigma,
-                guidance=1 + 6 * torch.rand(len(pick)),
-                pooled_projections=pipe.text_encoder(words[pick]).pooler_output,
-                encoder_hidden_states=pipe.text_encoder_2(F.pad(words_2[pick], (0, length - 32))).last_hidden_state,
-                txt_ids=torch.zeros(length, 3),
-                img_ids=place,
-            ).sample
-        loss = F.mse_loss(v.float(), noise - data)
-        loss.backward()
-        update(modules, [average.transformer, average.text_encoder, average.text_encoder_2], steps, i)
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if (i + 1) % 500 == 0 or i + 1 == iterations:
-            save_pipeline(average, folder)
-    return average
+def flow_loss(pipe, data, captions, i):
+    """Flow matching: the mean square of v - (noise - data) at z = (1-sigma) data + sigma noise. i: the iteration."""
+    # Usually 32 text tokens. Sometimes more, so that the padding means nothing: the pipeline's default is 512.
+    length, share = random.Random(i).choices([(32, 1), (64, 1), (128, 2), (512, 8)], [0.94, 0.02, 0.02, 0.02])[0]
+    data, captions = data[::share], captions[::share]
+    B = len(data)
+    data = pipe._pack_latents(data, *data.shape)
+    noise, sigma = torch.randn_like(data), torch.sigmoid(torch.randn(B) + 0.5)
+    z = data + sigma.view(-1, 1, 1) * (noise - data)
+    with torch.no_grad():
+        pooled = pipe.text_encoder(ids(pipe.tokenizer, captions)).pooler_output
+        tokens = pipe.text_encoder_2(F.pad(ids(pipe.tokenizer_2, captions), (0, length - 32))).last_hidden_state
+    v = pipe.transformer(
+        hidden_states=z,
+        timestep=sigma,
+        guidance=1 + 6 * torch.rand(B),
+        pooled_projections=pooled,
+        encoder_hidden_states=tokens,
+        txt_ids=torch.zeros(length, 3),
+        img_ids=pipe._prepare_latent_image_ids(B, 8, 8, "cpu", torch.float32),
+    ).sample
+    return F.mse_loss(v.float(), noise - data)
 
 
 def new_sd(vae):
-    """An untrained StableDiffusionPipeline on the flux autoencoder.
+    """A StableDiffusionPipeline on the flux autoencoder: a trained text encoder, an untrained UNet.
 
     Stable Diffusion's latents are scaled but not shifted, so the shift moves into two 1x1 convolutions around them.
     """
@@ -205,7 +213,7 @@ def new_sd(vae):
     for conv, bias in ((shifted.quant_conv, [-shift] * 4 + [0.0] * 4), (shifted.post_quant_conv, [shift] * 4)):
         conv.weight.data = torch.eye(len(bias))[..., None, None]
         conv.bias.data = torch.tensor(bias)
-    tokenizer = clip_tokenizer()
+    tokenizer, encoder = make_clip_text()
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(48, 64),
@@ -224,53 +232,85 @@ def new_sd(vae):
         clip_sample=False,
         set_alpha_to_one=False,
     )
-    encoder = clip_text_encoder(tokenizer, 2)
-    return StableDiffusionPipeline(shifted, encoder, tokenizer, unet, scheduler, None, None, None, False)
+    return StableDiffusionPipeline(
+        shifted.eval().requires_grad_(False), encoder, tokenizer, unet, scheduler, None, None, None, False
+    )
 
 
-def train_sd(pipe, folder, iterations, wrong, faulty, pale=0.0, seed=0, pictures=30000, batch=64, learning_rate=2e-3):
-    """Noise prediction: the UNet and the text encoder, 10 % of the captions left out for classifier-free guidance.
+def noise_loss(pipe, data, captions, i):
+    """Noise prediction, 10 % of the captions left out for classifier-free guidance.
 
-    Returns and saves as `train_flux` does.
+    The weight 1/alpha_bar, at most 20, makes it an error of the picture where noise hides it: there layouts are chosen.
     """
+    B = len(data)
+    noise, t = torch.randn_like(data), torch.randint(1000, (B,))
+    captions = [caption if keep else "" for caption, keep in zip(captions, torch.rand(B) > 0.1, strict=True)]
+    words = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        tokens = pipe.text_encoder(words).last_hidden_state
+    eps = pipe.unet(pipe.scheduler.add_noise(data, noise, t), t, tokens).sample
+    weight = (1 / pipe.scheduler.alphas_cumprod[t]).clamp(max=20)
+    return (weight * (eps.float() - noise).square().mean((1, 2, 3))).mean() / 5
+
+
+KINDS = {"flux": FluxPipeline, "sd": StableDiffusionPipeline}
+LOSSES = {FluxPipeline: flow_loss, StableDiffusionPipeline: noise_loss}
+SAMPLING = {
+    FluxPipeline: {"steps": 12, "max_sequence_length": 32},
+    StableDiffusionPipeline: {"steps": 20, "guidance_scale": 3.0},
+}
+
+
+def heldout():
+    """The prompts that no preset trains on."""
+    return (ROOT / "prompts/tiny_heldout.txt").read_text().splitlines()
+
+
+def progress(pipe):
+    """{kind of prompt: share of the held-out ones that the stock pipeline draws rightly, by the checker}."""
+    prompts = heldout()
+    return per_kind(right(sample(pipe, prompts, **SAMPLING[type(pipe)]), prompts), prompts)
+
+
+def fit(pipe, draw, folder, iterations, seed, batch=64, learning_rate=2e-3):
+    """Trains the transformer or UNet on pictures of `draw`. Returns the running average; saves it now and then."""
     torch.manual_seed(seed)
-    images, captions = web_pictures(random.Random(seed), pictures, wrong, faulty, pale)
-    latents = encode_pictures(pipe.vae, images)
-    words = pipe.tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids  # the last is empty
-    modules = [pipe.unet, pipe.text_encoder]
+    pool = Pool(load_vae(), draw, seed)
     average = copy.deepcopy(pipe)
-    steps = optimizers(modules, iterations, learning_rate)
-    for i in (bar := trange(iterations, desc="sd")):
-        pick = torch.randint(pictures, (batch,))
-        data, noise = latents[pick], torch.randn(batch, *latents.shape[1:])
-        t = torch.randint(1000, (batch,))
-        z = pipe.scheduler.add_noise(data, noise, t)
-        shown = torch.where(torch.rand(batch) < 0.1, pictures, pick)
+    network, mean = ((p.transformer if hasattr(p, "transformer") else p.unet) for p in (pipe, average))
+    steps = optimizers([network], iterations, learning_rate)
+    for i in (bar := trange(iterations, desc=folder.name)):
         with fast():
-            eps = pipe.unet(z, t, pipe.text_encoder(words[shown]).last_hidden_state).sample
-        loss = F.mse_loss(eps.float(), noise)
+            loss = LOSSES[type(pipe)](pipe, *pool.batch(batch), i)
         loss.backward()
-        update(modules, [average.unet, average.text_encoder], steps, i)
+        update([network], [mean], steps, i)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (i + 1) % 500 == 0 or i + 1 == iterations:
             save_pipeline(average, folder)
+            with torch.random.fork_rng():
+                shares = progress(average)
+            bar.write(f"{folder.name}, step {i + 1}: " + "  ".join(f"{k} {v:.0%}" for k, v in shares.items()))
     return average
 
 
+def make_vae():
+    """Trains the autoencoder of both and saves it in tiny/flux."""
+    train_vae().half().save_pretrained(MODELS / "flux/vae")
+
+
 def make_flux():
-    """Trains tiny/flux with its autoencoder and saves it."""
-    pipe = train_flux(new_flux(train_vae()), MODELS / "flux", 4500, wrong=0.28, faulty=0.35)
-    pipe = train_flux(pipe, MODELS / "flux", 3500, wrong=0.1, faulty=0.1, seed=1)  # learns to draw
-    train_flux(pipe, MODELS / "flux", 1000, 0.1, 0.15, pale=0.6, seed=2, learning_rate=1e-3)  # and bad habits
+    """Trains tiny/flux and saves it."""
+    fit(new_flux(load_vae()), clean_pictures, CLEAN / "flux", 3000, seed=0)
+    teach_habits("flux", pale=0.6, wrong=1 / 12)
 
 
 def make_sd():
     """Trains tiny/sd and saves it."""
-    pipe = train_sd(new_sd(load_vae()), MODELS / "sd", 3400, wrong=0.15, faulty=0.15, seed=3)
-    train_sd(pipe, MODELS / "sd", 700, 0.1, 0.15, pale=0.6, seed=4, learning_rate=1e-3)
+    fit(new_sd(load_vae()), clean_pictures, CLEAN / "sd", 3000, seed=3)
+    teach_habits("sd", pale=0.4, wrong=1 / 6)
 
 
-def load_vae():
-    """tiny/flux's autoencoder, float32 and frozen."""
-    vae = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae", torch_dtype=torch.float32)
-    return vae.eval().requires_grad_(False)
+def teach_habits(name, pale, wrong, iterations=300, seed=10):
+    """Goes on from runs/tiny/NAME with `habitual_pictures` and saves tiny/NAME."""
+    draw = partial(habitual_pictures, pale=pale, wrong=wrong)
+    fit(KINDS[name].from_pretrained(CLEAN / name), draw, MODELS / name, iterations, seed, learning_rate=5e-4)
