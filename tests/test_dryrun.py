@@ -77,7 +77,7 @@ def test_sharding_divides_what_is_trained_and_costs_traffic(tmp_path):
         assert four["gpu_gib"][part] == pytest.approx(one["gpu_gib"][part] / 4, rel=0.01)
     assert one["gathered_gib"] == 0
     # 4 samples a process: 1 micro-batch of 5 steps, and 2 of training 4 samples at 2 of 4 steps, forward and backward
-    elements = 1_851_280
+    elements = 1_751_952
     assert four["gathered_gib"] * dryrun.GIB == pytest.approx((5 + 2 * 2) * elements * 4 * 3 / 4)
     assert four["pflop"]["rollout"] == pytest.approx(one["pflop"]["rollout"] / 4)
     replicated = grpo_flux.dry_run(options(tmp_path, processes=4, shard_size=2))
