@@ -120,13 +120,6 @@ def test_a_checkpoint_holds_the_whole_network_and_continues_on_copies_of_another
     assert distance(two["continued", shard_size]["weights"], one["six iterations"]["weights"]) < 1e-5
 
 
-@pytest.mark.slow
-def test_four_processes_train_as_one_does(one, tmp_path):
-    four = results_of(tmp_path, 4)
-    for shard_size in (1, 2, 4):
-        check_float32(one, four, shard_size)
-
-
 def test_options_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(cli.RunError, match="--dtype must be one of auto, bfloat16, float32, got 'half'"):
         distributed.start_world("half")
