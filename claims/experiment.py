@@ -136,15 +136,6 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def words(options: dict) -> list[str]:
-    """{"group_size": 4, "resume": True, "shared_noise": False} → ["--group-size", "4", "--resume", …]"""
-    text = []
-    for name, value in options.items():
-        name = name.replace("_", "-")
-        text += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return text
-
-
 def files_of(options: dict) -> dict[str, str]:
     """Hashes of the models, rewards and prompts that are files here."""
     paths = [*output.files_of(**options), options.get("prompts", "")]
@@ -153,7 +144,7 @@ def files_of(options: dict) -> dict[str, str]:
 
 def parse(trainer, options: dict):
     """The trainer's Config with these options."""
-    return cli.parse_config(trainer.Config, trainer.PRESETS, words(options))
+    return cli.parse_config(trainer.Config, trainer.PRESETS, cli.command_words(options))
 
 
 def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
@@ -183,7 +174,7 @@ def evaluate(runs: list[Path], options: dict, folder: Path) -> list[tuple]:
     where = folder / f"{stored['script'][:-3]}-{digest(sampler, options, files_of(stored), files_of(known))}"
     checkpoints = [str(cli.latest_checkpoint(run)) for run in runs]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its table
-        given = [*words(options), "--output-dir", str(where), "--checkpoint", *checkpoints]
+        given = [*cli.command_words(options), "--output-dir", str(where), "--checkpoint", *checkpoints]
         evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, given))
     results = json.loads((where / "results.json").read_text(encoding="utf-8"))
     names = [row["picture"] for row in results["pictures"]]

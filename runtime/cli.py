@@ -54,16 +54,8 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
 # Options that may differ between a run and its continuation: they do not change what an iteration computes, but for the
 # learning rate, which is lowered where a run becomes unstable. config.json keeps every change, under "changes".
 FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
-FREE_ON_RESUME |= {
-    "shard_size",
-    "offload",
-    "keep_states",
-    "dry_run",
-    "processes",
-    "gpu_memory",
-    "learning_rate",
-    "track",
-}
+FREE_ON_RESUME |= {"shard_size", "offload", "keep_states", "dry_run", "processes", "gpu_memory"}
+FREE_ON_RESUME |= {"learning_rate", "track"}
 
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):

@@ -400,7 +400,7 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
 
 def loading_lines(config, checkpoints: Checkpoints, iteration: int) -> list[str]:
     """Three lines of Python that make `pipe`, the pipeline with a checkpoint's weights, in that checkpoint's folder."""
-    folder = Path(config.output_dir, f"checkpoint-{iteration:06d}")
+    folder = Path(config.output_dir, name_of(iteration))
     model, transformer = (
         os.path.relpath(path, folder) if path and Path(path).is_dir() else path
         for path in (config.model, getattr(config, "transformer", ""))

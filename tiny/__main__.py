@@ -1,6 +1,6 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, flux, clip, hps, sd, video, videoalign, or all of them in this order
+python -m tiny NAME     prompts, vae, flux, clip, hps, sd, video, videoalign, or all of them in this order
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
 """
 
