@@ -1,6 +1,6 @@
 """The README: its table of equations and lines of code, and its commands.
 
-`uv run tests/test_readme.py` sets moved lines right.
+`uv run python -m tests.test_readme` sets moved lines right.
 """
 
 import ast
@@ -42,7 +42,7 @@ def test_the_table_has_every_equation_once():
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["function"])
 def test_an_equation_stands_in_the_line_that_the_table_names(row):
     found = find_line(row)
-    assert int(row["line"]) == found, f"{row['function']} is at {row['file']}#L{found}; run tests/test_readme.py"
+    assert int(row["line"]) == found, f"{row['function']} is at {row['file']}#L{found}; run python -m tests.test_readme"
 
 
 def commands():
