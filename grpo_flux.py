@@ -95,9 +95,9 @@ class Config:
 # In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
 TINY = dict(
     model="tiny/flux", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt",
-    output_dir="runs/tiny-flux", height=64, width=64, max_sequence_length=32, iterations=50, prompts_per_iteration=8,
+    output_dir="runs/tiny-flux", height=64, width=64, max_sequence_length=32, iterations=40, prompts_per_iteration=8,
     group_size=8, steps=6, eta=2.0, sde_window=2, sde_window_every=1000, updates_per_rollout=1, micro_batch=64,
-    learning_rate=5e-5, gradient_checkpointing=False, num_samples=64,
+    learning_rate=2e-5, gradient_checkpointing=False, num_samples=64,
 )  # fmt: skip
 PRESETS = {
     "release": {},

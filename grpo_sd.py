@@ -92,8 +92,8 @@ class Config:
 # In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
 TINY = dict(
     model="tiny/sd", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt", output_dir="runs/tiny-sd",
-    height=64, width=64, iterations=40, prompts_per_iteration=6, group_size=8, steps=6, sde_window=2,
-    sde_window_every=1000, updates_per_rollout=1, micro_batch=48, learning_rate=5e-5, guidance=2.0,
+    height=64, width=64, iterations=36, prompts_per_iteration=6, group_size=8, steps=6, sde_window=2,
+    sde_window_every=1000, updates_per_rollout=1, micro_batch=48, learning_rate=2e-5, guidance=2.0,
     num_samples=48,
 )  # fmt: skip
 PRESETS = {
