@@ -109,6 +109,7 @@ RECIPES = [
     (grpo_sd, "release", 49, SD),
     (grpo_sd, "hps-clip", 49, SD | dict(reward="hps:0.7,clip:1.4")),
     (grpo_sd, "24gb", 49, SD | dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True)),
+    (grpo_sd, "fast", 4, SD | dict(steps=20, sde_window=4, sde_window_every=1000)),
     (grpo_sd, "paper", 29, TABLE_6 | dict(steps=50, updates_per_rollout=1, guidance=5.0)),
     (grpo_flux, "release", 9, FLUX),
     (grpo_flux, "8gpu", 9, FLUX | dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995)),
@@ -119,9 +120,11 @@ RECIPES = [
         updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, height=512, width=512, micro_batch=2,
         prompts_per_iteration=4, offload=True,
     )),
+    (grpo_flux, "fast", 2, FLUX | dict(steps=10, sde_window=2, sde_window_every=1000)),
     (grpo_flux, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3)),
     (grpo_video, "release", 9, T2V),
     (grpo_video, "release-i2v", 9, I2V),
+    (grpo_video, "fast", 2, T2V | dict(steps=10, sde_window=2, sde_window_every=1000)),
     (grpo_video, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3, true_guidance=1.0)),
     (grpo_video, "paper-i2v", 9, TABLE_6 | dict(updates_per_rollout=1, eta=0.3, true_guidance=5.0)),
     (grpo_video, "t2i", 9, T2V | dict(frames=1, reward="hps", prompts="hpdv2")),
@@ -137,7 +140,7 @@ def test_a_preset_is_its_published_recipe(trainer, preset, trained, recipe):
     cli.check_options(cfg)
     keys = [(0, 0, 0, g) for g in range(cfg.group_size)]
     window = sde_window(0, cfg.steps, cfg.sde_window, cfg.sde_window_every)
-    more = cfg.timestep_fraction, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout
+    more = 1.0 if cfg.sde_window else cfg.timestep_fraction, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout
     updates = training_pairs(torch.randn(cfg.group_size), keys, cfg.group_size, window, *more)
     samples = 2 * cfg.keep_best_worst or cfg.group_size
     assert [len(pairs) for pairs in updates] == [samples // cfg.updates_per_rollout * trained] * cfg.updates_per_rollout
