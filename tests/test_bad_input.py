@@ -284,6 +284,19 @@ def test_options_of_rectified_flow(trainer, words, expected):
         ("--preset tiny-i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
         ("--preset tiny-t2i --reward mq", "reward mq judges video"),
         (
+            "--preset tiny-wan --guidance 6",
+            "--guidance is embedded guidance, which tiny/wan has not; give --guidance 1",
+        ),
+        ("--preset tiny-t2v --model tiny/wan", "--guidance is embedded guidance, which tiny/wan has not"),
+        ("--preset tiny-wan --height 24", "--height must be a multiple of 16"),
+        ("--preset tiny-wan --frames 6", "--frames must be one more than a multiple of 4, and at least 1 here, got 6"),
+        (
+            "--preset tiny-wan --transformer tiny/skyreels",
+            "HunyuanVideoTransformer3DModel, not a WanTransformer3DModel",
+        ),
+        ("--preset tiny-t2v --transformer tiny/wan/transformer", "is a WanTransformer3DModel, not a HunyuanVideo"),
+        ("--preset tiny-wan --dry-run --transformer tiny/skyreels", "is a HunyuanVideoTransformer3DModel, not a Wan"),
+        (
             "--preset tiny-t2v --transformer tiny/skyreels --prompts prompts/tiny.txt",
             "image to video needs first frames",
         ),

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanVideoTransformer3DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 import grpo_flux
+import grpo_video
 from runtime import cli, distributed, dryrun
 from sampling import flow_sigmas
 
@@ -116,7 +117,11 @@ def test_processes_that_do_not_divide_the_prompts_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "network_class, elements, known",
-    [(FluxTransformer2DModel, 11.9e9, {"guidance_embeds": True}), (HunyuanVideoTransformer3DModel, 12.8e9, {})],
+    [
+        (FluxTransformer2DModel, 11.9e9, {"guidance_embeds": True}),
+        (HunyuanVideoTransformer3DModel, 12.8e9, {}),
+        (WanTransformer3DModel, 1.42e9, grpo_video.Wan.full_size(grpo_video.Config(**grpo_video.PRESETS["wan"]))),
+    ],
 )
 def test_without_the_hub_the_full_size_configurations_are_known(network_class, elements, known):
     config = dryrun.config_of(network_class, "somebody/not-on-this-machine", "transformer", **known)
