@@ -125,10 +125,11 @@ PRESETS = {
     "paper-i2v": I2V | dict(group_size=12),  # Table 6; one update, for guidance
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1),  # ours: the paper trains it, the release has no script for it
     "wan": WAN  # the release's, on 8 GPUs: text to image
-    | dict(reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000),
+    | dict(reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000)
+    | dict(micro_batch=4),
     "wan-48gb": WAN  # ours, one GPU: LoRA, text to video
     | dict(lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0)
-    | dict(steps=16, prompts_per_iteration=4),
+    | dict(steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=40, output_dir="runs/tiny-t2v"),
     "tiny-wan": TINY
     | dict(model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40)

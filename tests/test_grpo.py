@@ -133,7 +133,7 @@ RECIPES = [
     (grpo_video, "wan", 11, WAN),
     (grpo_video, "wan-48gb", 9, WAN | dict(
         reward="vq,mq", prompts="vidprom", frames=33, height=320, width=512, fps=16.0, steps=16, lora_rank=64,
-        learning_rate=1e-4, offload=True, prompts_per_iteration=4, iterations=202,
+        learning_rate=1e-4, offload=True, prompts_per_iteration=4, group_size=8, iterations=202,
     )),
 ]  # fmt: skip
 
