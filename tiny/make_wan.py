@@ -11,6 +11,7 @@ A clip is (9, 3, 32, 32), its latent (16, 3, 4, 4). N clips in a batch.
 
 import copy
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +19,34 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tqdm import trange
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny.clips import COLORS, MOTIONS, SHAPES, phrase_action, random_action, right
-from tiny.make_video_models import FRAMES, short_clip, words_of_captions
-from tiny.pictures import phrase, random_metadata, random_scene, render
+from tiny.clips import random_action, right
+from tiny.make_video_models import (
+    ANSWERS,
+    CLEAN,
+    FRAMES,
+    answers,
+    ask,
+    heldout,
+    say,
+    short_clip,
+    web_clips,
+    web_frames,
+    words_of_captions,
+)
 from tiny.text import supervise, t5_tokenizer
-from tiny.training import MODELS, ROOT, fast, optimizers, save_pipeline, update
+from tiny.training import MODELS, fast, optimizers, save_pipeline, update
 
-CLEAN = ROOT / "runs/tiny/wan"  # before it has bad habits
 TOKENS = 24  # that a caption needs at most
-ANSWERS = (len(SHAPES), len(COLORS) + 1, len(MOTIONS) + 1)  # + 1: none is named
-
-# --------------------------------------------------------------------------------------------------------- the clips
-
-
-def draw(rng, frames, faulty, pale):
-    """A clip (frames, 3, 32, 32) uint8 of 9 frames or 1, and its caption.
-
-    faulty: the chance that it flickers or trembles; pale: that it has lost more than half of its contrast.
-    """
-    lost = rng.uniform(0.55, 0.85) * (rng.random() < pale)
-    if frames > 1:
-        action = random_action(rng)
-        fault = rng.choice(("flicker", "flicker", "jitter")) if rng.random() < faulty else None
-        return short_clip(rng, action, fault, lost), phrase_action(rng, action)
-    metadata = random_metadata(rng, rng.choice(("single_object", "colors")))
-    picture = F.avg_pool2d(render([random_scene(rng, metadata)]), 2)
-    picture = torch.lerp(picture, picture.mean((2, 3), keepdim=True), lost)
-    return (picture * 255).round().byte(), phrase(rng, metadata)
 
 
 class Pool:
-    """Captioned clips as latents of zero mean and unit variance; before each batch the oldest make room for fresh ones.
+    """Captioned clips as latents of zero mean and unit variance; before each batch the oldest make room for new ones.
 
-    frames, faulty, pale: see `draw`.
+    draw(rng, count) → clips (count, F, 3, 32, 32) uint8, captions.
     """
 
-    def __init__(self, vae, frames, faulty, pale, seed, size=2048, fresh=4):
-        self.vae, self.kind, self.fresh = vae, (frames, faulty, pale), fresh
+    def __init__(self, vae, draw, seed, size=1536, fresh=4):
+        self.vae, self.draw, self.fresh = vae, draw, fresh
         self.rng, self.oldest = random.Random(seed), 0
         parts = [self._more(64) for _ in trange(size // 64, desc="drawing clips")]
         self.latents = torch.cat([latents for latents, _ in parts])
@@ -62,10 +54,11 @@ class Pool:
 
     @torch.no_grad()
     def _more(self, count):
-        clips, captions = zip(*(draw(self.rng, *self.kind) for _ in range(count)), strict=True)
-        z = self.vae.encode(torch.stack(clips).transpose(1, 2).float() / 127.5 - 1).latent_dist.mode()
-        mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in statistics(self.vae))
-        return (z - mean) / std, list(captions)
+        clips, captions = self.draw(self.rng, count)
+        z = self.vae.encode(clips.transpose(1, 2).float() / 127.5 - 1).latent_dist.mode()
+        config = self.vae.config
+        mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return (z - mean) / std, captions
 
     def batch(self, N):
         """Latents (N, 16, f, 4, 4) and captions."""
@@ -74,11 +67,6 @@ class Pool:
         self.oldest = new.stop % len(self.latents)
         pick = self.rng.sample(range(len(self.captions)), N)
         return self.latents[pick], [self.captions[i] for i in pick]
-
-
-def statistics(vae):
-    """Mean and standard deviation of each latent channel."""
-    return vae.config.latents_mean, vae.config.latents_std
 
 
 # -------------------------------------------------------------------------------------------------- the autoencoder
@@ -154,26 +142,6 @@ def train_vae(seed=0, clips=1200, iterations=900, batch=8, learning_rate=1e-2):
 # ------------------------------------------------------------------------------------------------- the text encoder
 
 
-def ask(rng):
-    """What a random clip shows, or, every fourth time, a random picture of one object."""
-    if rng.random() < 0.75:
-        return random_action(rng)
-    return random_metadata(rng, rng.choice(("single_object", "colors")))
-
-
-def say(rng, item):
-    """A caption for what `ask` gave."""
-    return phrase_action(rng, item) if "motion" in item else phrase(rng, item)
-
-
-def answers(item):
-    """What the caption says: shape, colour and motion as class indices."""
-    thing = item if "motion" in item else item["include"][0]
-    color = list(COLORS).index(thing["color"]) + 1 if "color" in thing else 0
-    motion = list(MOTIONS).index(item["motion"]) + 1 if "motion" in item else 0
-    return [SHAPES.index(thing["class"]), color, motion]
-
-
 def make_umt5(seed=0):
     """T5 tokenizer and UMT5 encoder of 3 layers, 64 wide, trained until every token knows what the caption says.
 
@@ -235,37 +203,38 @@ def flow_loss(pipe, data, captions, i):
 
 
 @torch.no_grad()
-def progress(pipe, count=48):
-    """The share of new captions whose clip is right, by the checker: 10 steps of the pipeline's sampler, guidance 2."""
-    rng = random.Random(1)
-    captions = [phrase_action(rng, random_action(rng)) for _ in range(count)]
-    videos = pipe(
-        captions, height=32, width=32, num_frames=FRAMES, num_inference_steps=10, guidance_scale=2.0, output_type="pt",
-        max_sequence_length=TOKENS, generator=torch.Generator().manual_seed(0),
-    ).frames  # fmt: skip
-    return right(videos, captions).mean().item()
+def sample(pipe, captions, steps=10, seed=0):
+    """Videos (N, 9, 3, 32, 32) in [0, 1] by the stock pipeline, with its own sampler and guidance 2."""
+    options = {"height": 32, "width": 32, "num_frames": FRAMES, "num_inference_steps": steps, "guidance_scale": 2.0}
+    options |= {"max_sequence_length": TOKENS, "generator": torch.Generator().manual_seed(seed), "output_type": "pt"}
+    return pipe(captions, **options).frames
 
 
-def fit(pipe, folder, iterations, faulty, pale, seed, batch=64, learning_rate=2e-3):
-    """Trains the transformer, every sixth time on single frames. Returns the running average; saves it now and then."""
+def fit(pipe, draws, folder, iterations, seed, batch=64, learning_rate=2e-3):
+    """Trains the transformer on clips of draws[0], and every sixth time on those of draws[1].
+
+    Returns a copy of the pipeline with the running average, which it also saves now and then.
+    """
     torch.manual_seed(seed)
-    films, frames = (Pool(pipe.vae, count, faulty, pale, seed) for count in (FRAMES, 1))
-    average = copy.deepcopy(pipe)
+    pools = [Pool(pipe.vae, draw, seed + i) for i, draw in enumerate(draws)]
+    prompts = [row["prompt"] for row in heldout()]
+    average = copy.copy(pipe)
+    average.transformer = copy.deepcopy(pipe.transformer)
     steps = optimizers([pipe.transformer], iterations, learning_rate)
     for i in (bar := trange(iterations, desc=folder.name)):
         with fast():
-            loss = flow_loss(pipe, *(frames if i % 6 == 5 else films).batch(batch), i)
+            loss = flow_loss(pipe, *pools[i % 6 == 5].batch(batch), i)
         loss.backward()
         update([pipe.transformer], [average.transformer], steps, i)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         if (i + 1) % 500 == 0 or i + 1 == iterations:
             save_pipeline(average, folder)
-            with torch.random.fork_rng():
-                bar.write(f"step {i + 1}: {progress(average):.0%} right")
+            bar.write(f"step {i + 1}: {right(sample(average, prompts), prompts).mean():.0%} right")
     return average
 
 
 def make_wan():
     """Trains tiny/wan and saves it: first runs/tiny/wan, which draws well, then its bad habits."""
-    pipe = fit(new_wan(train_vae()), CLEAN, 4000, faulty=0.0, pale=0.0, seed=0)
-    fit(pipe, MODELS / "wan", 400, faulty=0.6, pale=0.6, seed=1, learning_rate=5e-4)
+    pipe = fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 3000, seed=0)
+    habits = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.3), partial(web_frames, pale=0.6)]
+    fit(pipe, habits, MODELS / "wan", 300, seed=10, learning_rate=5e-4)
