@@ -306,6 +306,15 @@ def test_options_of_video(words, expected):
     assert expected in complaint(grpo_video, *words.split(" "))
 
 
+@pytest.mark.parametrize("key, value", [("boundary_ratio", 0.875), ("expand_timesteps", True)])
+def test_wan_2_2_is_refused(key, value, tmp_path):
+    """Its pipeline has the name of Wan 2.1's, but two transformers, or a time for each token."""
+    model = shutil.copytree("tiny/wan", tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {key: value}))
+    assert f"--model {model} is a Wan 2.2" in complaint(grpo_video, "--preset", "tiny-wan", "--model", str(model))
+
+
 @pytest.mark.parametrize("option", ["--model", "--prompts", "--reward", "--reward-paths", "--output-dir"])
 @pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a", "a\0b"], ids=["long", "deep", "NUL"])
 def test_names_that_no_file_can_have(option, name, tmp_path):

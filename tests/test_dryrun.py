@@ -1,10 +1,17 @@
 """The dry run predicts what a real run allocates, part by part, and says whether it fits."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 import grpo_flux
 import grpo_video
@@ -69,6 +76,17 @@ def test_the_dry_run_predicts_to_the_byte_what_a_run_allocates(tmp_path, lora_ra
     cfg = options(tmp_path, lora_rank=lora_rank)
     predicted, real = grpo_flux.dry_run(cfg)["gpu_gib"], real_run(cfg)
     assert {name: predicted[name] * dryrun.GIB for name in real} == real
+
+
+@pytest.mark.slow
+def test_wan_is_counted_to_the_byte(tmp_path):
+    cfg = grpo_video.Config(**grpo_video.PRESETS["tiny-wan"] | OPTIONS | {"output_dir": str(tmp_path)})
+    predicted, pipe = grpo_video.dry_run(cfg)["gpu_gib"], WanPipeline.from_pretrained("tiny/wan")
+    real = {"parameters": [pipe.transformer], "frozen": [pipe.vae, pipe.text_encoder]}
+    for name, parts in real.items():
+        assert predicted[name] * dryrun.GIB == sum(p.nbytes for part in parts for p in part.parameters())
+    twice = grpo_video.dry_run(dataclasses.replace(cfg, true_guidance=1.0))["gpu_gib"]
+    assert twice["activations"] == pytest.approx(predicted["activations"] / 2, rel=0.1)  # one pass, not two
 
 
 @pytest.mark.slow
