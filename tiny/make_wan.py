@@ -1,6 +1,6 @@
 """How tiny/wan, in Wan 2.1's layout, was trained.
 
-    python -m tiny wan      trains it from nothing: about 40 minutes on one core
+    python -m tiny wan      trains it from nothing
 
 It draws clips of 9 frames of 32x32 pixels at 2 frames a second, as tiny/hunyuan does, and single frames. First it
 learns to draw what is asked for. Then it picks up bad habits from clips that are often pale, flickering or trembling:
@@ -72,7 +72,7 @@ class Pool:
 # -------------------------------------------------------------------------------------------------- the autoencoder
 
 
-def train_vae(seed=0, clips=1200, iterations=900, batch=8, learning_rate=1e-2):
+def train_vae(seed=0, clips=3000, iterations=4000, batch=8, learning_rate=1e-2):
     """AutoencoderKLWan, 9 frames of 32x32 → (16, 3, 4, 4) latents; trained on clips and on single frames.
 
     It works on blocks of 2x2 pixels, which makes it four times as fast. Pixels that stand out from the clip's mean
