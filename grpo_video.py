@@ -107,6 +107,7 @@ I2V = dict(
     first_frame_model="black-forest-labs/FLUX.1-dev", height=400, width=640, eta=0.3, shift=7.0, updates_per_rollout=1,
     keep_best_worst=0, guidance=1.0, true_guidance=5.0, shard_size=16,  # 63 GiB a GPU with 8
 )  # fmt: skip
+# The release's finetune_wan_2_1_grpo.sh, but for max_sequence_length, which is WanPipeline's default.
 WAN = dict(
     model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", updates_per_rollout=1, keep_best_worst=0, guidance=1.0, true_guidance=5.0,
     max_sequence_length=512, shift=3.0, eta=0.3, steps=20, group_size=12,
@@ -124,23 +125,27 @@ PRESETS = {
     "paper": dict(group_size=12, steps=25, eta=0.3, updates_per_rollout=4, keep_best_worst=0),  # Table 6
     "paper-i2v": I2V | dict(group_size=12),  # Table 6; one update, for guidance
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1),  # ours: the paper trains it, the release has no script for it
-    "wan": WAN  # the release's, on 8 GPUs: text to image
-    | dict(reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000)
-    | dict(micro_batch=4),
-    "wan-48gb": WAN  # ours, one GPU: LoRA, text to video
-    | dict(lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0)
-    | dict(steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2),
+    "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
+        reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,
+        micro_batch=4,
+    ),
+    "wan-48gb": WAN | dict(  # ours, one GPU: LoRA, text to video
+        lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0,
+        steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2,
+    ),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=40, output_dir="runs/tiny-t2v"),
-    "tiny-wan": TINY
-    | dict(model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40)
-    | dict(output_dir="runs/tiny-wan"),
-    "tiny-i2v": TINY
-    | dict(transformer="tiny/skyreels", reward="mq", guidance=1.0, true_guidance=2.0, iterations=24)
-    | dict(output_dir="runs/tiny-i2v"),
-    "tiny-t2i": TINY
-    | dict(reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64)
-    | dict(iterations=80, output_dir="runs/tiny-t2i"),
-}
+    "tiny-wan": TINY | dict(
+        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40, output_dir="runs/tiny-wan"
+    ),
+    "tiny-i2v": TINY | dict(
+        transformer="tiny/skyreels", reward="mq", guidance=1.0, true_guidance=2.0, iterations=24,
+        output_dir="runs/tiny-i2v",
+    ),
+    "tiny-t2i": TINY | dict(
+        reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64,
+        iterations=80, output_dir="runs/tiny-t2i",
+    ),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- GRPO, as in the paper
@@ -240,11 +245,11 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 
 # ------------------------------------------------------------------------------------------ the models, as policies
-# A family of models is a namespace: it has no instances.
+# Each family is a namespace, without instances.
 
 
 class HunyuanVideo:
-    """HunyuanVideo; and SkyReels-I2V, whose transformer reads the first frame in as many channels again."""
+    """HunyuanVideo, and SkyReels-I2V."""
 
     pipeline, transformer, vae = "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", "AutoencoderKLHunyuanVideo"
     strides = "temporal_compression_ratio", "spatial_compression_ratio"  # frames and pixels of an element of a latent
@@ -263,8 +268,7 @@ class HunyuanVideo:
         length = int(mask.sum(1).max())
         return [tokens[:, :length], mask[:, :length].to(tokens), pooled]
 
-    def sizes(config: dict, length: int) -> list[tuple]:
-        """Of a text in `encode`."""
+    def sizes(config: dict, length: int) -> list[tuple]:  # of a text in `encode`
         return [(length, config["text_embed_dim"]), (length,), (config["pooled_projection_dim"],)]
 
     def arguments(config, sigma: Tensor, text: list[Tensor], cfg: Config) -> dict:
@@ -496,8 +500,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
-    frozen = [getattr(pipe, name) for name in family_of(transformer).frozen]
-    embed = distributed.PromptCache(embed, world, transformer, *frozen)
+    embed = distributed.PromptCache(embed, world, transformer, *map(pipe.components.get, family_of(transformer).frozen))
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)
