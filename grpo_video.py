@@ -44,7 +44,7 @@ RATIOS = ("plain", "guard", "dppo")  # of --ratio
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "release"  # release (t2v, 32 GPUs), release-i2v, paper, paper-i2v, t2i, wan, wan-48gb, tiny-t2v, …
+    preset: str = "release"  # release (t2v, 32 GPUs), release-i2v, paper, paper-i2v, fast, t2i, wan, wan-48gb, tiny-…
     model: str = "hunyuanvideo-community/HunyuanVideo"  # hub id or folder of a HunyuanVideoPipeline or WanPipeline
     transformer: str = ""  # hub id or folder, if it is not the one in --model; SkyReels' makes image to video
     reward: str = "vq,mq:0"  # NAME[@THRESHOLD][:WEIGHT], … (release); also ta, hps, clip, FILE.py:FUNCTION, http://…
@@ -124,6 +124,7 @@ PRESETS = {
     "release-i2v": I2V | dict(iterations=121, group_size=8),
     "paper": dict(group_size=12, steps=25, eta=0.3, updates_per_rollout=4, keep_best_worst=0),  # Table 6
     "paper-i2v": I2V | dict(group_size=12),  # Table 6; one update, for guidance
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 12 passes of the network a video, not 25
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1),  # ours: the paper trains it, the release has no script for it
     "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
         reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,

@@ -65,6 +65,7 @@ class Experiment:
     compares: tuple[Compare, ...]
     curves: tuple[tuple[str, str, str], ...]  # x, key of the metrics, name with its unit; x is a key of AXES
     heldout: dict = field(default_factory=lambda: {"preset": "tiny"})  # options of eval.py
+    paper: str = "-"  # what the paper, or whoever makes the claim, measured
     seeds: int = 3
 
 
@@ -251,6 +252,7 @@ def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
         curves.append({"x": AXES[axis][0], "y": label, "arms": lines})
     return {
         "says": experiment.says,
+        "paper": experiment.paper,
         "verdict": conclude([part["verdict"] for part in parts]),
         "parts": parts,
         "measures": measured,
@@ -319,10 +321,15 @@ def save_figure(figure, path: Path) -> None:
         part.replace(path)
 
 
+def figures(result: dict) -> list[str]:
+    """A line for each part of the claim: what was measured, with Student's interval, and the verdict."""
+    lines = []
+    for part in result["parts"]:
+        low, high = ("?" if x is None else f"{x:+.3g}" for x in part["interval"])
+        lines.append(f"{part['says']}: {part['mean']:+.3g} (95 %: {low} to {high}), {part['verdict']}")
+    return lines
+
+
 def report(result: dict) -> str:
     """The verdict in words, with a line for each part."""
-    lines = [f"{result['says']}: {result['verdict']}"]
-    for part in result["parts"]:
-        low, high = ("?" if x is None else f"{x:+.4g}" for x in part["interval"])
-        lines.append(f"  {part['says']}: {part['mean']:+.4g} (95 %: {low} to {high}), {part['verdict']}")
-    return "\n".join(lines)
+    return "\n  ".join([f"{result['says']}: {result['verdict']}", *figures(result)])

@@ -49,6 +49,7 @@ def run(seeds: int) -> dict:
     verdict = HOLDS if max(worst) <= TOLERANCE else FAILS
     return {
         "says": SAYS,
+        "paper": "eq. 5",
         "verdict": verdict,
         "differences": worst,
         "tolerance": TOLERANCE,
@@ -68,6 +69,11 @@ def draw(result: dict, path: Path) -> None:
     save_figure(figure, path)
 
 
+def figures(result: dict) -> list[str]:
+    """What was measured."""
+    return [f"the paths differ by at most {max(result['differences']):.1e} standard deviations"]
+
+
 def report(result: dict) -> str:
     """The verdict in words."""
-    return f"{result['says']}: {result['verdict']}; they differ by at most {max(result['differences']):.1e} deviations"
+    return f"{result['says']}: {result['verdict']}; {figures(result)[0]}"

@@ -169,7 +169,7 @@ def test_a_result_has_every_seed_and_the_verdict():
     assert result["arms"]["a"] == {"trainer": "test_claims", "preset": "p", "eta": 2.0}
     assert experiment.report(result).splitlines() == [
         "a is better than b (Fig. 0): holds",
-        "  HPS (cosine): a - b > 0: +0.2033 (95 %: +0.189 to +0.2177), holds",
+        "  HPS (cosine): a - b > 0: +0.203 (95 %: +0.189 to +0.218), holds",
     ]
 
 
@@ -249,8 +249,28 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
     assert "a is better than b (Fig. 0): holds" in capsys.readouterr().out
 
 
+def test_the_table_in_results_md_says_what_the_files_say():
+    written = (command.ROOT / "RESULTS.md").read_text(encoding="utf-8").split(command.TABLE)[1]
+    assert written == command.table(), "run python -m claims table"
+    assert {path.stem for path in command.RESULTS.glob("*.json")} <= set(command.NAMES)
+
+
+def test_the_table_takes_its_place_and_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "RESULTS", tmp_path)
+    (tmp_path / "clip-range.json").write_text(json.dumps(experiment.summarize(CLAIM, ARMS)))
+    file = tmp_path / "RESULTS.md"
+    file.write_text(f"before\n{command.TABLE}old{command.TABLE}after\n")
+    command.write_table(file)
+    before, table, after = file.read_text().split(command.TABLE)
+    assert (before, after) == ("before\n", "after\n")
+    assert table.splitlines()[2] == (
+        "| [clip-range](claims/results/clip-range.png): a is better than b (Fig. 0) | - "
+        "| HPS (cosine): a - b > 0: +0.203 (95 %: +0.189 to +0.218), holds | 3 | holds |"
+    )
+
+
 def test_an_unknown_claim_is_one_line():
-    with pytest.raises(cli.RunError, match=r"^unknown claim 'noise'; known: shared-noise, noise-level, "):
+    with pytest.raises(cli.RunError, match=r"^unknown claim 'noise'; known: quick-start-sd, quick-start-flux, "):
         command.main("noise", command.Config())
 
 

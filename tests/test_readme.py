@@ -1,10 +1,18 @@
-"""The README's table of equations and lines of code. `uv run tests/test_readme.py` sets moved lines right."""
+"""The README: its table of equations and lines of code, and its commands.
+
+`uv run python -m tests.test_readme` sets moved lines right.
+"""
 
 import ast
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from runtime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\| `(?P<function>\w+)` \| \[`(?P<code>.+?)`\]\((?P<file>\w+\.py)#L(?P<line>\d+)\) \|")
@@ -34,7 +42,54 @@ def test_the_table_has_every_equation_once():
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["function"])
 def test_an_equation_stands_in_the_line_that_the_table_names(row):
     found = find_line(row)
-    assert int(row["line"]) == found, f"{row['function']} is at {row['file']}#L{found}; run tests/test_readme.py"
+    assert int(row["line"]) == found, f"{row['function']} is at {row['file']}#L{found}; run python -m tests.test_readme"
+
+
+def commands():
+    """(script, its words) of every command of the README that runs a script, in its order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    code = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    code += re.findall(r"`((?:uv run|python|torchrun) [^`]+)`", text)
+    parts = [part for line in code for part in re.split(r";|&&", line)]
+    return [(m[1], m[2].split()) for m in (re.search(r"\b(grpo_\w+|eval)\.py(.*)", part) for part in parts) if m]
+
+
+def test_the_readme_names_every_script_and_the_presets_of_full_size():
+    found = commands()
+    assert {script for script, _ in found} == {"grpo_sd", "grpo_flux", "grpo_video", "eval"}
+    assert {"8gpu", "lora", "24gb", "lora-48gb", "release-i2v", "wan", "wan-48gb"} <= {word for _, words in found for word in words}
+
+
+@pytest.mark.parametrize("script, words", commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_a_command_of_the_readme_has_options_in_range(script, words):
+    module = importlib.import_module(script)
+    words = [word for word in words if word != "--resume"]  # needs the run that it continues
+    cli.check_ranges(cli.parse_config(module.Config, module.PRESETS, words))
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_quick_start_run(tmp_path):
+    """Trainings of one iteration, then eval.py on their checkpoints, each in a process of its own."""
+    short = {"tiny": "tiny_heldout.txt", "tiny-video": "moving_heldout.jsonl"}
+    for file in short.values():
+        lines = (ROOT / "prompts" / file).read_text(encoding="utf-8").splitlines(keepends=True)
+        (tmp_path / file).write_text("".join(lines[:2]).replace('"image": "', f'"image": "{ROOT / "prompts"}/'))
+    for script, words in commands():
+        preset = words[words.index("--preset") + 1] if "--preset" in words else ""
+        if not preset.startswith("tiny") or "--reward" in words:
+            continue
+        if script == "eval":
+            run = words.index("--checkpoint") + 1
+            words[run] = str(tmp_path / Path(words[run]).parent.name / "checkpoint-000001")
+            words += ["--output-dir", str(tmp_path / f"{preset}-eval"), "--prompts", str(tmp_path / short[preset])]
+        else:
+            name = f"tiny-{script[5:]}" if preset == "tiny" else preset
+            words += ["--output-dir", str(tmp_path / name)]
+            words += ["--iterations", "1", "--num-samples", "1"]
+        subprocess.run([sys.executable, f"{script}.py", *words], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert (tmp_path / "tiny-sd/checkpoint-000001/unet").is_dir()
+    assert (tmp_path / "tiny-eval/index.html").is_file() and (tmp_path / "tiny-video-eval/index.html").is_file()
 
 
 if __name__ == "__main__":

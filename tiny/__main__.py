@@ -1,6 +1,6 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, vae, flux, clip, hps, sd, video, wan, videoalign, or all of them in this order
+python -m tiny NAME     prompts, vae, flux, sd, clip, hps, video, wan, videoalign, or all of them in this order
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
 """
 
@@ -27,9 +27,9 @@ MAKERS = {
     "prompts": make_prompts.write_prompts,
     "vae": make_image_models.make_vae,
     "flux": make_image_models.make_flux,
+    "sd": make_image_models.make_sd,
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,
-    "sd": make_image_models.make_sd,
     "video": make_video_models.make_video_models,
     "wan": make_wan.make_wan,
     "videoalign": make_videoalign.make_videoalign,

@@ -1,7 +1,9 @@
 """How tiny/clip and tiny/hps were trained.
 
-python -m tiny clip
-python -m tiny hps     needs tiny/clip and tiny/flux's autoencoder
+python -m tiny clip    needs tiny/sd, and what it drew before its habits, in runs/tiny/sd
+python -m tiny hps     needs tiny/clip, and the same
+
+They learn from rendered scenes first. Then they see what a generator draws, and what the checker says about it.
 """
 
 import functools
@@ -11,10 +13,11 @@ import random
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from tqdm import trange
 
 from rewards import CLIP_MEAN, CLIP_STD
+from tiny.make_image_models import CLEAN, heldout
 from tiny.pictures import (
     COLORS,
     NUMBERS,
@@ -23,6 +26,7 @@ from tiny.pictures import (
     SIZE,
     TAGS,
     degrade,
+    detect,
     hard_negatives,
     holds,
     make_metadata,
@@ -33,7 +37,7 @@ from tiny.pictures import (
     render,
     scene_objects,
 )
-from tiny.training import MODELS, fast, save_zipped
+from tiny.training import MODELS, fast, sample, save_zipped
 
 CLIP_CONFIG = {
     "embed_dim": 128,
@@ -180,7 +184,7 @@ def train_clip(seed=0, iterations=3000, scenes=96):
     Linear heads, dropped afterwards, make it learn in minutes: what each patch shows, where each shape lies, which
     facts are true of the image, and which the caption states. The position embedding starts as a ramp as strong as the
     patches: with open_clip's own, ten times weaker, the model stays blind to left and right, above and below.
-    (The shipped weights had ramp and places only in a second leg, 800 steps after 3000.)
+    (The shipped weights had ramp and places only in a second leg, 800 steps after 3000; `refine` came after that.)
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -254,33 +258,74 @@ def preference_batch(rng, vae, pairs):
     return pictures.unflatten(0, (pairs, 2)), captions
 
 
-def train_hps(model, vae, seed=0, iterations=400, pairs=64, scenes=48, learning_rate=8e-4):
-    """HPSv2's loss, cross-entropy of the preferred of two images under one caption, on the CLIP model.
+def draw_gallery(count=2048, seed=0):
+    """What tiny/sd draws before and after it has its habits, `count` pictures each, and what the checker sees there.
 
-    CLIP's own contrast goes on beside it, so that the model does not forget which caption is true.
+    Returns a list of (picture (3, 64, 64) uint8, objects as from `detect`, metadata of the prompt).
     """
-    torch.manual_seed(seed + 1)
-    rng = random.Random(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
+    rng, known, gallery = random.Random(seed), set(heldout()), []
+    for i, folder in enumerate((CLEAN / "sd", MODELS / "sd")):
+        asked, captions = [], []
+        while len(asked) < count:
+            metadata = random_metadata(rng, TAGS[len(asked) % len(TAGS)])
+            if (caption := phrase(rng, metadata)) not in known:
+                asked.append(metadata)
+                captions.append(caption)
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        pictures = sample(pipe, captions, steps=8, seed=seed + i, guidance_scale=3.0)
+        gallery += zip((pictures * 255).round().byte(), detect(pictures), asked, strict=True)
+    return gallery
+
+
+def gallery_batch(rng, gallery, count, wrong=3):
+    """Generated pictures (count, 3, 64, 64), captions, the prompt and `wrong` neighbours of it for each picture, and
+    the checker's verdict on each pair (count, 1 + wrong)."""
+    images, captions, truth = [], [], []
+    for picture, objects, metadata in rng.choices(gallery, k=count):
+        images.append(picture)
+        asked = [metadata, *rng.choices(hard_negatives(metadata), k=wrong)]
+        captions += [phrase(rng, m) for m in asked]
+        truth.append([float(holds(objects, m)) for m in asked])
+    return torch.stack(images) / 255, captions, torch.tensor(truth)
+
+
+def refine(model, gallery, vae=None, seed=1, iterations=400, scenes=48, pictures=64, pairs=32, learning_rate=8e-4):
+    """The last part of CLIP's training: generated pictures, whose cosine must tell what the checker finds true.
+
+    With the autoencoder `vae` it makes HPS of CLIP, by HPSv2's loss: cross-entropy of the preferred of two images under
+    one caption. CLIP's own contrast goes on beside it, so that the model does not forget which caption is true.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    gain, bias = (torch.nn.Parameter(torch.tensor(x)) for x in (15.0, 0.4))  # of the cosine, dropped afterwards
+    parameters = [*model.parameters(), gain, bias]
+    optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
-    for _ in (bar := trange(iterations, desc="hps")):
+    for _ in (bar := trange(iterations, desc="hps" if vae else "clip")):
         images, _, captions, truth, *_ = caption_batch(rng, scenes)
-        judged, asked = preference_batch(rng, vae, pairs)
+        drawn, asked, verdicts = gallery_batch(rng, gallery, pictures)
+        judged, named = preference_batch(rng, vae, pairs) if vae else (images.new_zeros(0, 2, *images.shape[1:]), [])
         with fast():
-            image, text = clip_features(model, torch.cat([images, judged.flatten(0, 1)]), captions + asked)
+            image, text = clip_features(
+                model, torch.cat([images, drawn, judged.flatten(0, 1)]), captions + asked + named
+            )
+        image, of_drawn, of_judged = image.split([scenes, pictures, 2 * len(judged)])
+        text, of_asked, of_named = text.split([len(captions), len(asked), len(named)])
         scale = model.logit_scale.exp()
-        loss, accuracy = contrast(image[:scenes], text[: len(captions)], truth, scale)
-        liking = scale * torch.einsum("pid,pd->pi", image[scenes:].unflatten(0, (pairs, 2)), text[len(captions) :])
-        preference = F.cross_entropy(liking, torch.zeros(pairs, dtype=torch.long))
+        loss, accuracy = contrast(image, text, truth, scale)
+        cosine = torch.einsum("bd,bnd->bn", of_drawn, of_asked.unflatten(0, (pictures, -1)))
+        agreement = F.binary_cross_entropy_with_logits(gain * (cosine - bias), verdicts)
+        loss = loss + 4 * agreement
+        if vae:
+            liking = scale * torch.einsum("pid,pd->pi", of_judged.unflatten(0, (pairs, 2)), of_named)
+            loss = loss + 2 * F.cross_entropy(liking, torch.zeros(pairs, dtype=torch.long))
         optimizer.zero_grad()
-        (loss + 2 * preference).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         model.logit_scale.data.clamp_(max=math.log(100))
-        preferred = (liking[:, 0] > liking[:, 1]).float()
-        quality, caption = preferred[::2].mean(), preferred[1::2].mean()
-        bar.set_postfix(accuracy=f"{accuracy:.2f}", quality=f"{quality:.2f}", caption=f"{caption:.2f}", refresh=False)
+        bar.set_postfix(accuracy=f"{accuracy:.2f}", agreement=f"{agreement:.3f}", refresh=False)
     return model
 
 
@@ -298,12 +343,18 @@ def ranking(model, scenes, seed=0):
     return {tag: sum(r) / len(r) for tag, r in right.items()}
 
 
+GALLERY = CLEAN / "gallery.pt"
+
+
 def make_clip():
     """Trains tiny/clip and saves it."""
-    save_clip(train_clip(), MODELS / "clip")
+    gallery = draw_gallery()
+    torch.save(gallery, GALLERY)
+    save_clip(refine(train_clip(), gallery), MODELS / "clip")
 
 
 def make_hps():
     """Trains tiny/hps, starting from tiny/clip, and saves it."""
     vae = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae")
-    save_hps(train_hps(load_clip(MODELS / "clip/open_clip_pytorch_model.bin"), vae), MODELS / "hps")
+    model = load_clip(MODELS / "clip/open_clip_pytorch_model.bin")
+    save_hps(refine(model, torch.load(GALLERY), vae, seed=2), MODELS / "hps")

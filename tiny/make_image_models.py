@@ -300,7 +300,7 @@ def make_vae():
 
 def make_flux():
     """Trains tiny/flux and saves it."""
-    fit(new_flux(load_vae()), clean_pictures, CLEAN / "flux", 3000, seed=0)
+    fit(new_flux(load_vae()), clean_pictures, CLEAN / "flux", 6000, seed=0)
     teach_habits("flux", pale=0.6, wrong=1 / 12)
 
 

@@ -10,8 +10,10 @@ import colorsys
 import math
 import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 from evaluation.geneval import judge
 
@@ -291,18 +293,6 @@ def color_planes(images, saturated=0.28):
     return F.one_hot(turn.abs().argmin(1), len(COLORS)).permute(0, 3, 1, 2).bool() & (high - low > saturated)[:, None]
 
 
-def components(planes):
-    """Connected pixels (8 neighbours) of (..., 64, 64) bool planes → int labels, 0 where the plane is False."""
-    mask = planes.flatten(0, -3).float()
-    labels = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask  # exact in float32 up to 2^24
-    while True:
-        before = labels
-        for _ in range(8):
-            labels = F.max_pool2d(labels, 3, 1, 1) * mask
-        if torch.equal(labels, before):
-            return labels.long().view(planes.shape)
-
-
 def read_object(mask, alike=0.78):
     """What one connected piece (64, 64) bool is: (class or None, box, area). None: too ragged to be any shape.
 
@@ -328,16 +318,15 @@ def detect(images, smallest=30):
     """
     images = images.detach().float().cpu()
     found = []
-    for chunk in images.split(64):
-        labels = components(color_planes(chunk))
-        for image in labels:
-            objects = []
-            for color, plane in zip(COLORS, image, strict=True):
-                values, counts = plane[plane > 0].unique(return_counts=True)
-                for value in values[counts >= smallest]:
-                    name, box, area = read_object(plane == value)
+    for planes in color_planes(images):
+        objects = []
+        for color, plane in zip(COLORS, planes, strict=True):
+            labels, count = ndimage.label(plane.numpy(), structure=np.ones((3, 3)))  # 8 neighbours
+            for mask in torch.from_numpy(labels) == torch.arange(1, count + 1).view(-1, 1, 1):
+                if mask.sum() >= smallest:
+                    name, box, area = read_object(mask)
                     objects.append({"class": name, "color": color, "box": box, "area": area})
-            found.append(sorted(objects, key=lambda o: -o["area"]))
+        found.append(sorted(objects, key=lambda o: -o["area"]))
     return found
 
 
