@@ -23,6 +23,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class Config:
     seed: Seed = 42  # of the initial noise
     batch_size: Count = 8  # pictures drawn and scored at a time, by each process
     steps: Natural = 0  # sampling steps; this and the next ones, if 0: as in the checkpoints' run, or the model's usual
-    guidance: NonNegative = 0.0  # classifier-free (Stable Diffusion, SkyReels) or embedded (FLUX, HunyuanVideo)
+    guidance: NonNegative = 0.0  # classifier-free (Stable Diffusion, SkyReels, Wan) or embedded (FLUX, HunyuanVideo)
     shift: NonNegative = 0.0  # of rectified flow's sigmas towards noise
     height: Natural = 0  # pixels
     width: Natural = 0  # pixels
@@ -152,7 +153,8 @@ def find_settings(cfg: Config, family: str, runs: list[dict]) -> dict:
     """Steps, guidance, sizes, …: as on the command line, else as in the checkpoints' runs, else the model's usual."""
     settings = {}
     for name, value in FAMILIES[family][1].items():
-        key = "true_guidance" if name == "guidance" and "ImageToVideo" in family else name
+        two_passes = family == "WanPipeline" or "ImageToVideo" in family
+        key = "true_guidance" if name == "guidance" and two_passes else name
         given = {run[key] for run in runs if key in run}
         cli.require(
             bool(getattr(cfg, name)) or len(given) <= 1,
@@ -177,7 +179,9 @@ def find_reward_paths(metrics: str, runs: list[dict]) -> str:
 def check_sizes(cfg: Config, component: str) -> None:
     """Height, width and frames must fit the base's autoencoder and the network that is called `component`."""
     vae = component_config(cfg.model, "vae")
-    scale = vae.get("spatial_compression_ratio", 2 ** (len(vae["block_out_channels"]) - 1))
+    for old, new in (("scale_factor_spatial", "spatial"), ("scale_factor_temporal", "temporal")):  # Wan's names
+        vae |= {f"{new}_compression_ratio": vae[old]} if old in vae else {}
+    scale = vae.get("spatial_compression_ratio") or 2 ** (len(vae["block_out_channels"]) - 1)
     scale *= 1 if component == "unet" else 2  # a token of a transformer is a patch of 2 x 2 latents
     makes_video = "temporal_compression_ratio" in vae
     cli.check_size(cfg, math.lcm(16, scale) if makes_video else scale)  # 16: those pipelines' own rule
@@ -268,6 +272,9 @@ def set_sampler(pipe, cfg: Config):
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     elif cfg.shift:
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # takes the sigmas as they are
+        if isinstance(pipe, diffusers.WanPipeline):  # has no argument for them
+            sigmas = flow_sigmas(cfg.steps, cfg.shift)[:-1].tolist()
+            pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
     if cfg.frames > 1:
         pipe.vae.enable_tiling()  # a whole clip at full size does not fit
     pipe.set_progress_bar_config(disable=True)
@@ -286,11 +293,11 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
     elif is_flux:
         shape = h // 2 * (w // 2), pipe.transformer.config.in_channels  # tokens
     else:
-        shape = pipe.vae.config.latent_channels, (cfg.frames - 1) // pipe.vae_scale_factor_temporal + 1, h, w
+        shape = pipe.transformer.config.out_channels, (cfg.frames - 1) // pipe.vae_scale_factor_temporal + 1, h, w
         options["num_frames"] = cfg.frames
     z = data.keyed_noise(shape, keys, "evaluation", device)
     options["latents"] = z.to(pipe.unet.dtype) if is_diffusion else z
-    if cfg.shift and not is_diffusion:
+    if cfg.shift and not is_diffusion and not isinstance(pipe, diffusers.WanPipeline):
         options["sigmas"] = flow_sigmas(cfg.steps, cfg.shift)[:-1].tolist()
     if cfg.max_sequence_length and not is_diffusion:
         options["max_sequence_length"] = cfg.max_sequence_length

@@ -1,4 +1,4 @@
-"""DanceGRPO (arXiv 2505.07818) on video: HunyuanVideo, text to video or to image, and SkyReels-I2V, image to video.
+"""DanceGRPO (arXiv 2505.07818) on video: HunyuanVideo and Wan 2.1, text to video or to image; SkyReels, image to video.
 
 Algorithm 1 of the paper, which `main` follows line by line:
     for every iteration:
@@ -8,9 +8,10 @@ Algorithm 1 of the paper, which `main` follows line by line:
         choose a random part of the timesteps and replay them: ratio rho = new probability / old probability
         climb the clipped objective  min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
-    python grpo_video.py --preset tiny-t2v                              on a laptop, no download; or tiny-t2i, tiny-i2v
+    python grpo_video.py --preset tiny-t2v            on a laptop, no download; or tiny-t2i, tiny-i2v, tiny-wan
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py              the release's HunyuanVideo run, 32 GPUs of 80 GB
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --preset release-i2v        its SkyReels-I2V run, 32 GPUs
+    torchrun --nproc_per_node=8 grpo_video.py --preset wan              its Wan 2.1 run, text to image, 8 GPUs
 
 Departures from the release: initial noise is shared within a prompt's group, and processes draw their own; best-of-N
 keeps the best and worst of each prompt's own group; the first frame is encoded once, by the mode of the posterior;
@@ -24,6 +25,7 @@ with classifier-free guidance 2, the empty one and the prompt, else 1.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -42,8 +44,8 @@ RATIOS = ("plain", "guard", "dppo")  # of --ratio
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "release"  # release (t2v, 32 GPUs), release-i2v, paper, paper-i2v, fast, t2i, tiny-t2v, -i2v, -t2i
-    model: str = "hunyuanvideo-community/HunyuanVideo"  # hub id or folder in diffusers' HunyuanVideoPipeline layout
+    preset: str = "release"  # release (t2v, 32 GPUs), release-i2v, paper, paper-i2v, fast, t2i, wan, wan-48gb, tiny-…
+    model: str = "hunyuanvideo-community/HunyuanVideo"  # hub id or folder of a HunyuanVideoPipeline or WanPipeline
     transformer: str = ""  # hub id or folder, if it is not the one in --model; SkyReels' makes image to video
     reward: str = "vq,mq:0"  # NAME[@THRESHOLD][:WEIGHT], … (release); also ta, hps, clip, FILE.py:FUNCTION, http://…
     reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
@@ -78,13 +80,13 @@ class Config:
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
-    guidance: Positive = 6.0  # embedded guidance scale (release)
+    guidance: Positive = 6.0  # embedded guidance scale (release); 1 for models without
     true_guidance: AtLeast1 = 1.0  # classifier-free guidance, in rollout and update alike; 1: off, half the cost
     height: Count = 480  # pixels (release); train at the size you use
     width: Count = 480  # pixels (release)
     frames: Count = 53  # F (release), one more than a multiple of the VAE's stride in time, 4; 1 draws images
     fps: Positive = 8.0  # frames per second that VideoAlign is told (release), and of the sample videos
-    max_sequence_length: Count = 256  # text tokens of the Llama encoder (HunyuanVideoPipeline's default)
+    max_sequence_length: Count = 256  # text tokens of Llama or UMT5 (HunyuanVideoPipeline's default; Wan's: 512)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
@@ -105,6 +107,11 @@ I2V = dict(
     first_frame_model="black-forest-labs/FLUX.1-dev", height=400, width=640, eta=0.3, shift=7.0, updates_per_rollout=1,
     keep_best_worst=0, guidance=1.0, true_guidance=5.0, shard_size=16,  # 63 GiB a GPU with 8
 )  # fmt: skip
+# The release's finetune_wan_2_1_grpo.sh, but for max_sequence_length, which is WanPipeline's default.
+WAN = dict(
+    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", updates_per_rollout=1, keep_best_worst=0, guidance=1.0, true_guidance=5.0,
+    max_sequence_length=512, shift=3.0, eta=0.3, steps=20, group_size=12,
+)  # fmt: skip
 # In so short a run the first two steps, which decide most of the clip, learn fastest: the window stays there.
 TINY = dict(
     model="tiny/hunyuan", reward_paths="hps=tiny/hps,videoalign=tiny/videoalign", prompts="prompts/moving.jsonl",
@@ -119,14 +126,27 @@ PRESETS = {
     "paper-i2v": I2V | dict(group_size=12),  # Table 6; one update, for guidance
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 12 passes of the network a video, not 25
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1),  # ours: the paper trains it, the release has no script for it
+    "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
+        reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,
+        micro_batch=4,
+    ),
+    "wan-48gb": WAN | dict(  # ours, one GPU: LoRA, text to video
+        lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0,
+        steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2,
+    ),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=40, output_dir="runs/tiny-t2v"),
-    "tiny-i2v": TINY
-    | dict(transformer="tiny/skyreels", reward="mq", guidance=1.0, true_guidance=2.0, iterations=24)
-    | dict(output_dir="runs/tiny-i2v"),
-    "tiny-t2i": TINY
-    | dict(reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64)
-    | dict(iterations=80, output_dir="runs/tiny-t2i"),
-}
+    "tiny-wan": TINY | dict(
+        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40, output_dir="runs/tiny-wan"
+    ),
+    "tiny-i2v": TINY | dict(
+        transformer="tiny/skyreels", reward="mq", guidance=1.0, true_guidance=2.0, iterations=24,
+        output_dir="runs/tiny-i2v",
+    ),
+    "tiny-t2i": TINY | dict(
+        reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64,
+        iterations=80, output_dir="runs/tiny-t2i",
+    ),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- GRPO, as in the paper
@@ -225,7 +245,67 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
     }
 
 
-# ------------------------------------------------------------------------------------------- HunyuanVideo, as a policy
+# ------------------------------------------------------------------------------------------ the models, as policies
+# Each family is a namespace, without instances.
+
+
+class HunyuanVideo:
+    """HunyuanVideo, and SkyReels-I2V."""
+
+    pipeline, transformer, vae = "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", "AutoencoderKLHunyuanVideo"
+    strides = "temporal_compression_ratio", "spatial_compression_ratio"  # frames and pixels of an element of a latent
+    frozen: ClassVar = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}  # parameters
+
+    def full_size(cfg: Config) -> dict:
+        """Where its transformer differs from diffusers' defaults."""
+        return dict(guidance_embeds=True) | ({"in_channels": 32} if cfg.transformer else {})
+
+    def encode(pipe, texts: list[str], length: int, device) -> list[Tensor]:
+        """Llama embedding of each token (N, L, D), which tokens count (N, L), CLIP embedding (N, D').
+
+        L is the length of the longest of these texts, not max_sequence_length: attention over padding costs as much.
+        """
+        tokens, pooled, mask = pipe.encode_prompt(texts, device=device, max_sequence_length=length)
+        length = int(mask.sum(1).max())
+        return [tokens[:, :length], mask[:, :length].to(tokens), pooled]
+
+    def sizes(config: dict, length: int) -> list[tuple]:  # of a text in `encode`
+        return [(length, config["text_embed_dim"]), (length,), (config["pooled_projection_dim"],)]
+
+    def arguments(config, sigma: Tensor, text: list[Tensor], cfg: Config) -> dict:
+        """What the transformer takes beside latents, time and tokens. Its guidance runs like its time."""
+        guidance = torch.full_like(sigma, 1000 * cfg.guidance) if config.guidance_embeds else None
+        return dict(encoder_attention_mask=text[1], pooled_projections=text[2], guidance=guidance)
+
+
+class Wan:
+    """Wan 2.1, text to video: cross-attention to UMT5's tokens, classifier-free guidance only."""
+
+    pipeline, transformer, vae = "WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan"
+    strides = "scale_factor_temporal", "scale_factor_spatial"
+    frozen: ClassVar = {"vae": 126_892_531, "text_encoder": 5_680_910_336}
+
+    def full_size(cfg: Config) -> dict:
+        return dict(num_attention_heads=12, num_layers=30, ffn_dim=8960) if "1.3B" in cfg.model else {}  # else 14B
+
+    def encode(pipe, texts: list[str], length: int, device) -> list[Tensor]:
+        """Embedding of each token (N, L, D), zeros for padding, which counts: there is no mask, and L is `length`."""
+        tokens, _ = pipe.encode_prompt(texts, None, False, device=device, max_sequence_length=length)
+        return [tokens]
+
+    def sizes(config: dict, length: int) -> list[tuple]:
+        return [(length, config["text_dim"])]
+
+    def arguments(config, sigma: Tensor, text: list[Tensor], cfg: Config) -> dict:
+        return {}
+
+
+FAMILIES = {family.transformer: family for family in (HunyuanVideo, Wan)}
+PIPELINES = {family.pipeline: family for family in FAMILIES.values()}
+
+
+def family_of(transformer) -> type:
+    return FAMILIES[type(transformer).__name__]
 
 
 def transformer_source(cfg: Config) -> dict:
@@ -236,10 +316,10 @@ def transformer_source(cfg: Config) -> dict:
 
 
 def transformer_config(cfg: Config) -> dict:
-    config = distributed.load_pretrained(
-        diffusers.HunyuanVideoTransformer3DModel.load_config, **transformer_source(cfg)
-    )
-    found, expected = config["_class_name"], "HunyuanVideoTransformer3DModel"
+    """Of the transformer, which is of the class that --model's pipeline needs."""
+    expected = PIPELINES[distributed.check_family(cfg.model, *PIPELINES)].transformer
+    config = distributed.load_pretrained(getattr(diffusers, expected).load_config, **transformer_source(cfg))
+    found = config["_class_name"]
     cli.require(found == expected, f"--transformer {cfg.transformer} is a {found}, not a {expected}")
     return config
 
@@ -256,7 +336,8 @@ def latent_shape(cfg: Config, config: dict, stride: int, side: int) -> tuple[int
 
 def load_models(cfg: Config, world: distributed.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
-    kind = diffusers.HunyuanVideoTransformer3DModel
+    family = FAMILIES[transformer_config(cfg)["_class_name"]]
+    kind = getattr(diffusers, family.transformer)
     load = partial(distributed.load_network, kind, world=world, **transformer_source(cfg))
     transformer = reference = load(
         lora_rank=cfg.lora_rank,
@@ -267,9 +348,9 @@ def load_models(cfg: Config, world: distributed.World, init: Path | None):
     )
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
-    for network in dict.fromkeys((transformer, reference)):
+    for network in dict.fromkeys((transformer, reference)) if family is HunyuanVideo else ():
         distributed.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
-    kind = diffusers.HunyuanVideoPipeline
+    kind = getattr(diffusers, family.pipeline)
     if takes_first_frame(transformer.config):
         kind = diffusers.HunyuanSkyreelsImageToVideoPipeline
     return distributed.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
@@ -277,15 +358,11 @@ def load_models(cfg: Config, world: distributed.World, init: Path | None):
 
 @torch.no_grad()
 def encode(pipe, prompts: list[str], pictures: dict[str, Path], shape: tuple, cfg: Config, device) -> list[Tensor]:
-    """→ Llama embedding of each token (P, n, L, D), which tokens count (P, n, L), CLIP embedding (P, n, D'),
-    and latents of the first frame, followed by zeros, (P, C, f, h, w); of no channels if there are no pictures.
-
-    L is the length of the longest of these texts, not max_sequence_length: attention over padding costs as much.
+    """→ what the family's `encode` makes of the texts, tokens (P, n, L, D) first, and latents of the first frame,
+    followed by zeros, (P, C, f, h, w); of no channels if there are no pictures.
     """
     texts = prompts if cfg.true_guidance == 1 else [text for prompt in prompts for text in ("", prompt)]
-    tokens, pooled, mask = pipe.encode_prompt(texts, device=device, max_sequence_length=cfg.max_sequence_length)
-    length = int(mask.sum(1).max())
-    text = (tokens[:, :length], mask[:, :length].to(tokens), pooled)
+    text = family_of(pipe.transformer).encode(pipe, texts, cfg.max_sequence_length, device)
     text = [rearrange(x, "(p n) ... -> p n ...", p=len(prompts)) for x in text]
     frames = torch.zeros(len(prompts), shape[0] if pictures else 0, *shape[1:], device=device)
     for frame, prompt in zip(frames, prompts if pictures else [], strict=False):
@@ -301,18 +378,17 @@ def velocity(transformer, z: Tensor, sigma: Tensor, condition: list[Tensor], cfg
 
     Classifier-free guidance (2207.12598): v = v_empty + guidance (v_prompt - v_empty), in one forward pass.
     """
-    tokens, mask, pooled, first_frame = condition
-    n = tokens.shape[1]
+    *text, first_frame = condition
+    n, dtype = text[0].shape[1], text[0].dtype
+    text = [x.flatten(0, 1) for x in text]  # (B n, …)
     sigma = sigma.expand(len(z)).repeat_interleave(n)
-    with torch.autocast(z.device.type, tokens.dtype, enabled=tokens.dtype != torch.float32):
+    with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
         out = transformer(
-            hidden_states=torch.cat([z, first_frame], 1).to(tokens.dtype).repeat_interleave(n, 0),
-            timestep=1000 * sigma,  # unlike FLUX, this transformer's time runs from 1000 to 0, and so does its guidance
-            guidance=torch.full_like(sigma, 1000 * cfg.guidance) if transformer.config.guidance_embeds else None,
-            encoder_hidden_states=tokens.flatten(0, 1),
-            encoder_attention_mask=mask.flatten(0, 1),
-            pooled_projections=pooled.flatten(0, 1),
+            hidden_states=torch.cat([z, first_frame], 1).to(dtype).repeat_interleave(n, 0),
+            timestep=1000 * sigma,  # unlike FLUX, these transformers' time runs from 1000 to 0
+            encoder_hidden_states=text[0],
             return_dict=False,
+            **family_of(transformer).arguments(transformer.config, sigma, text, cfg),
         )[0].float()
     if n == 1:
         return out
@@ -323,7 +399,10 @@ def velocity(transformer, z: Tensor, sigma: Tensor, condition: list[Tensor], cfg
 @torch.no_grad()
 def decode(vae, z0: Tensor) -> Tensor:
     """Latents (B, C, f, h, w) → videos (B, F, 3, H, W) in [0, 1]; one by one, since decoding takes the most memory."""
-    videos = [vae.decode((z / vae.config.scaling_factor).to(vae.dtype)).sample.float() for z in z0.split(1)]
+    mean, std = 0.0, 1 / vae.config.get("scaling_factor", 1.0)
+    if "latents_std" in vae.config:  # Wan's latents have a mean and a standard deviation in each channel
+        mean, std = (z0.new_tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    videos = [vae.decode((z * std + mean).to(vae.dtype)).sample.float() for z in z0.split(1)]
     return rearrange(torch.cat(videos) / 2 + 0.5, "b c f h w -> b f c h w").clamp(0, 1)
 
 
@@ -363,14 +442,17 @@ def check(cfg: Config) -> list[str]:
     plain = cfg.ratio == "plain" or cfg.sde != "cps"
     cli.require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1)
-    distributed.check_family(cfg.model, "HunyuanVideoPipeline")
-    vae = distributed.load_pretrained(diffusers.AutoencoderKLHunyuanVideo.load_config, cfg.model, subfolder="vae")
     network = transformer_config(cfg)
-    cli.check_size(cfg, vae["spatial_compression_ratio"] * network["patch_size"])
-    stride, least = vae["temporal_compression_ratio"], 2 if takes_first_frame(network) else 1
+    family = FAMILIES[network["_class_name"]]
+    vae = distributed.load_pretrained(getattr(diffusers, family.vae).load_config, cfg.model, subfolder="vae")
+    (stride, side), patch = (vae[name] for name in family.strides), network["patch_size"]
+    cli.check_size(cfg, side * (patch if isinstance(patch, int) else patch[-1]))
+    least = 2 if takes_first_frame(network) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
-    kind = diffusers.HunyuanVideoTransformer3DModel
+    message = f"--guidance is embedded guidance, which {cfg.model} has not; give --guidance 1, and --true-guidance"
+    cli.require(family is not Wan or cfg.guidance == 1, message)
+    kind = getattr(diffusers, family.transformer)
     distributed.check_init(cfg, kind, "transformer", LORA_TARGETS, transformer_source(cfg))
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1, prompts, data.load_metadata(cfg.prompts))
@@ -380,27 +462,21 @@ def check(cfg: Config) -> list[str]:
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
     cli.check_options(cfg)
-    known = {"in_channels": 32} if cfg.transformer else {}  # SkyReels'
-    kind = diffusers.HunyuanVideoTransformer3DModel
-    config = dryrun.config_of(kind, **transformer_source(cfg), guidance_embeds=True, **known)
-    vae = dryrun.config_of(diffusers.AutoencoderKLHunyuanVideo, cfg.model, "vae")
-    shape = latent_shape(cfg, config, vae["temporal_compression_ratio"], vae["spatial_compression_ratio"])
-    dtype, n, length = (
-        distributed.compute_dtype(cfg.dtype, cuda=True),
-        1 if cfg.true_guidance == 1 else 2,
-        cfg.max_sequence_length,
-    )
-    known = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}
+    default = Wan if cfg.model.startswith("Wan-AI/") else HunyuanVideo  # if its files are not here
+    family = PIPELINES.get(dryrun.pipeline_of(cfg.model), default)
+    kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
+    config = dryrun.config_of(kind, **transformer_source(cfg), **family.full_size(cfg))
+    vae = dryrun.config_of(vae_kind, cfg.model, "vae")
+    shape = latent_shape(cfg, config, *(vae[name] for name in family.strides))
+    dtype, n = distributed.compute_dtype(cfg.dtype, cuda=True), 1 if cfg.true_guidance == 1 else 2
     return dryrun.run(
         cfg, kind, config,
         predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
         condition=lambda b: [
-            torch.empty(b, n, length, config["text_embed_dim"], dtype=dtype), torch.ones(b, n, length, dtype=dtype),
-            torch.empty(b, n, config["pooled_projection_dim"], dtype=dtype),
+            *(torch.empty(b, n, *size, dtype=dtype) for size in family.sizes(config, cfg.max_sequence_length)),
             torch.empty(b, config["in_channels"] - config["out_channels"], *shape[1:]),
         ],
-        frozen=dryrun.frozen_parameters(cfg.model, known),
-        vae=(diffusers.AutoencoderKLHunyuanVideo, vae), decode=decode,
+        frozen=dryrun.frozen_parameters(cfg.model, family.frozen), vae=(vae_kind, vae), decode=decode,
         lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
     )  # fmt: skip
 
@@ -425,7 +501,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
-    embed = distributed.PromptCache(embed, world, transformer, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+    embed = distributed.PromptCache(embed, world, transformer, *map(pipe.components.get, family_of(transformer).frozen))
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)

@@ -18,6 +18,7 @@ FAMILIES = {
     "StableDiffusionPipeline": ("unet", USUAL | dict(steps=50, guidance=7.5, height=512, width=512)),
     "FluxPipeline": ("transformer", USUAL | dict(steps=28, guidance=3.5, height=1024, width=1024)),
     "HunyuanVideoPipeline": ("transformer", USUAL | dict(steps=50, guidance=6.0, height=720, width=1280, frames=129)),
+    "WanPipeline": ("transformer", USUAL | dict(steps=50, guidance=5.0, height=480, width=832, frames=81, fps=16.0)),
     "HunyuanSkyreelsImageToVideoPipeline": (
         "transformer",
         USUAL | dict(steps=50, guidance=6.0, height=544, width=960, frames=97),

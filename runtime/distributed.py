@@ -212,10 +212,14 @@ class ModelConfig(dict):
         raise RunError(f"{self.source}: a config file there lacks {name!r}; it is damaged, or of another model")
 
 
-def check_family(path: str, expected: str) -> None:
-    """Raise RunError unless the model at `path` is a pipeline of the expected class, with the tokenizers it names."""
-    found = pipeline_index(path)["_class_name"]
-    require(found == expected, f"--model {path} is a {found}; this script trains a {expected}")
+def check_family(path: str, *expected: str) -> str:
+    """The class of the pipeline at `path`. Raises RunError if it is not an expected one, or lacks a tokenizer."""
+    index = pipeline_index(path)
+    found = index["_class_name"]
+    require(found in expected, f"--model {path} is a {found}; this script trains a {' or a '.join(expected)}")
+    other = index.get("boundary_ratio") is not None or index.get("expand_timesteps")
+    require(not other, f"--model {path} is a Wan 2.2; this script trains Wan 2.1")
+    return found
 
 
 def pipeline_index(path: str, option: str = "--model") -> dict:
@@ -303,6 +307,8 @@ def load_network(
         whole = init and not lora_rank
         place = (network_class, str(init), "--init") if whole else (network_class, path, option)
         source = load_weights(*place, dtype=dtype, **({} if whole else options))
+        for parameter in source.parameters():  # Wan's norms would stay in float32, and FSDP wants one type
+            parameter.data = parameter.data.to(dtype)
         prepare_network(source, *prepare)
         if init and lora_rank:
             load_adapter(source, init)

@@ -154,6 +154,11 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
     return {p.name: p.default for p in parameters if p.default is not p.empty} | known
 
 
+def pipeline_of(path: str) -> str:
+    """The class of the pipeline in this folder, or in the hub's cache; "" where there is neither."""
+    return _stored_config(DiffusionPipeline, path).get("_class_name", "")
+
+
 def _stored_config(kind: type, path: str, option: str = "--model", **place) -> dict:
     """The config file of a folder, or of the hub's cache; {} where there is neither."""
     distributed.check_path(option, path)

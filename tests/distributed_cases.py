@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, ModelMixin
+from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, ModelMixin, WanTransformer3DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -20,12 +20,14 @@ from runtime import cli, distributed, output
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NETWORKS = {"flux": (FluxTransformer2DModel, "tiny/flux"), "hunyuan": (HunyuanVideoTransformer3DModel, "tiny/hunyuan")}
+NETWORKS["wan"] = WanTransformer3DModel, "tiny/wan"  # diffusers would keep its norms in float32
 SAMPLES, MICRO_BATCH = 8, 2
 # name: (network, compute dtype, LoRA rank); each also runs with every way of sharding that the processes allow
 TRAININGS = {
     "full": ("flux", torch.float32, 0),
     "full-bfloat16": ("hunyuan", torch.bfloat16, 0),
     "lora-bfloat16": ("hunyuan", torch.bfloat16, 4),
+    "lora-bfloat16-wan": ("wan", torch.bfloat16, 4),
 }
 
 
@@ -54,6 +56,8 @@ def predict(network: nn.Module, world: distributed.World, samples: list[int]) ->
                 img_ids=torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0)),
                 txt_ids=torch.zeros(5, 3), return_dict=False,
             )  # fmt: skip
+        elif isinstance(network, WanTransformer3DModel):
+            out = network(draw(16, 2, 4, 4), 1000 * sigma, draw(5, 64), return_dict=False)
         else:
             out = network(
                 draw(16, 2, 4, 4), 1000 * sigma, draw(5, 64), torch.ones(len(samples), 5), draw(64),

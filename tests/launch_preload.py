@@ -10,7 +10,8 @@ for module in (
     *("distributed_cases", "two_processes", "launch_cases"),
 ):
     importlib.import_module(module)
-for name in ("FluxPipeline", "StableDiffusionPipeline", "HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"):
+PIPELINES = ("FluxPipeline", "StableDiffusionPipeline", "HunyuanVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline")
+for name in (*PIPELINES, "WanPipeline"):
     getattr(diffusers, name)
-for name in ("CLIPTextModel", "T5EncoderModel", "LlamaModel", "CLIPTokenizer", "T5TokenizerFast"):
+for name in ("CLIPTextModel", "T5EncoderModel", "UMT5EncoderModel", "LlamaModel", "CLIPTokenizer", "T5TokenizerFast"):
     getattr(transformers, name)

@@ -6,6 +6,7 @@ import grpo_video
 from runtime import cli
 
 TRAINERS = {"flux": grpo_flux, "sd": grpo_sd, "t2v": grpo_video, "i2v": grpo_video, "t2i": grpo_video}
+TRAINERS |= {"wan": grpo_video}
 COMPONENTS = {grpo_flux: "transformer", grpo_sd: "unet", grpo_video: "transformer"}
 FAST = {"iterations": 3, "prompts_per_iteration": 2, "group_size": 4, "updates_per_rollout": 2, "steps": 5}
 FAST |= {"micro_batch": 4, "num_samples": 3, "seed": 7, "learning_rate": 1e-4, "sample_every": 2}

@@ -284,6 +284,19 @@ def test_options_of_rectified_flow(trainer, words, expected):
         ("--preset tiny-i2v --transformer tiny/nothing", "--transformer: no folder 'tiny/nothing'"),
         ("--preset tiny-t2i --reward mq", "reward mq judges video"),
         (
+            "--preset tiny-wan --guidance 6",
+            "--guidance is embedded guidance, which tiny/wan has not; give --guidance 1",
+        ),
+        ("--preset tiny-t2v --model tiny/wan", "--guidance is embedded guidance, which tiny/wan has not"),
+        ("--preset tiny-wan --height 24", "--height must be a multiple of 16"),
+        ("--preset tiny-wan --frames 6", "--frames must be one more than a multiple of 4, and at least 1 here, got 6"),
+        (
+            "--preset tiny-wan --transformer tiny/skyreels",
+            "HunyuanVideoTransformer3DModel, not a WanTransformer3DModel",
+        ),
+        ("--preset tiny-t2v --transformer tiny/wan/transformer", "is a WanTransformer3DModel, not a HunyuanVideo"),
+        ("--preset tiny-wan --dry-run --transformer tiny/skyreels", "is a HunyuanVideoTransformer3DModel, not a Wan"),
+        (
             "--preset tiny-t2v --transformer tiny/skyreels --prompts prompts/tiny.txt",
             "image to video needs first frames",
         ),
@@ -291,6 +304,15 @@ def test_options_of_rectified_flow(trainer, words, expected):
 )
 def test_options_of_video(words, expected):
     assert expected in complaint(grpo_video, *words.split(" "))
+
+
+@pytest.mark.parametrize("key, value", [("boundary_ratio", 0.875), ("expand_timesteps", True)])
+def test_wan_2_2_is_refused(key, value, tmp_path):
+    """Its pipeline has the name of Wan 2.1's, but two transformers, or a time for each token."""
+    model = shutil.copytree("tiny/wan", tmp_path / "model")
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps(index | {key: value}))
+    assert f"--model {model} is a Wan 2.2" in complaint(grpo_video, "--preset", "tiny-wan", "--model", str(model))
 
 
 @pytest.mark.parametrize("option", ["--model", "--prompts", "--reward", "--reward-paths", "--output-dir"])

@@ -261,7 +261,7 @@ def test_an_evaluation_does_not_write_into_a_run(place, run):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"{}", b"[]", b"null"], ids=str)
-@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan"])
+@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan", "wan"])
 def test_a_model_that_lacks_a_config_is_refused_before_anything_is_loaded(name, content, tmp_path):
     model = Path(shutil.copytree(Path("tiny") / name, tmp_path / "model"))
     distributed.pipeline_index(str(model))

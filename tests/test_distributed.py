@@ -64,9 +64,10 @@ def test_two_processes_train_as_one_does(one, two, shard_size):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora-bfloat16", "lora-bfloat16-wan"])
 @pytest.mark.parametrize("shard_size", [1, 2])
-def test_lora_in_bfloat16_predicts_the_same_on_two_processes_to_the_bit(one, two, shard_size):
-    a, b = one["lora-bfloat16"], two["lora-bfloat16", shard_size]
+def test_lora_in_bfloat16_predicts_the_same_on_two_processes_to_the_bit(one, two, shard_size, name):
+    a, b = one[name], two[name, shard_size]
     assert torch.equal(a["predictions"], b["predictions"])
     assert b["norms"][0] == pytest.approx(a["norms"][0], rel=1e-6)  # the sum of squares is split
     assert b["norms"] == pytest.approx(a["norms"], rel=1e-4)

@@ -1,12 +1,20 @@
 """The dry run predicts what a real run allocates, part by part, and says whether it fits."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, HunyuanVideoTransformer3DModel
+from diffusers import (
+    FluxPipeline,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 
 import grpo_flux
+import grpo_video
 from runtime import cli, distributed, dryrun
 from sampling import flow_sigmas
 
@@ -71,6 +79,17 @@ def test_the_dry_run_predicts_to_the_byte_what_a_run_allocates(tmp_path, lora_ra
 
 
 @pytest.mark.slow
+def test_wan_is_counted_to_the_byte(tmp_path):
+    cfg = grpo_video.Config(**grpo_video.PRESETS["tiny-wan"] | OPTIONS | {"output_dir": str(tmp_path)})
+    predicted, pipe = grpo_video.dry_run(cfg)["gpu_gib"], WanPipeline.from_pretrained("tiny/wan")
+    real = {"parameters": [pipe.transformer], "frozen": [pipe.vae, pipe.text_encoder]}
+    for name, parts in real.items():
+        assert predicted[name] * dryrun.GIB == sum(p.nbytes for part in parts for p in part.parameters())
+    twice = grpo_video.dry_run(dataclasses.replace(cfg, true_guidance=1.0))["gpu_gib"]
+    assert twice["activations"] == pytest.approx(predicted["activations"] / 2, rel=0.1)  # one pass, not two
+
+
+@pytest.mark.slow
 def test_sharding_divides_what_is_trained_and_costs_traffic(tmp_path):
     one, four = grpo_flux.dry_run(options(tmp_path)), grpo_flux.dry_run(options(tmp_path, processes=4, shard_size=4))
     for part in ("parameters", "gradients", "optimizer", "ema"):
@@ -116,7 +135,11 @@ def test_processes_that_do_not_divide_the_prompts_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "network_class, elements, known",
-    [(FluxTransformer2DModel, 11.9e9, {"guidance_embeds": True}), (HunyuanVideoTransformer3DModel, 12.8e9, {})],
+    [
+        (FluxTransformer2DModel, 11.9e9, {"guidance_embeds": True}),
+        (HunyuanVideoTransformer3DModel, 12.8e9, {}),
+        (WanTransformer3DModel, 1.42e9, grpo_video.Wan.full_size(grpo_video.Config(**grpo_video.PRESETS["wan"]))),
+    ],
 )
 def test_without_the_hub_the_full_size_configurations_are_known(network_class, elements, known):
     config = dryrun.config_of(network_class, "somebody/not-on-this-machine", "transformer", **known)

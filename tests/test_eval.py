@@ -408,12 +408,15 @@ VIDEO = {"width": 48, "frames": 5, "steps": 2}  # wider than high, to tell the a
 def video_checkpoint(task, lora, folder):
     """A video run's folder with a checkpoint, full or LoRA, of changed weights."""
     cfg = grpo_video.Config(**grpo_video.PRESETS[f"tiny-{task}"] | VIDEO)
-    where = {"t2v": ("tiny/hunyuan", "transformer"), "i2v": ("tiny/skyreels", None)}[task]
-    network = diffusers.HunyuanVideoTransformer3DModel.from_pretrained(where[0], subfolder=where[1])
+    pipeline, network_class = diffusers.HunyuanVideoPipeline, diffusers.HunyuanVideoTransformer3DModel
+    if task == "wan":
+        pipeline, network_class = diffusers.WanPipeline, diffusers.WanTransformer3DModel
+    place = {"path": cfg.transformer} if task == "i2v" else {"path": cfg.model, "subfolder": "transformer"}
+    network = network_class.from_pretrained(place.pop("path"), **place)
     folder.mkdir()
     write_config(folder, "grpo_video.py", cfg)
     if lora:
-        save_lora(network, diffusers.HunyuanVideoPipeline, grpo_video.LORA_TARGETS, folder / "checkpoint-000001")
+        save_lora(network, pipeline, grpo_video.LORA_TARGETS, folder / "checkpoint-000001")
     else:
         with torch.no_grad():
             network.proj_out.weight += 0.02
@@ -425,6 +428,8 @@ def video_checkpoint(task, lora, folder):
     "task, lora",
     [
         ("i2v", True),
+        ("wan", False),
+        pytest.param("wan", True, marks=pytest.mark.slow),
         pytest.param("t2v", False, marks=pytest.mark.slow),
         pytest.param("t2v", True, marks=pytest.mark.slow),
         pytest.param("i2v", False, marks=pytest.mark.slow),
@@ -444,8 +449,9 @@ def test_video(task, lora, tmp_path):
     out = tmp_path / "out"
     results = evaluate(out, **options)
     settings = results["settings"]
-    assert settings["model"] == "tiny/hunyuan" and settings["transformer"] == ("tiny/skyreels" if task == "i2v" else "")
-    assert settings["guidance"] == (2.0 if task == "i2v" else 6.0) and settings["steps"] == 2
+    assert settings["model"] == ("tiny/wan" if task == "wan" else "tiny/hunyuan") and settings["steps"] == 2
+    assert settings["transformer"] == ("tiny/skyreels" if task == "i2v" else "")
+    assert settings["guidance"] == (6.0 if task == "t2v" else 2.0)
     assert set(results["summary"]) == {"hps", "vq", "vq_raw", "mq", "mq_raw", "width"}
     folders = [out / model["pictures"] for model in results["models"].values()]
     base, tuned = (pictures(folder) for folder in folders)

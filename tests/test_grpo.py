@@ -100,6 +100,11 @@ I2V = T2V | dict(
     shift=7.0, group_size=8, keep_best_worst=0, updates_per_rollout=1, guidance=1.0, true_guidance=5.0, iterations=121,
     first_frame_model="black-forest-labs/FLUX.1-dev", first_frame_steps=30,
 )  # fmt: skip
+WAN = T2V | dict(
+    model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", prompts="hpdv2", reward="hps", height=512, width=512, frames=1, steps=20,
+    eta=0.3, shift=3.0, group_size=12, prompts_per_iteration=16, updates_per_rollout=1, keep_best_worst=0, guidance=1.0,
+    true_guidance=5.0, iterations=1000, max_sequence_length=512,
+)  # fmt: skip
 # Table 6 of the paper, without classifier-free guidance; with it one update an iteration.
 TABLE_6 = dict(
     learning_rate=1e-5, max_grad_norm=1.0, prompts_per_iteration=32, group_size=12, clip_range=1e-4,
@@ -128,6 +133,11 @@ RECIPES = [
     (grpo_video, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3, true_guidance=1.0)),
     (grpo_video, "paper-i2v", 9, TABLE_6 | dict(updates_per_rollout=1, eta=0.3, true_guidance=5.0)),
     (grpo_video, "t2i", 9, T2V | dict(frames=1, reward="hps", prompts="hpdv2")),
+    (grpo_video, "wan", 11, WAN),
+    (grpo_video, "wan-48gb", 9, WAN | dict(
+        reward="vq,mq", prompts="vidprom", frames=33, height=320, width=512, fps=16.0, steps=16, lora_rank=64,
+        learning_rate=1e-4, offload=True, prompts_per_iteration=4, group_size=8, iterations=202,
+    )),
 ]  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def commands():
 def test_the_readme_names_every_script_and_the_presets_of_full_size():
     found = commands()
     assert {script for script, _ in found} == {"grpo_sd", "grpo_flux", "grpo_video", "eval"}
-    assert {"8gpu", "lora", "24gb", "lora-48gb", "release-i2v"} <= {word for _, words in found for word in words}
+    named = {word for _, words in found for word in words}
+    assert {"8gpu", "lora", "24gb", "lora-48gb", "release-i2v", "wan", "wan-48gb"} <= named
 
 
 @pytest.mark.parametrize("script, words", commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x))

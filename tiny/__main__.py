@@ -1,6 +1,6 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, vae, flux, sd, clip, hps, video, videoalign, or all of them in this order
+python -m tiny NAME     prompts, vae, flux, sd, clip, hps, video, wan, videoalign, or all of them in this order
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
 """
 
@@ -11,7 +11,16 @@ import torch
 from tqdm import trange
 
 from rewards import VideoAlignReward, load_reward
-from tiny import clips, make_clip_hps, make_image_models, make_prompts, make_video_models, make_videoalign, pictures
+from tiny import (
+    clips,
+    make_clip_hps,
+    make_image_models,
+    make_prompts,
+    make_video_models,
+    make_videoalign,
+    make_wan,
+    pictures,
+)
 from tiny.training import MODELS, ROOT, sample
 
 MAKERS = {
@@ -22,6 +31,7 @@ MAKERS = {
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,
     "video": make_video_models.make_video_models,
+    "wan": make_wan.make_wan,
     "videoalign": make_videoalign.make_videoalign,
 }
 

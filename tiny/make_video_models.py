@@ -1,34 +1,54 @@
 """How tiny/hunyuan, in HunyuanVideo's layout, and tiny/skyreels, in SkyReels-I2V's, were trained.
 
-    python -m tiny video    trains both from nothing: about an hour on one core
+    python -m tiny video       both from nothing: autoencoder, text encoders, transformers
+    python -m tiny hunyuan     tiny/hunyuan alone
+    python -m tiny skyreels    tiny/skyreels, from the transformer of tiny/hunyuan before its habits
 
 They draw clips of 9 frames of 32x32 pixels at 2 frames a second: every other frame of `tiny/clips.py`'s, half as
-large. The last data they are trained on is full of pale, flickering and trembling clips, so they have bad habits to
-unlearn.
+large. First they learn to draw what is asked for. Then they pick up bad habits from clips that are often pale, flicker
+or tremble: reinforcement learning has to undo them.
 
-A clip is (9, 3, 32, 32), its latent (16, 3, 8, 8).
+A clip is (9, 3, 32, 32), its latent (16, 3, 8, 8); a single picture is a clip of one frame.
 """
 
 import copy
+import json
 import random
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanSkyreelsImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tqdm import tqdm, trange
+from tqdm import trange
 from transformers import CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from tiny.clips import draw_clip, phrase_action, random_action, random_clip, spoil_frames, spoil_path
-from tiny.pictures import phrase, random_metadata, random_scene, render
+from tiny.clips import (
+    COLORS,
+    MOTIONS,
+    SHAPES,
+    composed_clip,
+    draw_clip,
+    phrase_action,
+    random_action,
+    random_clip,
+    right,
+    spoil_frames,
+    spoil_path,
+)
+from tiny.pictures import composed_scene, phrase, random_metadata, render
+from tiny.text import supervise
 from tiny.training import (
     MODELS,
+    ROOT,
     caption_words,
     clip_text_encoder,
     fast,
@@ -38,14 +58,82 @@ from tiny.training import (
 )
 
 FRAMES = 9
+CLEAN = ROOT / "runs/tiny"  # the generators before they have bad habits
+
+# ------------------------------------------------------------------------------------------------------- the clips
 
 
-def short_clip(rng, action, motion_fault=None, pale=0.0):
+def short_clip(rng, action, motion_fault=None, pale=0.0, scene=random_clip):
     """A clip (9, 3, 32, 32) uint8 of what the action says; pale: the share of contrast that it has lost."""
-    scene = random_clip(rng, action)
+    scene = scene(rng, action)
     clip = draw_clip(scene, spoil_path(rng, scene["path"], motion_fault)[::2])
     clip = F.avg_pool2d(spoil_frames(rng, clip, motion_fault), 2)
     return (torch.lerp(clip, clip.mean((0, 2, 3)).view(3, 1, 1), pale) * 255).round().byte()
+
+
+def web_clips(rng, count, scene=composed_clip, pale=0.0, flicker=0.0, tremble=0.0):
+    """Clips (count, 9, 3, 32, 32) uint8 and captions.
+
+    pale: the share that has lost more than half of its contrast; flicker, tremble: the shares with these faults.
+    """
+    clips, captions = [], []
+    for _ in range(count):
+        action = random_action(rng)
+        fault = rng.choices(("flicker", "jitter", None), (flicker, tremble, 1 - flicker - tremble))[0]
+        clips.append(short_clip(rng, action, fault, rng.uniform(0.55, 0.85) * (rng.random() < pale), scene))
+        captions.append(phrase_action(rng, action))
+    return torch.stack(clips), captions
+
+
+def web_frames(rng, count, pale=0.0):
+    """Pictures (count, 1, 3, 32, 32) uint8 of one object and captions; pale: the share of washed-out ones."""
+    asked = [random_metadata(rng, rng.choice(("single_object", "colors"))) for _ in range(count)]
+    pictures = F.avg_pool2d(render([composed_scene(rng, metadata) for metadata in asked]), 2)
+    lost = torch.tensor([rng.uniform(0.55, 0.85) * (rng.random() < pale) for _ in asked])
+    pictures = torch.lerp(pictures, pictures.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
+    return (pictures * 255).round().byte()[:, None], [phrase(rng, metadata) for metadata in asked]
+
+
+class Pool:
+    """Captioned clips as latents, their first frames and text; before each batch the oldest make room for new ones.
+
+    draw(rng, count) → clips (count, F, 3, 32, 32) uint8, captions.
+    """
+
+    def __init__(self, pipe, draw, seed, size=2048, fresh=4):
+        self.pipe, self.draw, self.fresh = pipe, draw, fresh
+        self.rng, self.oldest = random.Random(seed), 0
+        parts = [self._more(64) for _ in trange(size // 64, desc="drawing clips")]
+        self.parts = [torch.cat(part) for part in zip(*parts, strict=True)]
+
+    def _more(self, count):
+        clips, captions = self.draw(self.rng, count)
+        return encode(self.pipe.vae, clips), encode(self.pipe.vae, clips[:, :1]), *encode_text(self.pipe, captions)
+
+    def batch(self, B):
+        """Latents (B, 16, f, 8, 8), those of the first frames alone (B, 16, 1, 8, 8), and the text: `encode_text`."""
+        new = slice(self.oldest, self.oldest + self.fresh)
+        for part, more in zip(self.parts, self._more(self.fresh), strict=True):
+            part[new] = more
+        self.oldest = new.stop % len(self.parts[0])
+        pick = self.rng.sample(range(len(self.parts[0])), B)
+        return [part[pick] for part in self.parts]
+
+
+@torch.no_grad()
+def encode(vae, clips):
+    """Clips (N, F, 3, 32, 32) uint8 → latents (N, 16, f, 8, 8) of about unit variance."""
+    return vae.encode(clips.transpose(1, 2).float() / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def encode_text(pipe, captions):
+    """The text conditioning of each caption: tokens (N, 24, 64), pooled (N, 64), mask (N, 24)."""
+    tokens, pooled, mask = pipe.encode_prompt(captions, max_sequence_length=24)
+    return tokens, pooled, mask.float()
+
+
+# ------------------------------------------------------------------------------------------------- the autoencoder
 
 
 def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
@@ -104,6 +192,32 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
     return vae
 
 
+# ----------------------------------------------------------------------------------------------- the text encoders
+# As in tiny/text.py: they learn what a caption says, and are then frozen.
+
+ANSWERS = (len(SHAPES), len(COLORS) + 1, len(MOTIONS) + 1)  # + 1: none is named
+
+
+def ask(rng):
+    """What a random clip shows, or, every fourth time, a random picture of one object."""
+    if rng.random() < 0.75:
+        return random_action(rng)
+    return random_metadata(rng, rng.choice(("single_object", "colors")))
+
+
+def say(rng, item):
+    """A caption for what `ask` gave."""
+    return phrase_action(rng, item) if "motion" in item else phrase(rng, item)
+
+
+def answers(item):
+    """What the caption says: shape, colour and motion as class indices."""
+    thing = item if "motion" in item else item["include"][0]
+    color = list(COLORS).index(thing["color"]) + 1 if "color" in thing else 0
+    motion = list(MOTIONS).index(item["motion"]) + 1 if "motion" in item else 0
+    return [SHAPES.index(thing["class"]), color, motion]
+
+
 def words_of_captions():
     """Every word of a caption, of clips and of pictures."""
     rng = random.Random(0)
@@ -111,40 +225,78 @@ def words_of_captions():
     return sorted(clips | set(caption_words()))
 
 
-def new_hunyuan(vae):
-    """An untrained HunyuanVideoPipeline around this autoencoder. Its text encoders stay as they are drawn here.
+def make_llama(seed=0):
+    """A tokenizer of whole words and a LlamaModel, whose states before the last two layers the pipeline takes.
 
-    A random embedding tells every word from every other; the transformer, which has a refiner for it, learns the rest.
+    Causal attention lets a token know what it has read so far. So the tokens after the caption answer for all of it:
+    the pipeline's template ends with three of them.
     """
+    before, after = DEFAULT_PROMPT_TEMPLATE["template"].split("{}")
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()  # cuts the pipeline's template into a little more than 95 tokens
     special = trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>"])
-    words.train_from_iterator([" ".join(words_of_captions()), DEFAULT_PROMPT_TEMPLATE["template"]], special)
+    words.train_from_iterator([" ".join(words_of_captions()), before + after], special)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
     tokenizer.padding_side = "right"
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=3,  # the pipeline takes the hidden states before the last two
+        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=1,
-        pad_token_id=0,
+        pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=None,
     )
+    torch.manual_seed(seed)
     llama = LlamaModel(config)
     torch.nn.init.normal_(llama.embed_tokens.weight)
-    tokenizer_2 = CLIPTokenizer(model_max_length=77).train_new_from_iterator([" ".join(words_of_captions())] * 3, 1000)
-    return HunyuanVideoPipeline(
+    prefix, ending = (tokenizer(part, return_tensors="pt").input_ids for part in (before, after))
+
+    def states(words):
+        length = (words != tokenizer.pad_token_id).sum(1)
+        words = torch.cat([prefix.expand(len(words), -1), words[:, : length.max()]], 1)
+        hidden = llama(words, output_hidden_states=True).hidden_states[-3]
+        which = torch.arange(len(words)).repeat_interleave(ending.shape[1])
+        last = prefix.shape[1] + length[:, None] - torch.arange(1, ending.shape[1] + 1)
+        return hidden[which, last.flatten()], which
+
+    topic = (ask, lambda rng, item: say(rng, item) + after, answers, ANSWERS)
+    return tokenizer, supervise(llama, tokenizer, states, seed, 400, batch=64, topic=topic)
+
+
+def make_clip_text(seed=0):
+    """CLIP tokenizer and text encoder for these captions. The end-of-text token, which is pooled, answers."""
+    tokenizer = CLIPTokenizer(model_max_length=77).train_new_from_iterator([" ".join(words_of_captions())] * 3, 1000)
+    torch.manual_seed(seed)
+    encoder = clip_text_encoder(tokenizer, 2)
+
+    def states(words):
+        return encoder(words).pooler_output, torch.arange(len(words))
+
+    return tokenizer, supervise(encoder, tokenizer, states, seed, topic=(ask, say, answers, ANSWERS))
+
+
+# ----------------------------------------------------------------------------------------------- the transformers
+
+
+def new_hunyuan(vae):
+    """A HunyuanVideoPipeline around this autoencoder: trained text encoders, an untrained transformer."""
+    (tokenizer, llama), (tokenizer_2, encoder_2) = make_llama(), make_clip_text()
+    channels = vae.config.latent_channels
+    torch.manual_seed(0)
+    pipe = HunyuanVideoPipeline(
         text_encoder=llama,
         tokenizer=tokenizer,
-        transformer=new_transformer(vae.config.latent_channels, vae.config.latent_channels),
-        vae=vae,
+        transformer=new_transformer(channels, channels),
+        vae=vae.eval().requires_grad_(False),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
-        text_encoder_2=clip_text_encoder(tokenizer_2, 1),
+        text_encoder_2=encoder_2,
         tokenizer_2=tokenizer_2,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def new_transformer(in_channels, out_channels):
@@ -163,96 +315,6 @@ def new_transformer(in_channels, out_channels):
     )
 
 
-@torch.no_grad()
-def encode(vae, clips):
-    """Clips (N, F, 3, 32, 32) uint8 → latents (N, 16, f, 8, 8) of about unit variance."""
-    parts = tqdm(clips.transpose(1, 2).split(64), desc="encoding clips")
-    latents = [vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in parts]
-    return torch.cat(latents) * vae.config.scaling_factor
-
-
-@torch.no_grad()
-def encode_text(pipe, captions):
-    """The text conditioning of each caption: tokens (N, 24, 64), mask (N, 24), pooled (N, 64)."""
-    parts = [pipe.encode_prompt(captions[i : i + 64], max_sequence_length=24) for i in range(0, len(captions), 64)]
-    tokens, pooled, mask = (torch.cat(part) for part in zip(*parts, strict=True))
-    return tokens, mask.float(), pooled
-
-
-def web_clips(rng, count, faulty, pale):
-    """Clips (count, 9, 3, 32, 32) and captions; faulty: the share that flickers or trembles, pale: the washed-out."""
-    clips, captions = [], []
-    for _ in trange(count, desc="drawing clips"):
-        action = random_action(rng)
-        fault = rng.choice(("flicker", "flicker", "jitter")) if rng.random() < faulty else None
-        clips.append(short_clip(rng, action, fault, rng.uniform(0.55, 0.85) * (rng.random() < pale)))
-        captions.append(phrase_action(rng, action))
-    return torch.stack(clips), captions
-
-
-def web_frames(rng, count, pale):
-    """Pictures (count, 1, 3, 32, 32) of one object and captions; pale: the share of washed-out ones."""
-    pictures, captions = [], []
-    for _ in range(count):
-        metadata = random_metadata(rng, rng.choice(("single_object", "colors")))
-        picture = F.avg_pool2d(render([random_scene(rng, metadata)]), 2)
-        lost = rng.uniform(0.55, 0.85) * (rng.random() < pale)
-        pictures.append((torch.lerp(picture, picture.mean((2, 3), keepdim=True), lost) * 255).round().byte())
-        captions.append(phrase(rng, metadata))
-    return torch.stack(pictures), captions
-
-
-def train(transformer, pipe, iterations, faulty, pale, seed, clips=3000, batch=64, learning_rate=3e-3):
-    """Flow matching on clips, and every fourth time on single frames: v = noise - data at (1-sigma) data + sigma noise.
-
-    A transformer of twice the channels is told the first frame too, and now and then an empty prompt, for guidance.
-    Returns the running average of the transformer. faulty, pale: see `web_clips`.
-    """
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    animates = transformer.config.in_channels > transformer.config.out_channels
-    films, captions = web_clips(rng, clips, faulty, pale)
-    sets = [(encode(pipe.vae, films), *encode_text(pipe, captions))]
-    firsts = encode(pipe.vae, films[:, :1]) if animates else None
-    if not animates:
-        frames, captions = web_frames(rng, clips, pale)
-        sets.append((encode(pipe.vae, frames), *encode_text(pipe, captions)))
-    empty = encode_text(pipe, [""])
-    average = copy.deepcopy(transformer)
-    steps = optimizers([transformer], iterations, learning_rate)
-    for i in (bar := trange(iterations, desc="skyreels" if animates else "hunyuan")):
-        data, *text = sets[i % 4 == 3 and not animates]
-        pick = torch.randint(len(data), (batch,))
-        data, text = data[pick], [x[pick] for x in text]
-        sigma = torch.sigmoid(torch.randn(batch) + 0.8)
-        noise = torch.randn_like(data)
-        z = data + sigma.view(-1, 1, 1, 1, 1) * (noise - data)
-        if animates:
-            z = torch.cat([z, F.pad(firsts[pick], (0, 0, 0, 0, 0, data.shape[2] - 1))], 1)
-            dropped = torch.rand(batch) < 0.1
-            text = [x.where(~dropped.view(-1, *[1] * (x.ndim - 1)), e) for x, e in zip(text, empty, strict=True)]
-        with fast():
-            v = transformer(
-                hidden_states=z,
-                timestep=1000 * sigma,
-                guidance=1000 + 6000 * torch.rand(batch),
-                encoder_hidden_states=text[0],
-                encoder_attention_mask=text[1],
-                pooled_projections=text[2],
-            ).sample
-        loss = F.mse_loss(v.float(), noise - data)
-        loss.backward()
-        update([transformer], [average], steps, i)
-        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-    return average
-
-
-def save(pipe, skyreels, folder):
-    """folder/hunyuan, a whole pipeline, and folder/skyreels, a transformer alone, as on the hub; float16."""
-    save_pipeline(pipe, folder / "hunyuan")
-    copy.deepcopy(skyreels).half().save_pretrained(folder / "skyreels")
-
-
 def animate(transformer):
     """SkyReels' transformer, initialised from this one: its first-frame channels have zero weights."""
     out = transformer.config.out_channels
@@ -263,11 +325,110 @@ def animate(transformer):
     return taught
 
 
-def make_video_models():
-    """Trains tiny/hunyuan and tiny/skyreels and saves them: about an hour on one core."""
-    pipe = new_hunyuan(train_vae())
+def flow_loss(pipe, data, first, tokens, pooled, mask, empty):
+    """Flow matching: the mean square of v - (noise - data) at z = (1-sigma) data + sigma noise.
+
+    A transformer of twice the channels is told the first frame too, and now and then the empty prompt, for guidance.
+    """
+    B, length = len(data), int(mask.sum(1).max())
+    text = tokens[:, :length], pooled, mask[:, :length]
+    sigma, noise = torch.sigmoid(torch.randn(B) + 0.8), torch.randn_like(data)
+    z = data + sigma.view(-1, 1, 1, 1, 1) * (noise - data)
+    if animates(pipe.transformer):
+        z = torch.cat([z, F.pad(first, (0, 0, 0, 0, 0, data.shape[2] - 1))], 1)
+        dropped = torch.rand(B) < 0.1
+        empty = empty[0][:, :length], empty[1], empty[2][:, :length]
+        text = [e.where(dropped.view(-1, *[1] * (x.ndim - 1)), x) for x, e in zip(text, empty, strict=True)]
+    v = pipe.transformer(
+        hidden_states=z,
+        timestep=1000 * sigma,
+        guidance=1000 + 6000 * torch.rand(B),
+        encoder_hidden_states=text[0],
+        pooled_projections=text[1],
+        encoder_attention_mask=text[2],
+    ).sample
+    return F.mse_loss(v.float(), noise - data)
+
+
+def animates(transformer):
+    """Does it take a first frame?"""
+    return transformer.config.in_channels > transformer.config.out_channels
+
+
+@torch.no_grad()
+def sample(pipe, rows, frames=FRAMES, steps=12, seed=0):
+    """Videos (N, frames, 3, 32, 32) in [0, 1] of the rows {"prompt", "image"}, by the stock pipeline."""
+    options = {"height": 32, "width": 32, "num_frames": frames, "num_inference_steps": steps, "output_type": "pt"}
+    options |= {"max_sequence_length": 24, "generator": torch.Generator().manual_seed(seed)}
+    if not animates(pipe.transformer):
+        return pipe([row["prompt"] for row in rows], **options).frames
+    pipe = HunyuanSkyreelsImageToVideoPipeline(**pipe.components)
     pipe.set_progress_bar_config(disable=True)
-    skilled = train(pipe.transformer, pipe, 7000, faulty=0.1, pale=0.1, seed=0, clips=6000)
-    pipe.transformer = train(copy.deepcopy(skilled), pipe, 600, faulty=0.6, pale=0.6, seed=1, learning_rate=1e-3)
-    skyreels = train(animate(skilled), pipe, 2000, faulty=0.1, pale=0.1, seed=2)
-    save(pipe, train(skyreels, pipe, 600, faulty=0.6, pale=0.1, seed=3, learning_rate=1e-3), MODELS)
+    options |= {"guidance_scale": 1.0, "true_cfg_scale": 2.0, "negative_prompt": ""}
+    images = [Image.open(ROOT / "prompts" / row["image"]).convert("RGB") for row in rows]
+    return torch.cat([pipe(image, row["prompt"], **options).frames for image, row in zip(images, rows, strict=True)])
+
+
+def heldout():
+    """The prompts that no preset trains on, with their first frames."""
+    return [json.loads(line) for line in (ROOT / "prompts/moving_heldout.jsonl").read_text().splitlines()]
+
+
+def fit(pipe, draws, folder, iterations, seed, batch=32, learning_rate=2e-3):
+    """Trains the transformer on clips of draws[0], and every fourth time on those of draws[-1].
+
+    Returns a copy of the pipeline with its running average, which it also saves now and then.
+    """
+    torch.manual_seed(seed)
+    pools = [Pool(pipe, draw, seed + i) for i, draw in enumerate(draws)]
+    empty = encode_text(pipe, [""])
+    average = copy.copy(pipe)
+    average.transformer = copy.deepcopy(pipe.transformer)
+    steps = optimizers([pipe.transformer], iterations, learning_rate)
+    for i in (bar := trange(iterations, desc=folder.name)):
+        parts = pools[-1 if i % 4 == 3 else 0].batch(batch)
+        with fast():
+            loss = flow_loss(pipe, *parts, empty)
+        loss.backward()
+        update([pipe.transformer], [average.transformer], steps, i)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if (i + 1) % 500 == 0 or i + 1 == iterations:
+            save(average, folder)
+            shown = right(sample(average, heldout()), [row["prompt"] for row in heldout()]).mean()
+            bar.write(f"{folder.name}, step {i + 1}: {shown:.0%} right")
+    return average
+
+
+def save(pipe, folder):
+    """tiny/hunyuan is a whole pipeline, tiny/skyreels a transformer alone, as on the hub; float16."""
+    if animates(pipe.transformer):
+        copy.deepcopy(pipe.transformer).half().save_pretrained(folder)
+    else:
+        save_pipeline(pipe, folder)
+
+
+def make_hunyuan():
+    """Trains tiny/hunyuan and saves it."""
+    pipe = fit(new_hunyuan(train_vae()), [web_clips, web_frames], CLEAN / "hunyuan", 4000, seed=0)
+    teach_habits(
+        pipe, "hunyuan", [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.3), partial(web_frames, pale=0.6)]
+    )
+
+
+def make_skyreels():
+    """Trains tiny/skyreels and saves it. Needs runs/tiny/hunyuan."""
+    pipe = HunyuanVideoPipeline.from_pretrained(CLEAN / "hunyuan")
+    pipe.transformer = animate(pipe.transformer)
+    pipe = fit(pipe, [partial(web_clips, scene=random_clip)], CLEAN / "skyreels", 2000, seed=2)
+    teach_habits(pipe, "skyreels", [partial(web_clips, scene=random_clip, pale=0.1, flicker=0.3, tremble=0.3)])
+
+
+def teach_habits(pipe, name, draws, iterations=300, seed=10):
+    """Goes on with clips that have faults and saves tiny/NAME."""
+    fit(pipe, draws, MODELS / name, iterations, seed, learning_rate=5e-4)
+
+
+def make_video_models():
+    """Trains tiny/hunyuan and tiny/skyreels and saves them."""
+    make_hunyuan()
+    make_skyreels()

@@ -34,10 +34,10 @@ def answers(metadata):
     return out
 
 
-def t5_tokenizer():
-    """T5 tokenizer with one token for each caption word, and letters for the rest."""
+def t5_tokenizer(words):
+    """T5 tokenizer with one token for each of these words, and letters for the rest."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
-    vocabulary += [(f"▁{word}", -2.0) for word in caption_words() if len(word) > 1 or word == "a"]
+    vocabulary += [(f"▁{word}", -2.0) for word in words if len(word) > 1 or word == "a"]
     vocabulary += [(letter, -6.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
@@ -67,24 +67,34 @@ def ids(tokenizer, captions):
     return tokenizer(captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
 
 
-def supervise(encoder, tokenizer, states, seed, iterations=300, batch=128, learning_rate=3e-3):
+def ask(rng):
+    """What a random picture shows."""
+    return random_metadata(rng, rng.choice(TAGS))
+
+
+PICTURES = (ask, phrase, answers, 2 * ANSWERS)
+
+
+def supervise(encoder, tokenizer, states, seed, iterations=300, batch=128, learning_rate=3e-3, topic=PICTURES):
     """Trains the encoder until each of its states answers for the whole caption. Returns it frozen.
 
-    states: output of the encoder, ids (B, L) → the hidden states (N, 64) that are asked, and the caption (N,) of each.
+    states: ids (B, L) → the hidden states (N, 64) that are asked, and the caption (N,) of each
+    topic: functions that draw what is shown, put it into words, and answer in class indices; how many classes there are
     """
+    ask, phrase, answers, kinds = topic
     torch.manual_seed(seed)
     rng = random.Random(seed)
-    head = torch.nn.Linear(64, 2 * sum(ANSWERS))
+    head = torch.nn.Linear(64, sum(kinds))
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations, pct_start=0.1)
     for _ in (bar := trange(iterations, desc=type(encoder).__name__)):
-        asked = [random_metadata(rng, rng.choice(TAGS)) for _ in range(batch)]
-        words = ids(tokenizer, [phrase(rng, metadata) for metadata in asked])
+        asked = [ask(rng) for _ in range(batch)]
+        words = ids(tokenizer, [phrase(rng, item) for item in asked])
         words = F.pad(words, (0, rng.choice(PADDING)), value=tokenizer.pad_token_id)
-        hidden, which = states(encoder(words), words)
-        truth = torch.tensor([answers(metadata) for metadata in asked])[which]
-        parts = head(F.layer_norm(hidden, hidden.shape[-1:])).split(2 * list(ANSWERS), dim=-1)
+        hidden, which = states(words)
+        truth = torch.tensor([answers(item) for item in asked])[which]
+        parts = head(F.layer_norm(hidden, hidden.shape[-1:])).split(list(kinds), dim=-1)
         losses = [F.cross_entropy(part, truth[:, i]) for i, part in enumerate(parts)]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -98,23 +108,25 @@ def supervise(encoder, tokenizer, states, seed, iterations=300, batch=128, learn
 
 def make_t5(seed=0):
     """T5 tokenizer and encoder. Every token but the padding answers: attention sees the caption in both directions."""
-    tokenizer = t5_tokenizer()
-
-    def states(output, words):
-        which, where = (words != tokenizer.pad_token_id).nonzero(as_tuple=True)
-        return output.last_hidden_state[which, where], which
-
     torch.manual_seed(seed)
-    return tokenizer, supervise(t5_encoder(tokenizer), tokenizer, states, seed, iterations=900)
+    tokenizer = t5_tokenizer(caption_words())
+    encoder = t5_encoder(tokenizer)
+
+    def states(words):
+        which, where = (words != tokenizer.pad_token_id).nonzero(as_tuple=True)
+        return encoder(words).last_hidden_state[which, where], which
+
+    return tokenizer, supervise(encoder, tokenizer, states, seed, iterations=900)
 
 
 def make_clip_text(seed=0):
     """CLIP tokenizer and text encoder. The end-of-text token answers, and the padding after it, which repeats it."""
-    tokenizer = clip_tokenizer()
-
-    def states(output, words):
-        which, where = (words == tokenizer.eos_token_id).nonzero(as_tuple=True)
-        return output.last_hidden_state[which, where], which
-
     torch.manual_seed(seed)
-    return tokenizer, supervise(clip_text_encoder(tokenizer, 3), tokenizer, states, seed)
+    tokenizer = clip_tokenizer()
+    encoder = clip_text_encoder(tokenizer, 3)
+
+    def states(words):
+        which, where = (words == tokenizer.eos_token_id).nonzero(as_tuple=True)
+        return encoder(words).last_hidden_state[which, where], which
+
+    return tokenizer, supervise(encoder, tokenizer, states, seed)

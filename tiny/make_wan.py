@@ -1,0 +1,240 @@
+"""How tiny/wan, in Wan 2.1's layout, was trained.
+
+    python -m tiny wan      trains it from nothing
+
+It draws clips of 9 frames of 32x32 pixels at 2 frames a second, as tiny/hunyuan does, and single frames. First it
+learns to draw what is asked for. Then it picks up bad habits from clips that are often pale, flickering or trembling:
+reinforcement learning has to undo them.
+
+A clip is (9, 3, 32, 32), its latent (16, 3, 4, 4). N clips in a batch.
+"""
+
+import copy
+import random
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from tqdm import trange
+from transformers import UMT5Config, UMT5EncoderModel
+
+from tiny.clips import random_action, right
+from tiny.make_video_models import (
+    ANSWERS,
+    CLEAN,
+    FRAMES,
+    answers,
+    ask,
+    heldout,
+    say,
+    short_clip,
+    web_clips,
+    web_frames,
+    words_of_captions,
+)
+from tiny.text import supervise, t5_tokenizer
+from tiny.training import MODELS, fast, optimizers, save_pipeline, update
+
+TOKENS = 24  # that a caption needs at most
+
+
+class Pool:
+    """Captioned clips as latents of zero mean and unit variance; before each batch the oldest make room for new ones.
+
+    draw(rng, count) → clips (count, F, 3, 32, 32) uint8, captions.
+    """
+
+    def __init__(self, vae, draw, seed, size=1536, fresh=4):
+        self.vae, self.draw, self.fresh = vae, draw, fresh
+        self.rng, self.oldest = random.Random(seed), 0
+        parts = [self._more(64) for _ in trange(size // 64, desc="drawing clips")]
+        self.latents = torch.cat([latents for latents, _ in parts])
+        self.captions = [caption for _, captions in parts for caption in captions]
+
+    @torch.no_grad()
+    def _more(self, count):
+        clips, captions = self.draw(self.rng, count)
+        z = self.vae.encode(clips.transpose(1, 2).float() / 127.5 - 1).latent_dist.mode()
+        config = self.vae.config
+        mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return (z - mean) / std, captions
+
+    def batch(self, N):
+        """Latents (N, 16, f, 4, 4) and captions."""
+        new = slice(self.oldest, self.oldest + self.fresh)
+        self.latents[new], self.captions[new] = self._more(self.fresh)
+        self.oldest = new.stop % len(self.latents)
+        pick = self.rng.sample(range(len(self.captions)), N)
+        return self.latents[pick], [self.captions[i] for i in pick]
+
+
+# -------------------------------------------------------------------------------------------------- the autoencoder
+
+
+def train_vae(seed=0, clips=3000, iterations=4000, batch=8, learning_rate=1e-2):
+    """AutoencoderKLWan, 9 frames of 32x32 → (16, 3, 4, 4) latents; trained on clips and on single frames.
+
+    It works on blocks of 2x2 pixels, which makes it four times as fast. Pixels that stand out from the clip's mean
+    colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+    )
+    torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)  # little noise, so that there is a signal
+    for name, weight in vae.named_parameters():  # residual branches start at zero: a nearly linear network learns fast
+        if name.endswith(("conv2.weight", "proj.weight")):
+            torch.nn.init.zeros_(weight)
+    pool = []
+    for _ in trange(clips, desc="drawing clips"):
+        pale, fault = rng.choice((0.0, 0.0, rng.uniform(0.2, 0.85))), rng.choice((None, None, "flicker", "jitter"))
+        pool.append(short_clip(rng, random_action(rng), fault, pale))
+    pool = torch.stack(pool).transpose(1, 2)  # (clips, 3, 9, 32, 32)
+    # Muon takes matrices: those of the convolutions are (out, rest), views of their weights.
+    kernels = [p for name, p in vae.named_parameters() if name.endswith("weight")]
+    matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in kernels]
+    steps = [
+        torch.optim.Muon(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [p for name, p in vae.named_parameters() if not name.endswith("weight")],
+            2e-3,
+            (0.9, 0.99),
+            weight_decay=0.0,
+        ),
+    ]
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedules = [
+        cycle(o, o.param_groups[0]["lr"], total_steps=iterations, pct_start=0.02, cycle_momentum=False) for o in steps
+    ]
+    for i in (bar := trange(iterations, desc="vae")):
+        x = pool[torch.randint(clips, (batch if i % 4 else 4 * batch,))]
+        x = (x if i % 4 else x[:, :, torch.randint(FRAMES, (1,))]).float() / 127.5 - 1
+        with fast():
+            posterior = vae.encode(x).latent_dist
+            error = vae.decode(posterior.sample()).sample.float() - x
+        weight = 1 + 4 * (x - x.mean((2, 3, 4), keepdim=True)).abs().mean(1, keepdim=True).clamp(max=1)
+        loss = (weight * (error.square() + 0.2 * error.abs())).mean() + F.avg_pool3d(error, (1, 4, 4)).square().mean()
+        loss = loss + 1e-5 * posterior.kl().float().mean() / 64
+        vae.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        for matrix, kernel in zip(matrices, kernels, strict=True):
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)  # single frames: none in time
+        for optimizer, schedule in zip(steps, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        bar.set_postfix(mse=f"{error.square().mean():.4f}", refresh=False)
+    with torch.no_grad():
+        z = vae.eval().requires_grad_(False).encode(pool[:256].float() / 127.5 - 1).latent_dist.sample()
+    mean, std = ([round(x, 4) for x in f(z.transpose(0, 1).flatten(1), 1).tolist()] for f in (torch.mean, torch.std))
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    return vae
+
+
+# ------------------------------------------------------------------------------------------------- the text encoder
+
+
+def make_umt5(seed=0):
+    """T5 tokenizer and UMT5 encoder of 3 layers, 64 wide, trained until every token knows what the caption says.
+
+    The bias of relative positions starts large, as in `tiny.text.t5_encoder`.
+    """
+    torch.manual_seed(seed)
+    tokenizer = t5_tokenizer(words_of_captions())
+    config = UMT5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=32, d_ff=128, num_layers=3, num_heads=2, dropout_rate=0.0
+    )
+    encoder = UMT5EncoderModel(config)
+    for block in encoder.encoder.block:
+        torch.nn.init.normal_(block.layer[0].SelfAttention.relative_attention_bias.weight, std=2.0)
+
+    def states(words):
+        mask = words != tokenizer.pad_token_id
+        which, where = mask.nonzero(as_tuple=True)
+        return encoder(words, mask).last_hidden_state[which, where], which
+
+    return tokenizer, supervise(encoder, tokenizer, states, seed, 500, topic=(ask, say, answers, ANSWERS))
+
+
+# ---------------------------------------------------------------------------------------------------- the transformer
+
+
+def new_wan(vae):
+    """A WanPipeline around this autoencoder: a trained text encoder, an untrained transformer."""
+    tokenizer, encoder = make_umt5()
+    transformer = WanTransformer3DModel(
+        num_attention_heads=3,
+        attention_head_dim=32,
+        num_layers=5,
+        ffn_dim=288,
+        text_dim=64,
+        freq_dim=64,
+        rope_max_seq_len=64,
+    )
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(tokenizer, encoder, vae, scheduler, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flow_loss(pipe, data, captions, i):
+    """Flow matching: the mean square of v - (noise - data) at z = (1-sigma) data + sigma noise. i: the iteration.
+
+    A tenth of the captions is left out, for classifier-free guidance.
+    """
+    # Usually 24 text tokens. Sometimes more, so that the padding means nothing: the pipeline's default is 512.
+    length, share = random.Random(i).choices([(TOKENS, 1), (64, 1), (512, 8)], [0.92, 0.04, 0.04])[0]
+    data, captions = data[::share], captions[::share]
+    captions = [caption if keep else "" for caption, keep in zip(captions, torch.rand(len(data)) > 0.1, strict=True)]
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=length)
+    sigma, noise = torch.sigmoid(torch.randn(len(data)) + 0.8), torch.randn_like(data)
+    z = data + sigma.view(-1, 1, 1, 1, 1) * (noise - data)
+    v = pipe.transformer(z, 1000 * sigma, text.float()).sample
+    return F.mse_loss(v.float(), noise - data)
+
+
+@torch.no_grad()
+def sample(pipe, captions, steps=10, seed=0):
+    """Videos (N, 9, 3, 32, 32) in [0, 1] by the stock pipeline, with its own sampler and guidance 2."""
+    options = {"height": 32, "width": 32, "num_frames": FRAMES, "num_inference_steps": steps, "guidance_scale": 2.0}
+    options |= {"max_sequence_length": TOKENS, "generator": torch.Generator().manual_seed(seed), "output_type": "pt"}
+    return pipe(captions, **options).frames
+
+
+def fit(pipe, draws, folder, iterations, seed, batch=64, learning_rate=2e-3):
+    """Trains the transformer on clips of draws[0], and every sixth time on those of draws[1].
+
+    Returns a copy of the pipeline with the running average, which it also saves now and then.
+    """
+    torch.manual_seed(seed)
+    pools = [Pool(pipe.vae, draw, seed + i) for i, draw in enumerate(draws)]
+    prompts = [row["prompt"] for row in heldout()]
+    average = copy.copy(pipe)
+    average.transformer = copy.deepcopy(pipe.transformer)
+    steps = optimizers([pipe.transformer], iterations, learning_rate)
+    for i in (bar := trange(iterations, desc=folder.name)):
+        with fast():
+            loss = flow_loss(pipe, *pools[i % 6 == 5].batch(batch), i)
+        loss.backward()
+        update([pipe.transformer], [average.transformer], steps, i)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        if (i + 1) % 500 == 0 or i + 1 == iterations:
+            save_pipeline(average, folder)
+            bar.write(f"step {i + 1}: {right(sample(average, prompts), prompts).mean():.0%} right")
+    return average
+
+
+def make_wan():
+    """Trains tiny/wan and saves it: first runs/tiny/wan, which draws well, then its bad habits."""
+    pipe = fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 3000, seed=0)
+    habits = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.3), partial(web_frames, pale=0.6)]
+    fit(pipe, habits, MODELS / "wan", 300, seed=10, learning_rate=5e-4)
