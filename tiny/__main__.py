@@ -1,6 +1,7 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, vae, flux, clip, hps, sd, video, videoalign, or all of them in this order
+python -m tiny NAME     prompts, vae, flux, clip, hps, sd, hunyuan, skyreels, videoalign, or all of them in this order;
+                        video: hunyuan and skyreels
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
 """
 
@@ -21,7 +22,8 @@ MAKERS = {
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,
     "sd": make_image_models.make_sd,
-    "video": make_video_models.make_video_models,
+    "hunyuan": make_video_models.make_hunyuan,
+    "skyreels": make_video_models.make_skyreels,
     "videoalign": make_videoalign.make_videoalign,
 }
 
@@ -92,14 +94,14 @@ def auc(scores, right):
 def main():
     """Makes what is named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=(*MAKERS, "all", "check"))
+    parser.add_argument("name", choices=(*MAKERS, "video", "all", "check"))
     name = parser.parse_args().name
     if name == "check":
         check_pictures()
         check_clips()
         check_models()
-    for make in MAKERS.values() if name == "all" else [MAKERS[name]] if name in MAKERS else []:
-        make()
+    for maker in {"video": ("hunyuan", "skyreels"), "all": MAKERS, "check": ()}.get(name, (name,)):
+        MAKERS[maker]()
 
 
 if __name__ == "__main__":
