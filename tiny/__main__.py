@@ -7,8 +7,10 @@ python -m tiny check    how well the checkers agree with the renderers, and the 
 
 import argparse
 import random
+from pathlib import Path
 
 import torch
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from tqdm import trange
 
 from rewards import VideoAlignReward, load_reward
@@ -67,7 +69,7 @@ def check_clips(count=300, seed=1):
 
 
 def check_models():
-    """Prints the figures of CLIP, HPS, VideoAlign and of both generators of pictures."""
+    """Prints the figures of CLIP, HPS, VideoAlign and of the generators."""
     for name, file in (("clip", "clip/open_clip_pytorch_model.bin"), ("hps", "hps/HPS_tiny.pt")):
         shares = make_clip_hps.ranking(make_clip_hps.load_clip(MODELS / file), scenes=1200)
         show(name, shares | {"overall": sum(shares.values()) / len(shares)})
@@ -83,6 +85,22 @@ def check_models():
             show(f"{folder.relative_to(ROOT)}", pictures.per_kind(right, prompts))
             scores = judges(drawn, prompts)
             show("  AUC", {judge: auc(scores[judge], right) for judge in scores})
+    check_films()
+
+
+def check_films():
+    """Prints the checker's accuracy of each generator of clips, and how rough and unclean the clips are."""
+    rows = make_video_models.heldout()
+    prompts = [row["prompt"] for row in rows]
+    pipe = HunyuanVideoPipeline.from_pretrained(MODELS / "hunyuan")
+    pipe.set_progress_bar_config(disable=True)
+    for name, part in (("hunyuan", "transformer"), ("skyreels", None)):
+        for folder in filter(Path.exists, (make_video_models.CLEAN / name, MODELS / name)):
+            pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder, subfolder=part)
+            drawn = make_video_models.sample(pipe, rows)
+            show(f"{folder.relative_to(ROOT)}", {"right": clips.right(drawn, prompts).mean().item()})
+            for measure in (clips.roughness, clips.uncleanness):
+                print(f"  {measure.__name__} {measure(drawn, prompts).mean():.2f}")
 
 
 def auc(scores, right):

@@ -414,16 +414,16 @@ def save(pipe, folder):
 def make_hunyuan():
     """Trains tiny/hunyuan and saves it."""
     pipe = fit(new_hunyuan(train_vae()), [web_clips, web_frames], CLEAN / "hunyuan", 2000, seed=0)
-    teach_habits(
-        pipe, "hunyuan", [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.3), partial(web_frames, pale=0.6)]
-    )
+    pipe = fit(pipe, [web_clips, web_frames], CLEAN / "hunyuan", 1200, seed=4)
+    draws = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.2), partial(web_frames, pale=0.5)]
+    teach_habits(pipe, "hunyuan", draws)
 
 
 def make_skyreels():
     """Trains tiny/skyreels and saves it. Needs runs/tiny/hunyuan."""
     pipe = HunyuanVideoPipeline.from_pretrained(CLEAN / "hunyuan")
     pipe.transformer = animate(pipe.transformer)
-    pipe = fit(pipe, [partial(web_clips, scene=random_clip)], CLEAN / "skyreels", 1200, seed=2)
+    pipe = fit(pipe, [partial(web_clips, scene=random_clip)], CLEAN / "skyreels", 1000, seed=2)
     teach_habits(pipe, "skyreels", [partial(web_clips, scene=random_clip, pale=0.1, flicker=0.3, tremble=0.3)])
 
 
