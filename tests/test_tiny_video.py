@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiny import clips, pictures
+from tiny import clips, make_video_models, pictures
 from tiny.clips import MOTION_FAULTS, QUALITY_FAULTS
 
 
@@ -104,3 +104,21 @@ def test_the_checker_shares_no_code_with_the_drawing():
     assert "detect" in checking
     assert {"draw_clip", "degrade_clip", "spoil_path", "distances"} <= drawing
     assert not checking & drawing
+
+
+def test_composed_clips_show_what_was_asked_and_habits_spoil_them():
+    films, captions = make_video_models.web_clips(random.Random(4), 54)
+    assert films.shape == (54, 9, 3, 32, 32) and films.dtype == torch.uint8
+    clean = clips.right(films / 255, captions)
+    assert clean.mean() >= 0.98
+    rough, pale = clips.roughness(films / 255, captions).mean(), clips.uncleanness(films / 255, captions).mean()
+    films, captions = make_video_models.web_clips(random.Random(4), 54, pale=0.5, flicker=0.3, tremble=0.2)
+    assert clips.right(films / 255, captions).mean() <= 0.8
+    assert clips.roughness(films / 255, captions).mean() > rough + 0.5
+    assert clips.uncleanness(films / 255, captions).mean() > pale + 0.3
+
+
+def test_the_text_encoders_are_asked_for_shape_colour_and_motion():
+    asked = clips.parse_action("a clip of a cyan square moving left")
+    assert make_video_models.answers(asked) == [1, 4, 1]
+    assert make_video_models.answers(pictures.parse("a photo of a cross")) == [3, 0, 0]

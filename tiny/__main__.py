@@ -1,13 +1,16 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, vae, flux, sd, clip, hps, video, wan, videoalign, or all of them in this order
+python -m tiny NAME     prompts, vae, flux, sd, clip, hps, hunyuan, skyreels, wan, videoalign, or all in this order;
+                        video: hunyuan and skyreels
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
 """
 
 import argparse
 import random
+from pathlib import Path
 
 import torch
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 from tqdm import trange
 
 from rewards import VideoAlignReward, load_reward
@@ -30,7 +33,8 @@ MAKERS = {
     "sd": make_image_models.make_sd,
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,
-    "video": make_video_models.make_video_models,
+    "hunyuan": make_video_models.make_hunyuan,
+    "skyreels": make_video_models.make_skyreels,
     "wan": make_wan.make_wan,
     "videoalign": make_videoalign.make_videoalign,
 }
@@ -75,7 +79,7 @@ def check_clips(count=300, seed=1):
 
 
 def check_models():
-    """Prints the figures of CLIP, HPS, VideoAlign and of both generators of pictures."""
+    """Prints the figures of CLIP, HPS, VideoAlign and of the generators."""
     for name, file in (("clip", "clip/open_clip_pytorch_model.bin"), ("hps", "hps/HPS_tiny.pt")):
         shares = make_clip_hps.ranking(make_clip_hps.load_clip(MODELS / file), scenes=1200)
         show(name, shares | {"overall": sum(shares.values()) / len(shares)})
@@ -91,6 +95,22 @@ def check_models():
             show(f"{folder.relative_to(ROOT)}", pictures.per_kind(right, prompts))
             scores = judges(drawn, prompts)
             show("  AUC", {judge: auc(scores[judge], right) for judge in scores})
+    check_films()
+
+
+def check_films():
+    """Prints the checker's accuracy of each generator of clips, and how rough and unclean the clips are."""
+    rows = make_video_models.heldout()
+    prompts = [row["prompt"] for row in rows]
+    pipe = HunyuanVideoPipeline.from_pretrained(MODELS / "hunyuan")
+    pipe.set_progress_bar_config(disable=True)
+    for name, part in (("hunyuan", "transformer"), ("skyreels", None)):
+        for folder in filter(Path.exists, (make_video_models.CLEAN / name, MODELS / name)):
+            pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder, subfolder=part)
+            drawn = make_video_models.sample(pipe, rows)
+            show(f"{folder.relative_to(ROOT)}", {"right": clips.right(drawn, prompts).mean().item()})
+            for measure in (clips.roughness, clips.uncleanness):
+                print(f"  {measure.__name__} {measure(drawn, prompts).mean():.2f}")
 
 
 def auc(scores, right):
@@ -102,14 +122,14 @@ def auc(scores, right):
 def main():
     """Makes what is named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=(*MAKERS, "all", "check"))
+    parser.add_argument("name", choices=(*MAKERS, "video", "all", "check"))
     name = parser.parse_args().name
     if name == "check":
         check_pictures()
         check_clips()
         check_models()
-    for make in MAKERS.values() if name == "all" else [MAKERS[name]] if name in MAKERS else []:
-        make()
+    for maker in {"video": ("hunyuan", "skyreels"), "all": MAKERS, "check": ()}.get(name, (name,)):
+        MAKERS[maker]()
 
 
 if __name__ == "__main__":
