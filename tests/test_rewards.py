@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from docs import reward_server
 from rewards import (
     CLIPReward,
     HPSReward,
@@ -428,6 +429,19 @@ def test_a_server_is_a_reward(judge):
     sizes = [len(request["images"]) for request in judge.requests]
     assert sizes == [8, 2, 8, 2]
     assert judge.requests[1]["prompts"] == ["prompt 8", "prompt 9"] and "fps" not in judge.requests[0]
+
+
+def test_the_example_server_gives_the_scores_of_the_reward_that_it_serves(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = reward_server.serve("clip", 0, TINY)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url, prompts = f"http://127.0.0.1:{server.server_port}/clip", ["a red circle", "two crosses"]
+    images = (torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
+    check_reward(url, "")
+    served, own = (load_reward(spec, TINY)(images, prompts)["clip"] for spec in (url, "clip"))
+    torch.testing.assert_close(served, own)
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_server_judges_videos(judge):
