@@ -335,7 +335,8 @@ class Checkpoints:
         for name, weight in state_dict.get_model_state_dict(self.network, options=options).items():
             weight = weight if self.is_lora else weight.to(self.world.dtype)  # before it is gathered
             weight = weight.full_tensor() if isinstance(weight, torch.distributed.tensor.DTensor) else weight
-            weights |= {name: weight.cpu()} if self.world.is_main else {}
+            # Gathered, it may be a view of a larger, padded buffer, which safetensors refuses.
+            weights |= {name: weight.cpu().clone()} if self.world.is_main else {}
         if not self.world.is_main:
             return
         if not self.is_lora:

@@ -72,7 +72,7 @@ class Pool:
 # -------------------------------------------------------------------------------------------------- the autoencoder
 
 
-def train_vae(seed=0, clips=3000, iterations=4000, batch=8, learning_rate=1e-2):
+def train_vae(seed=0, clips=3000, iterations=2500, batch=8, learning_rate=1e-2):
     """AutoencoderKLWan, 9 frames of 32x32 → (16, 3, 4, 4) latents; trained on clips and on single frames.
 
     It works on blocks of 2x2 pixels, which makes it four times as fast. Pixels that stand out from the clip's mean
@@ -235,6 +235,6 @@ def fit(pipe, draws, folder, iterations, seed, batch=64, learning_rate=2e-3):
 
 def make_wan():
     """Trains tiny/wan and saves it: first runs/tiny/wan, which draws well, then its bad habits."""
-    pipe = fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 3000, seed=0)
+    pipe = fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 2000, seed=0)
     habits = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.3), partial(web_frames, pale=0.6)]
     fit(pipe, habits, MODELS / "wan", 300, seed=10, learning_rate=5e-4)
