@@ -305,7 +305,8 @@ PIPELINES = {family.pipeline: family for family in FAMILIES.values()}
 
 
 def family_of(transformer) -> type:
-    return FAMILIES[type(transformer).__name__]
+    names = (kind.__name__ for kind in type(transformer).__mro__)  # FSDP makes a subclass
+    return next(FAMILIES[name] for name in names if name in FAMILIES)
 
 
 def transformer_source(cfg: Config) -> dict:

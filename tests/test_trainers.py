@@ -438,7 +438,7 @@ def test_video_guidance_off_costs_half():
     """With classifier-free guidance the transformer sees each sample twice, and its picture both times."""
     seen = []
 
-    class Transformer:
+    class HunyuanVideoTransformer3DModel:
         config = SimpleNamespace(guidance_embeds=False)
 
         def __call__(self, hidden_states, timestep, guidance, encoder_hidden_states, return_dict, **rest):
@@ -448,13 +448,14 @@ def test_video_guidance_off_costs_half():
             assert all(len(value) == len(timestep) for value in (encoder_hidden_states, *rest.values()))
             return (hidden_states[:, :4] * encoder_hidden_states.mean((1, 2)).view(-1, 1, 1, 1, 1),)
 
+    network = HunyuanVideoTransformer3DModel()
     z, sigma, picture = torch.randn(3, 4, 2, 4, 4), torch.tensor([0.2, 0.5, 1.0]), torch.randn(3, 4, 2, 4, 4)
     tokens = torch.stack([torch.zeros(3, 5, 6), torch.ones(3, 5, 6)], 1)  # the empty prompt, and the prompt
     condition = [tokens, torch.ones(3, 2, 5), torch.zeros(3, 2, 7), picture]
-    guided = grpo_video.velocity(Transformer(), z, sigma, condition, grpo_video.Config(true_guidance=5.0))
+    guided = grpo_video.velocity(network, z, sigma, condition, grpo_video.Config(true_guidance=5.0))
     torch.testing.assert_close(guided, 0 * z + 5.0 * (z - 0 * z))
     once = [*(x[:, 1:] for x in condition[:3]), picture]
-    torch.testing.assert_close(grpo_video.velocity(Transformer(), z, sigma, once, grpo_video.Config()), z)
+    torch.testing.assert_close(grpo_video.velocity(network, z, sigma, once, grpo_video.Config()), z)
     assert seen == [6, 3]
 
 
