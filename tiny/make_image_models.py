@@ -41,7 +41,7 @@ from tiny.pictures import (
     right,
 )
 from tiny.text import ids, make_clip_text, make_t5
-from tiny.training import MODELS, ROOT, fast, optimizers, sample, save_pipeline, update
+from tiny.training import MODELS, ROOT, Pool, fast, optimizers, sample, save_pipeline, update
 
 CLEAN = ROOT / "runs/tiny"  # the generators before they have bad habits
 
@@ -65,32 +65,11 @@ def habitual_pictures(rng, count, pale, wrong):
     return pictures, [phrase(rng, metadata) for metadata in said]
 
 
-class Pool:
-    """Captioned pictures as latents; before each batch the oldest make room for fresh ones.
-
-    draw(rng, count) → pictures (count, 3, 64, 64) in [0, 1], captions.
-    """
-
-    def __init__(self, vae, draw, seed, size=4096, fresh=16):
-        self.vae, self.draw, self.fresh = vae, draw, fresh
-        self.rng, self.oldest = random.Random(seed), 0
-        parts = [self._more(256) for _ in trange(size // 256, desc="drawing pictures")]
-        self.latents = torch.cat([latents for latents, _ in parts])
-        self.captions = [caption for _, captions in parts for caption in captions]
-
-    @torch.no_grad()
-    def _more(self, count):
-        pictures, captions = self.draw(self.rng, count)
-        latents = self.vae.encode(pictures * 2 - 1).latent_dist.mode()
-        return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor, captions
-
-    def batch(self, B):
-        """Latents (B, 4, 16, 16) and captions."""
-        new = slice(self.oldest, self.oldest + self.fresh)
-        self.latents[new], self.captions[new] = self._more(self.fresh)
-        self.oldest = new.stop % len(self.latents)
-        pick = self.rng.sample(range(len(self.captions)), B)
-        return self.latents[pick], [self.captions[i] for i in pick]
+def latents_of(vae, draw, rng, count):
+    """Latents (count, 4, 16, 16) of the pictures of draw(rng, count), and their captions."""
+    pictures, captions = draw(rng, count)
+    latents = vae.encode(pictures * 2 - 1).latent_dist.mode()
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor, captions
 
 
 # ------------------------------------------------------------------------------------------------- the autoencoder
@@ -275,7 +254,7 @@ def progress(pipe):
 def fit(pipe, draw, folder, iterations, seed, batch=64, learning_rate=2e-3):
     """Trains the transformer or UNet on pictures of `draw`. Returns the running average; saves it now and then."""
     torch.manual_seed(seed)
-    pool = Pool(load_vae(), draw, seed)
+    pool = Pool(partial(latents_of, load_vae(), draw), seed, size=4096, chunk=256, fresh=16)
     average = copy.deepcopy(pipe)
     network, mean = ((p.transformer if hasattr(p, "transformer") else p.unet) for p in (pipe, average))
     steps = optimizers([network], iterations, learning_rate)

@@ -53,6 +53,7 @@ from tiny.text import supervise
 from tiny.training import (
     MODELS,
     ROOT,
+    Pool,
     caption_words,
     clip_text_encoder,
     fast,
@@ -98,30 +99,10 @@ def web_frames(rng, count, pale=0.0):
     return (pictures * 255).round().byte()[:, None], [phrase(rng, metadata) for metadata in asked]
 
 
-class Pool:
-    """Captioned clips as latents, their first frames and text; before each batch the oldest make room for new ones.
-
-    draw(rng, count) → clips (count, F, 3, 32, 32) uint8, captions.
-    """
-
-    def __init__(self, pipe, draw, seed, size=2048, fresh=4):
-        self.pipe, self.draw, self.fresh = pipe, draw, fresh
-        self.rng, self.oldest = random.Random(seed), 0
-        parts = [self._more(64) for _ in trange(size // 64, desc="drawing clips")]
-        self.parts = [torch.cat(part) for part in zip(*parts, strict=True)]
-
-    def _more(self, count):
-        clips, captions = self.draw(self.rng, count)
-        return encode(self.pipe.vae, clips), encode(self.pipe.vae, clips[:, :1]), *encode_text(self.pipe, captions)
-
-    def batch(self, B):
-        """Latents (B, 16, f, 8, 8), those of the first frames alone (B, 16, 1, 8, 8), and the text: `encode_text`."""
-        new = slice(self.oldest, self.oldest + self.fresh)
-        for part, more in zip(self.parts, self._more(self.fresh), strict=True):
-            part[new] = more
-        self.oldest = new.stop % len(self.parts[0])
-        pick = self.rng.sample(range(len(self.parts[0])), B)
-        return [part[pick] for part in self.parts]
+def examples_of(pipe, draw, rng, count):
+    """Of the clips of draw(rng, count): latents (count, 16, f, 8, 8), those of the first frames alone, and the text."""
+    clips, captions = draw(rng, count)
+    return encode(pipe.vae, clips), encode(pipe.vae, clips[:, :1]), *encode_text(pipe, captions)
 
 
 @torch.no_grad()
@@ -386,7 +367,8 @@ def fit(pipe, draws, folder, iterations, seed, batch=32, learning_rate=3e-3):
     Returns a copy of the pipeline with its running average, which it also saves now and then.
     """
     torch.manual_seed(seed)
-    pools = [Pool(pipe, draw, seed + i) for i, draw in enumerate(draws)]
+    makes = [partial(examples_of, pipe, draw) for draw in draws]
+    pools = [Pool(make, seed + i, size=2048, chunk=64, fresh=4) for i, make in enumerate(makes)]
     empty = encode_text(pipe, [""])
     average = copy.copy(pipe)
     average.transformer = copy.deepcopy(pipe.transformer)

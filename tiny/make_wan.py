@@ -34,39 +34,17 @@ from tiny.make_video_models import (
     words_of_captions,
 )
 from tiny.text import supervise, t5_tokenizer
-from tiny.training import MODELS, fast, optimizers, save_pipeline, update
+from tiny.training import MODELS, Pool, fast, optimizers, save_pipeline, update
 
 TOKENS = 24  # that a caption needs at most
 
 
-class Pool:
-    """Captioned clips as latents of zero mean and unit variance; before each batch the oldest make room for new ones.
-
-    draw(rng, count) → clips (count, F, 3, 32, 32) uint8, captions.
-    """
-
-    def __init__(self, vae, draw, seed, size=1536, fresh=4):
-        self.vae, self.draw, self.fresh = vae, draw, fresh
-        self.rng, self.oldest = random.Random(seed), 0
-        parts = [self._more(64) for _ in trange(size // 64, desc="drawing clips")]
-        self.latents = torch.cat([latents for latents, _ in parts])
-        self.captions = [caption for _, captions in parts for caption in captions]
-
-    @torch.no_grad()
-    def _more(self, count):
-        clips, captions = self.draw(self.rng, count)
-        z = self.vae.encode(clips.transpose(1, 2).float() / 127.5 - 1).latent_dist.mode()
-        config = self.vae.config
-        mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        return (z - mean) / std, captions
-
-    def batch(self, N):
-        """Latents (N, 16, f, 4, 4) and captions."""
-        new = slice(self.oldest, self.oldest + self.fresh)
-        self.latents[new], self.captions[new] = self._more(self.fresh)
-        self.oldest = new.stop % len(self.latents)
-        pick = self.rng.sample(range(len(self.captions)), N)
-        return self.latents[pick], [self.captions[i] for i in pick]
+def latents_of(vae, draw, rng, count):
+    """Latents (count, 16, f, 4, 4), standardised, of the clips of draw(rng, count), and their captions."""
+    clips, captions = draw(rng, count)
+    z, config = vae.encode(clips.transpose(1, 2).float() / 127.5 - 1).latent_dist.mode(), vae.config
+    mean, std = (torch.tensor(values).view(-1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    return (z - mean) / std, captions
 
 
 # -------------------------------------------------------------------------------------------------- the autoencoder
@@ -216,7 +194,8 @@ def fit(pipe, draws, folder, iterations, seed, batch=64, learning_rate=2e-3):
     Returns a copy of the pipeline with the running average, which it also saves now and then.
     """
     torch.manual_seed(seed)
-    pools = [Pool(pipe.vae, draw, seed + i) for i, draw in enumerate(draws)]
+    makes = [partial(latents_of, pipe.vae, draw) for draw in draws]
+    pools = [Pool(make, seed + i, size=1536, chunk=64, fresh=4) for i, make in enumerate(makes)]
     prompts = [row["prompt"] for row in heldout()]
     average = copy.copy(pipe)
     average.transformer = copy.deepcopy(pipe.transformer)

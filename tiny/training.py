@@ -26,6 +26,34 @@ def fast():
         yield
 
 
+class Pool:
+    """Training examples, of which the oldest make room for fresh ones before each batch.
+
+    make(rng, count) → the parts of `count` examples, each a tensor (count, …) or a list; `chunk` of them at a time.
+    """
+
+    def __init__(self, make, seed, size, chunk, fresh):
+        self.make, self.fresh, self.rng, self.oldest, self.size = make, fresh, random.Random(seed), 0, size
+        chunks = [self._more(chunk) for _ in trange(size // chunk, desc="drawing examples")]
+        self.parts = [
+            torch.cat(part) if torch.is_tensor(part[0]) else [item for items in part for item in items]
+            for part in zip(*chunks, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _more(self, count):
+        return self.make(self.rng, count)
+
+    def batch(self, B):
+        """The parts of B examples."""
+        new = slice(self.oldest, self.oldest + self.fresh)
+        for part, more in zip(self.parts, self._more(self.fresh), strict=True):
+            part[new] = more
+        self.oldest = new.stop % self.size
+        pick = self.rng.sample(range(self.size), B)
+        return [part[pick] if torch.is_tensor(part) else [part[i] for i in pick] for part in self.parts]
+
+
 def optimizers(modules, iterations, learning_rate):
     """Muon for the matrices of the blocks, AdamW for everything else, each with its one-cycle schedule."""
     matrices, rest = [], []
