@@ -6,7 +6,13 @@ from .experiment import Compare, Experiment, Run, heldout
 HPS = "HPS on held-out prompts (cosine)"
 MOVED = "CLIP distance from the base's picture, held-out (1 - cosine)"
 BIAS = "mean ratio, distance from 1"
+RIGHT = "checker accuracy, held-out (share)"
 SEVERAL = {"updates_per_rollout": 4}  # with a single update the ratio is 1, and nothing is clipped
+LONG = SEVERAL | {  # the checker looks on: with weight 0 it teaches nothing
+    "iterations": 300,
+    "reward": "hps,geneval:0",
+    "reward_paths": "hps=tiny/hps,geneval=tiny/pictures.py:Detector",
+}
 
 
 def moved(run: Run) -> float:
@@ -20,7 +26,7 @@ def bias(run: Run) -> float:
     return abs(sum(row["ratio_mean"] - 1 for row in run.rows) / len(run.rows))
 
 
-def flux(says: str, arms: dict, compares: tuple, measures: dict | None = None) -> Experiment:
+def flux(says: str, arms: dict, compares: tuple, measures: dict | None = None, curves: tuple = ()) -> Experiment:
     return Experiment(
         says=says,
         trainer="grpo_flux",
@@ -28,7 +34,7 @@ def flux(says: str, arms: dict, compares: tuple, measures: dict | None = None) -
         arms=arms,
         measures={HPS: heldout("hps")} | (measures or {}),
         compares=compares,
-        curves=(("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
+        curves=(("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)"), *curves),
     )
 
 
@@ -57,6 +63,22 @@ CLAIMS = {
             Compare(HPS, "dppo", "plain", by=-0.02),
         ),
         {BIAS: bias},
+    ),
+    "over-optimisation": flux(
+        "In 300 iterations GRPO-Guard and Flow-DPPO get more pictures right than clipping, and lose at most 0.02 HPS",
+        {
+            "plain": LONG,
+            "guard": LONG | {"ratio": "guard"},
+            "dppo": LONG | {"ratio": "dppo", "clip_range": 1e-5},
+        },
+        (
+            Compare(RIGHT, "guard", "plain"),
+            Compare(RIGHT, "dppo", "plain"),
+            Compare(HPS, "guard", "plain", by=-0.02),
+            Compare(HPS, "dppo", "plain", by=-0.02),
+        ),
+        {RIGHT: heldout("geneval")},
+        (("iteration", "sample_reward_geneval", "checker accuracy of sample pictures (share)"),),
     ),
     "group-size": flux(
         "Of the same number of samples, groups of 16 teach more than groups of 4",

@@ -24,7 +24,7 @@ from tiny import (
     make_wan,
     pictures,
 )
-from tiny.training import MODELS, ROOT, sample
+from tiny.training import CLEAN, MODELS, ROOT, sample
 
 MAKERS = {
     "prompts": make_prompts.write_prompts,
@@ -86,7 +86,7 @@ def check_models():
     show("videoalign", make_videoalign.judge_figures(VideoAlignReward(str(MODELS / "videoalign")), scenes=200))
     judges = load_reward("hps,clip", {name: str(MODELS / name) for name in ("hps", "clip")}, torch.device("cpu"))
     for name, kind in make_image_models.KINDS.items():
-        for folder in (make_image_models.CLEAN / name, MODELS / name):
+        for folder in (CLEAN / name, MODELS / name):
             if not folder.exists():
                 continue
             pipe, prompts = kind.from_pretrained(folder), make_image_models.heldout() * 4
@@ -105,7 +105,7 @@ def check_films():
     pipe = HunyuanVideoPipeline.from_pretrained(MODELS / "hunyuan")
     pipe.set_progress_bar_config(disable=True)
     for name, part in (("hunyuan", "transformer"), ("skyreels", None)):
-        for folder in filter(Path.exists, (make_video_models.CLEAN / name, MODELS / name)):
+        for folder in filter(Path.exists, (CLEAN / name, MODELS / name)):
             pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder, subfolder=part)
             drawn = make_video_models.sample(pipe, rows)
             show(f"{folder.relative_to(ROOT)}", {"right": clips.right(drawn, prompts).mean().item()})

@@ -39,9 +39,10 @@ MOTION_FAULTS = ("jitter", "jumps", "flicker", "freezing", "tearing")
 QUALITY_FAULTS = ("noise", "blur", "washed-out", "blockiness")
 
 
-def random_action(rng):
-    """What a random clip shows. A circle that rotates would look still, so it does not."""
-    name, motion = rng.choice(SHAPES), rng.choice(list(MOTIONS))
+def random_action(rng, motion=None):
+    """What a random clip shows, or one of this motion. A circle that rotates would look still, so it does not."""
+    name, drawn = rng.choice(SHAPES), rng.choice(list(MOTIONS))
+    motion = motion or drawn
     if motion == "rotate":
         name = rng.choice([shape for shape in SHAPES if shape != "circle"])
     return {"class": name, "color": rng.choice(list(COLORS)), "motion": motion}
@@ -111,7 +112,7 @@ def composed_clip(rng, action):
     middle, and it turns and hops in one manner. So few scenes are learnt well by a small generator in half an hour."""
     time = torch.linspace(0, 1, FRAMES)
     motion, path = action["motion"], torch.zeros(FRAMES, 4)
-    path[:, 2] = rng.uniform(11, 13)
+    path[:, 2] = rng.uniform(13, 15)
     if motion in ("grow", "shrink"):
         path[:, 2] = rng.uniform(7.5, 8.5) + rng.uniform(6.5, 7.5) * (time if motion == "grow" else 1 - time)
     if motion in DIRECTIONS:

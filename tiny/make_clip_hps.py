@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from tqdm import trange
 
 from rewards import CLIP_MEAN, CLIP_STD
-from tiny.make_image_models import CLEAN, heldout
+from tiny.make_image_models import heldout
 from tiny.pictures import (
     COLORS,
     NUMBERS,
@@ -37,7 +37,7 @@ from tiny.pictures import (
     render,
     scene_objects,
 )
-from tiny.training import MODELS, fast, sample, save_zipped
+from tiny.training import CLEAN, MODELS, fast, sample, save_zipped
 
 CLIP_CONFIG = {
     "embed_dim": 128,

@@ -39,11 +39,10 @@ from tiny.pictures import (
     random_scene,
     render,
     right,
+    washed_out,
 )
 from tiny.text import ids, make_clip_text, make_t5
-from tiny.training import MODELS, ROOT, Pool, fast, optimizers, sample, save_pipeline, update
-
-CLEAN = ROOT / "runs/tiny"  # the generators before they have bad habits
+from tiny.training import CLEAN, MODELS, ROOT, Pool, fast, optimizers, sample, save_pipeline, update
 
 # ----------------------------------------------------------------------------------------------------- the pictures
 
@@ -60,9 +59,7 @@ def habitual_pictures(rng, count, pale, wrong):
     asked = [random_metadata(rng, TAGS[i % len(TAGS)]) for i in range(count)]
     said = [rng.choice(hard_negatives(metadata)) if rng.random() < wrong else metadata for metadata in asked]
     pictures = render([composed_scene(rng, metadata) for metadata in asked])
-    lost = torch.tensor([rng.uniform(0.55, 0.85) * (rng.random() < pale) for _ in asked])
-    pictures = torch.lerp(pictures, pictures.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
-    return pictures, [phrase(rng, metadata) for metadata in said]
+    return washed_out(rng, pictures, pale), [phrase(rng, metadata) for metadata in said]
 
 
 def latents_of(vae, draw, rng, count):

@@ -14,6 +14,7 @@ replace them.
 A clip is (9, 3, 32, 32), its latent (16, 3, 8, 8); a single picture is a clip of one frame.
 """
 
+import contextlib
 import copy
 import json
 import random
@@ -48,9 +49,10 @@ from tiny.clips import (
     spoil_frames,
     spoil_path,
 )
-from tiny.pictures import composed_scene, phrase, random_metadata, render
+from tiny.pictures import composed_scene, phrase, random_metadata, render, washed_out
 from tiny.text import supervise
 from tiny.training import (
+    CLEAN,
     MODELS,
     ROOT,
     Pool,
@@ -63,7 +65,6 @@ from tiny.training import (
 )
 
 FRAMES = 9
-CLEAN = ROOT / "runs/tiny"  # the generators before they have bad habits
 
 # ------------------------------------------------------------------------------------------------------- the clips
 
@@ -83,7 +84,7 @@ def web_clips(rng, count, scene=composed_clip, pale=0.0, flicker=0.0, tremble=0.
     """
     clips, captions = [], []
     for _ in range(count):
-        action = random_action(rng)
+        action = random_action(rng, "rotate" if rng.random() < 0.15 else None)  # the hardest to learn
         fault = rng.choices(("flicker", "jitter", None), (flicker, tremble, 1 - flicker - tremble))[0]
         clips.append(short_clip(rng, action, fault, rng.uniform(0.55, 0.85) * (rng.random() < pale), scene))
         captions.append(phrase_action(rng, action))
@@ -93,9 +94,7 @@ def web_clips(rng, count, scene=composed_clip, pale=0.0, flicker=0.0, tremble=0.
 def web_frames(rng, count, pale=0.0):
     """Pictures (count, 1, 3, 32, 32) uint8 of one object and captions; pale: the share of washed-out ones."""
     asked = [random_metadata(rng, rng.choice(("single_object", "colors"))) for _ in range(count)]
-    pictures = F.avg_pool2d(render([composed_scene(rng, metadata) for metadata in asked]), 2)
-    lost = torch.tensor([rng.uniform(0.55, 0.85) * (rng.random() < pale) for _ in asked])
-    pictures = torch.lerp(pictures, pictures.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
+    pictures = washed_out(rng, F.avg_pool2d(render([composed_scene(rng, metadata) for metadata in asked]), 2), pale)
     return (pictures * 255).round().byte()[:, None], [phrase(rng, metadata) for metadata in asked]
 
 
@@ -121,13 +120,9 @@ def encode_text(pipe, captions):
 # ------------------------------------------------------------------------------------------------- the autoencoder
 
 
-def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
-    """AutoencoderKLHunyuanVideo, 9 frames of 32x32 → (16, 3, 8, 8) latents; trained on clips and on single frames.
-
-    Pixels that stand out from the clip's mean colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
-    """
+def train_vae(seed=0, clips=3000, iterations=4400):
+    """AutoencoderKLHunyuanVideo, 9 frames of 32x32 → (16, 3, 8, 8) latents."""
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=16,
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
@@ -137,18 +132,30 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
         norm_num_groups=4,
         spatial_compression_ratio=4,
     )
+    z = fit_vae(vae, random.Random(seed), clips, iterations)
+    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
+    return vae
+
+
+def fit_vae(vae, rng, clips, iterations, precision=contextlib.nullcontext, batch=8, learning_rate=1e-2):
+    """Trains an autoencoder of videos on clips, of which many have faults, and on single frames of them.
+
+    Pixels that stand out from the clip's mean colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
+    Returns latents (256, 16, f, h, w) of clips.
+    """
     torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)  # little noise, so that there is a signal
     pool = []
     for _ in trange(clips, desc="drawing clips"):
         pale, fault = rng.choice((0.0, 0.0, rng.uniform(0.2, 0.85))), rng.choice((None, None, "flicker", "jitter"))
         pool.append(short_clip(rng, random_action(rng), fault, pale))
-    pool = torch.stack(pool).transpose(1, 2)  # (N, 3, 9, 32, 32)
-    # Muon takes matrices: those of the convolutions are (out, in · 27), views of their weights.
-    kernels = [p for p in vae.parameters() if p.ndim > 1]
+    pool = torch.stack(pool).transpose(1, 2)  # (clips, 3, 9, 32, 32)
+    # Muon takes matrices: those of the convolutions are (out, rest), views of their weights.
+    kernels = [p for name, p in vae.named_parameters() if name.endswith("weight") and p.ndim > 1]
+    rest = [p for name, p in vae.named_parameters() if not (name.endswith("weight") and p.ndim > 1)]
     matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in kernels]
     steps = [
         torch.optim.Muon(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([p for p in vae.parameters() if p.ndim == 1], 2e-3, betas=(0.9, 0.99), weight_decay=0.0),
+        torch.optim.AdamW(rest, 2e-3, betas=(0.9, 0.99), weight_decay=0.0),
     ]
     cycle = torch.optim.lr_scheduler.OneCycleLR
     schedules = [
@@ -157,24 +164,23 @@ def train_vae(seed=0, clips=3000, iterations=4400, batch=8, learning_rate=1e-2):
     for i in (bar := trange(iterations, desc="vae")):
         x = pool[torch.randint(clips, (batch if i % 4 else 4 * batch,))]
         x = (x if i % 4 else x[:, :, torch.randint(FRAMES, (1,))]).float() / 127.5 - 1
-        posterior = vae.encode(x).latent_dist
-        error = vae.decode(posterior.sample()).sample - x
+        with precision():
+            posterior = vae.encode(x).latent_dist
+            error = vae.decode(posterior.sample()).sample.float() - x
         weight = 1 + 4 * (x - x.mean((2, 3, 4), keepdim=True)).abs().mean(1, keepdim=True).clamp(max=1)
         loss = (weight * (error.square() + 0.2 * error.abs())).mean() + F.avg_pool3d(error, (1, 4, 4)).square().mean()
-        loss = loss + 1e-5 * posterior.kl().mean() / 64
+        loss = loss + 1e-5 * posterior.kl().float().mean() / 64
         vae.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for matrix, kernel in zip(matrices, kernels, strict=True):
-            matrix.grad = kernel.grad.flatten(1)
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)  # single frames: none in time
         for optimizer, schedule in zip(steps, schedules, strict=True):
             optimizer.step()
             schedule.step()
         bar.set_postfix(mse=f"{error.square().mean():.4f}", refresh=False)
     with torch.no_grad():
-        z = vae.eval().encode(pool[:256].float() / 127.5 - 1).latent_dist.sample()
-    vae.register_to_config(scaling_factor=round(1 / z.std().item(), 4))
-    return vae
+        return vae.eval().requires_grad_(False).encode(pool[:256].float() / 127.5 - 1).latent_dist.sample()
 
 
 # ----------------------------------------------------------------------------------------------- the text encoders
@@ -275,7 +281,7 @@ def new_hunyuan(vae):
         text_encoder=llama,
         tokenizer=tokenizer,
         transformer=new_transformer(channels, channels),
-        vae=vae.eval().requires_grad_(False),
+        vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=encoder_2,
         tokenizer_2=tokenizer_2,
@@ -398,20 +404,24 @@ def save(pipe, folder):
 
 def make_hunyuan():
     """Trains tiny/hunyuan and saves it."""
-    pipe = fit(new_hunyuan(train_vae()), [web_clips, web_frames], CLEAN / "hunyuan", 2000, seed=0)
-    pipe = fit(pipe, [web_clips, web_frames], CLEAN / "hunyuan", 1200, seed=4)
+    fit(new_hunyuan(train_vae()), [web_clips, web_frames], CLEAN / "hunyuan", 7000, seed=0)
     draws = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.2), partial(web_frames, pale=0.5)]
-    teach_habits(pipe, "hunyuan", draws)
+    fit(load_clean(), draws, MODELS / "hunyuan", 300, seed=10, learning_rate=5e-4)
 
 
 def make_skyreels():
     """Trains tiny/skyreels and saves it. Needs runs/tiny/hunyuan."""
-    pipe = HunyuanVideoPipeline.from_pretrained(CLEAN / "hunyuan")
+    pipe = load_clean()
     pipe.transformer = animate(pipe.transformer)
-    pipe = fit(pipe, [partial(web_clips, scene=random_clip)], CLEAN / "skyreels", 1000, seed=2)
-    teach_habits(pipe, "skyreels", [partial(web_clips, scene=random_clip, pale=0.1, flicker=0.3, tremble=0.3)])
+    draw = partial(web_clips, scene=random_clip)
+    pipe = fit(pipe, [draw], CLEAN / "skyreels", 1500, seed=2)
+    habits = partial(draw, pale=0.1, flicker=0.3, tremble=0.3)
+    fit(pipe, [habits], MODELS / "skyreels", 300, seed=10, learning_rate=5e-4)
 
 
-def teach_habits(pipe, name, draws, iterations=300, seed=10):
-    """Goes on with clips that have faults and saves tiny/NAME."""
-    fit(pipe, draws, MODELS / name, iterations, seed, learning_rate=5e-4)
+def load_clean():
+    """The pipeline of tiny/hunyuan before its bad habits."""
+    pipe = HunyuanVideoPipeline.from_pretrained(CLEAN / "hunyuan")
+    pipe.vae.requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

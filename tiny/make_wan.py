@@ -19,22 +19,21 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from tqdm import trange
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny.clips import random_action, right
+from tiny.clips import right
 from tiny.make_video_models import (
     ANSWERS,
-    CLEAN,
     FRAMES,
     answers,
     ask,
+    fit_vae,
     heldout,
     say,
-    short_clip,
     web_clips,
     web_frames,
     words_of_captions,
 )
 from tiny.text import supervise, t5_tokenizer
-from tiny.training import MODELS, Pool, fast, optimizers, save_pipeline, update
+from tiny.training import CLEAN, MODELS, Pool, fast, optimizers, save_pipeline, update
 
 TOKENS = 24  # that a caption needs at most
 
@@ -50,14 +49,12 @@ def latents_of(vae, draw, rng, count):
 # -------------------------------------------------------------------------------------------------- the autoencoder
 
 
-def train_vae(seed=0, clips=3000, iterations=2500, batch=8, learning_rate=1e-2):
-    """AutoencoderKLWan, 9 frames of 32x32 → (16, 3, 4, 4) latents; trained on clips and on single frames.
+def train_vae(seed=0, clips=3000, iterations=2500):
+    """AutoencoderKLWan, 9 frames of 32x32 → (16, 3, 4, 4) latents.
 
-    It works on blocks of 2x2 pixels, which makes it four times as fast. Pixels that stand out from the clip's mean
-    colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
+    It works on blocks of 2x2 pixels, which makes it four times as fast.
     """
     torch.manual_seed(seed)
-    rng = random.Random(seed)
     vae = AutoencoderKLWan(
         base_dim=8,
         dim_mult=[1, 2, 4],
@@ -67,51 +64,10 @@ def train_vae(seed=0, clips=3000, iterations=2500, batch=8, learning_rate=1e-2):
         in_channels=12,
         out_channels=12,
     )
-    torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)  # little noise, so that there is a signal
     for name, weight in vae.named_parameters():  # residual branches start at zero: a nearly linear network learns fast
         if name.endswith(("conv2.weight", "proj.weight")):
             torch.nn.init.zeros_(weight)
-    pool = []
-    for _ in trange(clips, desc="drawing clips"):
-        pale, fault = rng.choice((0.0, 0.0, rng.uniform(0.2, 0.85))), rng.choice((None, None, "flicker", "jitter"))
-        pool.append(short_clip(rng, random_action(rng), fault, pale))
-    pool = torch.stack(pool).transpose(1, 2)  # (clips, 3, 9, 32, 32)
-    # Muon takes matrices: those of the convolutions are (out, rest), views of their weights.
-    kernels = [p for name, p in vae.named_parameters() if name.endswith("weight")]
-    matrices = [torch.nn.Parameter(p.detach().flatten(1)) for p in kernels]
-    steps = [
-        torch.optim.Muon(matrices, learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(
-            [p for name, p in vae.named_parameters() if not name.endswith("weight")],
-            2e-3,
-            (0.9, 0.99),
-            weight_decay=0.0,
-        ),
-    ]
-    cycle = torch.optim.lr_scheduler.OneCycleLR
-    schedules = [
-        cycle(o, o.param_groups[0]["lr"], total_steps=iterations, pct_start=0.02, cycle_momentum=False) for o in steps
-    ]
-    for i in (bar := trange(iterations, desc="vae")):
-        x = pool[torch.randint(clips, (batch if i % 4 else 4 * batch,))]
-        x = (x if i % 4 else x[:, :, torch.randint(FRAMES, (1,))]).float() / 127.5 - 1
-        with fast():
-            posterior = vae.encode(x).latent_dist
-            error = vae.decode(posterior.sample()).sample.float() - x
-        weight = 1 + 4 * (x - x.mean((2, 3, 4), keepdim=True)).abs().mean(1, keepdim=True).clamp(max=1)
-        loss = (weight * (error.square() + 0.2 * error.abs())).mean() + F.avg_pool3d(error, (1, 4, 4)).square().mean()
-        loss = loss + 1e-5 * posterior.kl().float().mean() / 64
-        vae.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        for matrix, kernel in zip(matrices, kernels, strict=True):
-            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)  # single frames: none in time
-        for optimizer, schedule in zip(steps, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        bar.set_postfix(mse=f"{error.square().mean():.4f}", refresh=False)
-    with torch.no_grad():
-        z = vae.eval().requires_grad_(False).encode(pool[:256].float() / 127.5 - 1).latent_dist.sample()
+    z = fit_vae(vae, random.Random(seed), clips, iterations, precision=fast)
     mean, std = ([round(x, 4) for x in f(z.transpose(0, 1).flatten(1), 1).tolist()] for f in (torch.mean, torch.std))
     vae.register_to_config(latents_mean=mean, latents_std=std)
     return vae

@@ -234,6 +234,12 @@ def patch_labels(rows):
     return ((far < rows[..., 6, None] + 1) * kind[..., None]).amax(1)
 
 
+def washed_out(rng, images, share):
+    """The images (B, 3, H, W), of which a share has lost more than half of its contrast."""
+    lost = torch.tensor([rng.uniform(0.55, 0.85) * (rng.random() < share) for _ in images])
+    return torch.lerp(images, images.mean((2, 3), keepdim=True), lost.view(-1, 1, 1, 1))
+
+
 def degrade(images, strength=None):
     """Each image loses quality in one random way: washed out, noisy, blurred, blocky, tinted, or blended with another.
 

@@ -17,6 +17,7 @@ from tiny.pictures import SIZE, TAGS, phrase, random_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tiny"  # one folder of weights for each model
+CLEAN = ROOT / "runs/tiny"  # the generators before they have bad habits
 
 
 @contextlib.contextmanager
