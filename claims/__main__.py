@@ -3,7 +3,7 @@
     python -m claims                       the list
     python -m claims NAME                  train, evaluate, judge: claims/results/NAME.json and NAME.png
     python -m claims NAME --iterations 2 --seeds 1      a trial; its result stays in OUTPUT_DIR/results
-    python -m claims table                 writes the table of results into RESULTS.md
+    python -m claims table                 writes the tables of RESULTS.md
 
 Interrupted claims go on where they stopped, and every finished run is used again.
 """
@@ -27,6 +27,7 @@ from . import (
     one_form,
     quick_start,
     rewards,
+    tables,
     timesteps,
     variants,
     video,
@@ -35,9 +36,6 @@ from . import (
 EXPERIMENTS = quick_start.CLAIMS | noise.CLAIMS | timesteps.CLAIMS | best_of_n.CLAIMS | rewards.CLAIMS
 EXPERIMENTS |= diversity.CLAIMS | video.CLAIMS | baselines.CLAIMS | faults.CLAIMS | variants.CLAIMS
 NAMES = (*EXPERIMENTS, "one-form")
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "claims/results"
-TABLE = "<!-- python -m claims table -->\n"  # stands in RESULTS.md before and after the table
 
 
 @dataclass(frozen=True)
@@ -67,32 +65,13 @@ def main(name: str, cfg: Config) -> None:
     print(kind.report(result), f"{results / name}.json, .png", sep="\n")
 
 
-def table() -> str:
-    """A row for each claim that has a result."""
-    rows = ["| claim | paper | here: mean over seeds, Student's interval | seeds | verdict |", "|---|---|---|---|---|"]
-    for name in NAMES:
-        if (RESULTS / f"{name}.json").exists():
-            result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            found = (one_form if name == "one-form" else experiment).figures(result)
-            claim = f"[{name}](claims/results/{name}.png): {result['says']}"
-            cells = [claim, result["paper"], "<br>".join(found), str(len(result["seeds"])), result["verdict"]]
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
-
-
-def write_table(path: Path = ROOT / "RESULTS.md") -> None:
-    """Put the table in its place."""
-    before, _, after = path.read_text(encoding="utf-8").split(TABLE)
-    data.write_atomically(path, before + TABLE + table() + TABLE + after)
-
-
 if __name__ == "__main__":
     with cli.one_line_errors(RewardError):
         words = sys.argv[1:]
         asked = words.pop(0) if words and not words[0].startswith("-") else ""
         cfg = cli.parse_config(Config, {"full": {}}, words)
         if asked == "table":
-            write_table()
+            tables.write(NAMES)
         elif asked:
             main(asked, cfg)
         else:

@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
     config: dict
     rows: list[dict]
-    heldout: dict[str, dict]  # metric → {"mean", "difference" from the base, "error"}
+    heldout: dict[str, dict]  # metric, or "metric, kind of prompt" → {"mean", "difference" from the base, "error"}
     pictures: list[Path]  # of the held-out prompts, P x N, those of a prompt side by side
     base_pictures: list[Path]
 
@@ -182,7 +182,11 @@ def evaluate(runs: list[Path], options: dict, folder: Path) -> list[tuple]:
     found = []
     for checkpoint in checkpoints:
         model = "/".join(Path(checkpoint).parts[-2:])
-        figures = {metric: models[model]["overall"] for metric, models in results["summary"].items()}
+        figures = {
+            metric if kind == "overall" else f"{metric}, {kind}": figure
+            for metric, models in results["summary"].items()
+            for kind, figure in models[model].items()
+        }
         folders = (where / results["models"][m]["pictures"] for m in (model, "base"))
         found.append((figures, *([place / name for name in names] for place in folders)))
     return found
@@ -235,6 +239,19 @@ def conclude(verdicts: list[str]) -> str:
     return FAILS if FAILS in verdicts else HOLDS if all(v == HOLDS for v in verdicts) else OPEN
 
 
+def gains(runs: list[Run]) -> dict[str, dict]:
+    """{metric: the base's mean, and for each seed the gain and its standard error, paired by prompt}."""
+    found = {}
+    for metric, first in runs[0].heldout.items():
+        figures = [run.heldout[metric] for run in runs]
+        found[metric] = {
+            "base": first["mean"] - first["difference"],
+            "gains": [figure["difference"] for figure in figures],
+            "errors": [figure["error"] for figure in figures],
+        }
+    return found
+
+
 def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
     """The content of results/NAME.json."""
     measured = {
@@ -256,7 +273,9 @@ def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
         "verdict": conclude([part["verdict"] for part in parts]),
         "parts": parts,
         "measures": measured,
+        "heldout": {arm: gains(runs) for arm, runs in arms.items()},
         "curves": curves,
+        "rewards": {arm: runs[0].config["reward"] for arm, runs in arms.items()},
         "arms": {arm: {"trainer": experiment.trainer, "preset": experiment.preset} | options for arm, options in
                  experiment.arms.items()},
         "iterations": {arm: runs[0].config["iterations"] for arm, runs in arms.items()},

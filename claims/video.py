@@ -42,6 +42,14 @@ CLAIMS = {
         (Compare(MQ, "DanceGRPO"), Compare(SMOOTHER, "DanceGRPO"), Compare(RIGHT, "DanceGRPO", by=-0.05)),
         ("iteration", "sample_reward_mq", "MQ of sample videos (deviations)"),
     ),
+    "wan": video(
+        "wan",
+        "-",
+        "Wan 2.1, text to video, gains visual and motion quality, and keeps showing what was asked",
+        {VQ: gain("vq"), MQ: gain("mq"), RIGHT: gain("right"), SMOOTHER: smoother},
+        (Compare(VQ, "DanceGRPO"), Compare(MQ, "DanceGRPO"), Compare(RIGHT, "DanceGRPO", by=-0.05)),
+        ("iteration", "sample_reward_vq", "VQ of sample videos (deviations)"),
+    ),
     "t2i": Experiment(
         says="Text to image by HunyuanVideo gains HPS",
         paper="HPS 0.23 to 0.33",

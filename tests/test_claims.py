@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_tensor
 import claims.__main__ as command
 import grpo_flux
 import grpo_sd
-from claims import diversity, dpo, experiment, one_form, policy
+from claims import diversity, dpo, experiment, one_form, policy, tables
 from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
 from rewards import load_reward
 from runtime import cli
@@ -52,14 +52,14 @@ def main(cfg):
 
 
 CONFIG = dict(sde_window=2, steps=6, timestep_fraction=0.6, keep_best_worst=0, group_size=8, prompts_per_iteration=8)
-CONFIG |= dict(seed=1, iterations=20, versions={"torch": "0"})
+CONFIG |= dict(seed=1, iterations=20, versions={"torch": "0"}, reward="hps")
 
 
 def a_run(before=0.0, middle=1.0, end=2.0, hps=0.3, **config):
     """A run of 20 iterations of 3 seconds, whose sample pictures were scored before, after 10 and at the end."""
     rows = [{"iteration": i + 1, "seconds": 3.0} for i in range(20)]
     rows[0]["score_before"], rows[9]["score"], rows[19]["score"] = before, middle, end
-    return Run(CONFIG | config, rows, {"hps": {"mean": hps, "difference": hps - 0.2}}, [], [])
+    return Run(CONFIG | config, rows, {"hps": {"mean": hps, "difference": hps - 0.2, "error": 0.1}}, [], [])
 
 
 # -------------------------------------------------------------------------------------------------------- measures
@@ -166,6 +166,7 @@ def test_a_result_has_every_seed_and_the_verdict():
     assert result["verdict"] == HOLDS and result["parts"][0]["values"] == pytest.approx([0.2, 0.2, 0.21])
     assert result["measures"] == {"a": {"HPS (cosine)": [0.5, 0.6, 0.71]}, "b": {"HPS (cosine)": [0.3, 0.4, 0.5]}}
     assert result["curves"][0]["arms"]["a"] == {"x": [0, 30, 60], "y": [[0, 3, 6], [0, 4, 7], [0, 5, 11]]}
+    assert result["heldout"]["a"]["hps"]["base"] == pytest.approx(0.2)
     assert result["arms"]["a"] == {"trainer": "test_claims", "preset": "p", "eta": 2.0}
     assert experiment.report(result).splitlines() == [
         "a is better than b (Fig. 0): holds",
@@ -249,24 +250,28 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
     assert "a is better than b (Fig. 0): holds" in capsys.readouterr().out
 
 
-def test_the_table_in_results_md_says_what_the_files_say():
-    written = (command.ROOT / "RESULTS.md").read_text(encoding="utf-8").split(command.TABLE)[1]
-    assert written == command.table(), "run python -m claims table"
-    assert {path.stem for path in command.RESULTS.glob("*.json")} <= set(command.NAMES)
+def test_the_tables_in_results_md_say_what_the_files_say():
+    written = (tables.ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert written == tables.filled(written, command.NAMES), "run python -m claims table"
+    places = [name for _, name, _ in tables.PLACE.findall(written)]
+    assert "verdicts" in places and set(places) - {"verdicts"} <= set(command.EXPERIMENTS)
+    assert {path.stem for path in tables.RESULTS.glob("*.json")} <= set(command.NAMES)
 
 
-def test_the_table_takes_its_place_and_leaves_the_rest(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "RESULTS", tmp_path)
-    (tmp_path / "clip-range.json").write_text(json.dumps(experiment.summarize(CLAIM, ARMS)))
+def test_a_table_takes_its_place_and_leaves_the_rest(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "sde.json").write_text(json.dumps(experiment.summarize(CLAIM, ARMS)))
     file = tmp_path / "RESULTS.md"
-    file.write_text(f"before\n{command.TABLE}old{command.TABLE}after\n")
-    command.write_table(file)
-    before, table, after = file.read_text().split(command.TABLE)
-    assert (before, after) == ("before\n", "after\n")
-    assert table.splitlines()[2] == (
-        "| [clip-range](claims/results/clip-range.png): a is better than b (Fig. 0) | - "
+    place = "<!-- python -m claims table: {} -->\n"
+    file.write_text(f"1\n{place.format('verdicts')}old\n<!-- end -->\n2\n{place.format('sde')}<!-- end -->\n3\n")
+    tables.write(["kl", "sde"], file)
+    lines = file.read_text().splitlines()
+    assert (lines[0], lines[-1]) == ("1", "3") and "old" not in lines and lines.count("<!-- end -->") == 2
+    assert lines[4] == (
+        "| [sde](claims/results/sde.png): a is better than b (Fig. 0) | - "
         "| HPS (cosine): a - b > 0: +0.203 (95 %: +0.189 to +0.218), holds | 3 | holds |"
     )
+    assert lines[-3] == "| HPS, trained on | 0.200 | 0.603 | +0.403 (+0.300 to +0.510) | +3.0 |"
 
 
 def test_an_unknown_claim_is_one_line():
