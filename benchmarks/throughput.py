@@ -111,10 +111,10 @@ def measure(trainer, cfg) -> list[dict]:
     return rows
 
 
-def run(trainer, words: list[str]) -> dict:
+def run(trainer, words: list[str], rounds: int = ROUNDS) -> dict:
     """Medians over the measured iterations of a run with these options: seconds of each part, and the efficiency."""
     with tempfile.TemporaryDirectory() as folder:
-        extra = ["--output-dir", f"{folder}/run", "--iterations", str(WARM_UP + ROUNDS), "--num-samples", "1"]
+        extra = ["--output-dir", f"{folder}/run", "--iterations", str(WARM_UP + rounds), "--num-samples", "1"]
         rows = measure(trainer, cli.parse_config(trainer.Config, trainer.PRESETS, words + extra))
     row = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     return row | {"efficiency": statistics.median(row["necessary"] / row["seconds"] for row in rows)}
@@ -128,7 +128,7 @@ def scaling(trainer, words: list[str]) -> dict:
         curves[option] = []
         for factor in (1, 2, 4):
             more = ["--" + option.replace("_", "-"), str(value * factor)]
-            curves[option].append((factor, run(trainer, words + more)["seconds"]))
+            curves[option].append((factor, run(trainer, words + more, rounds=2)["seconds"]))
     return curves
 
 
