@@ -4,10 +4,10 @@
     python -m benchmarks.throughput grpo_flux --preset tiny --scaling     and its cost against samples, steps, pixels
 
 The trainer runs as it always does. After each iteration the same passes are repeated alone, in the same order and on
-the same inputs: the network's, with their backward passes where there were any, the decoder's and the rewards'.
-Efficiency is the time of these over the time of the iteration. The two alternate in one run, so that other work on the
-machine slows both. Options after the trainer's name are the trainer's. Writes benchmarks/results/NAME.json and, with
---scaling, NAME.png.
+the same inputs: the network's, with their backward passes where there were any, the text encoders', the decoder's and
+the rewards'. Efficiency is the time of these over the time of the iteration. The two alternate in one run, so that
+other work on the machine slows both. Options after the trainer's name are the trainer's. Writes
+benchmarks/results/NAME.json and, with --scaling, NAME.png.
 """
 
 import importlib
@@ -81,6 +81,7 @@ def measure(trainer, cfg) -> list[dict]:
         pipe, network, *rest = load_models(cfg, world, *args)
         network.register_forward_pre_hook(recorder.note, with_kwargs=True)
         pipe.vae.decode = recorder.wrap(pipe.vae.decode)
+        pipe.encode_prompt = recorder.wrap(pipe.encode_prompt)
         return pipe, network, *rest
 
     class Judge:

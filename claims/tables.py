@@ -1,7 +1,8 @@
 """The tables of RESULTS.md that follow from claims/results: `python -m claims table` writes them.
 
 Each stands between a line `<!-- python -m claims table: NAME -->` and a line `<!-- end -->`. NAME is that of a claim,
-whose held-out figures are shown, or `verdicts`, for a row of every claim.
+whose held-out figures are shown; `verdicts`, for a row of every claim; or `throughput`, for what
+`python -m benchmarks.throughput` measured.
 """
 
 import json
@@ -13,7 +14,7 @@ from runtime import data
 from . import experiment, one_form
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "claims/results"
+RESULTS, SPEED = ROOT / "claims/results", ROOT / "benchmarks/results"
 PLACE = re.compile(r"(<!-- python -m claims table: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 KINDS = {"single_object": "single object", "colors": "colours", "counting": "counting", "two_object": "two objects"}
 KINDS |= {"position": "position", "color_attr": "two coloured objects"}
@@ -63,9 +64,26 @@ def heldout(name: str) -> str:
     return "\n".join(rows) + "\n"
 
 
+def throughput() -> str:
+    """A row for each preset that was measured."""
+    rows = [
+        "| `python -m benchmarks.throughput …` | iteration, s | rollout, s | reward, s | update, s | necessary, s "
+        "| efficiency | samples/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(SPEED.glob("*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        words = " ".join(word for word in row["command"] if word != "--scaling")
+        seconds = [row[key] for key in ("seconds", "seconds_rollout", "seconds_reward", "seconds_update", "necessary")]
+        cells = [f"`{words}`", *(f"{s:.2f}" for s in seconds), f"{row['efficiency']:.2f}"]
+        rows.append(f"| {' | '.join(cells)} | {row['samples_per_second']:.1f} |")
+    return "\n".join(rows) + "\n"
+
+
 def filled(text: str, names) -> str:
     """The text with every table as the files have it."""
-    return PLACE.sub(lambda m: m[1] + (verdicts(names) if m[2] == "verdicts" else heldout(m[2])) + m[3], text)
+    others = {"verdicts": lambda: verdicts(names), "throughput": throughput}
+    return PLACE.sub(lambda m: m[1] + others.get(m[2], lambda: heldout(m[2]))() + m[3], text)
 
 
 def write(names, path: Path = ROOT / "RESULTS.md") -> None:
