@@ -5,8 +5,8 @@ Algorithm 1 of the paper, which `main` follows line by line:
         sample a batch of prompts; the current weights are the old policy
         for every prompt draw G videos by the reverse SDE from one initial noise, and score them
         advantage of a video = its score, normalised within its prompt's group (several rewards: summed after that)
-        choose a random part of the timesteps and replay them: ratio rho = new probability / old probability
-        climb the clipped objective  min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+        choose a random part of the timesteps and replay them: rho = exp(new log-prob - old log-prob)
+        climb the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
     python grpo_video.py --preset tiny-t2v            on a laptop, no download; or tiny-t2i, tiny-i2v, tiny-wan
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py              the release's HunyuanVideo run, 32 GPUs of 80 GB
@@ -67,7 +67,7 @@ class Config:
     ratio: str = "plain"  # plain (paper); guard (GRPO-Guard) or dppo (Flow-DPPO), against over-optimisation
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps trained; all of a window (paper, release)
+    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps that is trained; all of a window (paper, release)
     timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
@@ -134,7 +134,7 @@ PRESETS = {
         lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0,
         steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2,
     ),
-    "tiny-t2v": TINY | dict(reward="vq,mq", iterations=40, output_dir="runs/tiny-t2v"),
+    "tiny-t2v": TINY | dict(reward="vq,mq", iterations=20, learning_rate=2e-5, output_dir="runs/tiny-t2v"),
     "tiny-wan": TINY | dict(
         model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40, output_dir="runs/tiny-wan"
     ),
@@ -161,10 +161,10 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.float().view(-1, group_size)  # (P, G)
+        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may be another number
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
-    return advantages.flatten().clamp(-clip, clip)
+    return advantages.flatten().clamp(-clip, clip).float()
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
@@ -209,8 +209,8 @@ def training_pairs(A, keys, group_size: int, window: range, fraction: float, tim
     """Algorithm 1, line 10: the pairs (sample, step) that are trained, for each of the rollout's updates.
 
     Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
-    samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, of
-    which there are several because sampling is the expensive half. A (B,); keys (seed, iteration, prompt, sample).
+    samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, so
+    that a costly rollout serves several steps. A (B,); keys (seed, iteration, prompt, sample).
     """
     pairs = [[] for _ in range(updates)]
     for start in range(0, len(A), group_size):

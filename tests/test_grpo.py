@@ -173,6 +173,14 @@ def test_advantages_are_normalised_within_each_prompts_group():
     torch.testing.assert_close(A, torch.tensor([-1.0, 0.0, 1.0, -1.0, 1.0, 0.0]))
 
 
+def test_a_group_of_equal_rewards_teaches_nothing_whatever_the_value():
+    """In float32 the mean of 12 equal numbers often differs from them in the last digit."""
+    r = torch.rand(2000, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 12)
+    assert (r != r.mean(1, keepdim=True)).any()
+    A = group_advantages({"r": r.flatten()}, {"r": 1.0}, 12, 5.0)
+    assert A.dtype == torch.float32 and (A == 0).all()
+
+
 def test_several_rewards_are_normalised_before_they_are_added():
     """Raw sums would let the reward with the larger scale decide alone."""
     small, large = torch.tensor([3.0, 2.0, 1.0]), torch.tensor([1000.0, 2000.0, 3000.0])
