@@ -60,7 +60,7 @@ class Config:
     ratio: str = "plain"  # plain (paper); guard (GRPO-Guard) or dppo (Flow-DPPO), against over-optimisation
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps that is trained; all of a window (paper, release)
+    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train; all of a window (paper, release)
     timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)

@@ -58,7 +58,7 @@ class Config:
     eta: Share = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps that is trained; all of a window (release)
+    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train; all of a window (release)
     timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
