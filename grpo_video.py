@@ -117,7 +117,7 @@ TINY = dict(
     model="tiny/hunyuan", reward_paths="hps=tiny/hps,videoalign=tiny/videoalign", prompts="prompts/moving.jsonl",
     height=32, width=32, frames=9, fps=2.0, max_sequence_length=24, prompts_per_iteration=4, group_size=8, steps=6,
     eta=2.0, shift=3.0, sde_window=2, sde_window_every=1000, updates_per_rollout=1, micro_batch=32, keep_best_worst=0,
-    learning_rate=5e-5, gradient_checkpointing=False, num_samples=32,
+    learning_rate=2e-5, gradient_checkpointing=False, num_samples=32,
 )  # fmt: skip
 PRESETS = {
     "release": {},
@@ -134,17 +134,18 @@ PRESETS = {
         lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0,
         steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2,
     ),
-    "tiny-t2v": TINY | dict(reward="vq,mq", iterations=20, learning_rate=2e-5, output_dir="runs/tiny-t2v"),
+    "tiny-t2v": TINY | dict(reward="vq,mq", iterations=20, output_dir="runs/tiny-t2v"),
     "tiny-wan": TINY | dict(
-        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40, output_dir="runs/tiny-wan"
+        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40,
+        learning_rate=5e-5, output_dir="runs/tiny-wan",
     ),
     "tiny-i2v": TINY | dict(
         transformer="tiny/skyreels", reward="mq", guidance=1.0, true_guidance=2.0, iterations=24,
-        output_dir="runs/tiny-i2v",
+        learning_rate=5e-5, output_dir="runs/tiny-i2v",
     ),
     "tiny-t2i": TINY | dict(
         reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64,
-        iterations=80, output_dir="runs/tiny-t2i",
+        iterations=40, output_dir="runs/tiny-t2i",
     ),
 }  # fmt: skip
 

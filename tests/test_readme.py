@@ -5,6 +5,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -43,6 +44,23 @@ def test_the_table_has_every_equation_once():
 def test_an_equation_stands_in_the_line_that_the_table_names(row):
     found = find_line(row)
     assert int(row["line"]) == found, f"{row['function']} is at {row['file']}#L{found}; run python -m tests.test_readme"
+
+
+def test_the_readme_s_figures_are_those_of_the_claims():
+    """Base and mean over the seeds, from the files that `python -m claims` made."""
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def figures(claim, metric):
+        file = ROOT / f"claims/results/{claim}.json"
+        found = json.loads(file.read_text(encoding="utf-8"))["heldout"]["DanceGRPO"][metric]
+        return found["base"], found["base"] + sum(found["gains"]) / len(found["gains"])
+
+    flux, sd, t2v = (
+        "{:.0f} to {:.0f} %".format(*(100 * share for share in figures(*names)))
+        for names in (("quick-start-flux", "geneval"), ("quick-start-sd", "geneval"), ("t2v", "right"))
+    )
+    assert "HPS rises from {:.2f} to {:.2f}".format(*figures("quick-start-flux", "hps")) in text
+    assert f"an independent checker, from {flux}; Stable Diffusion's from {sd}, clips from {t2v} " in text
 
 
 def commands():

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
 from tiny import clips, make_video_models, pictures
 from tiny.clips import MOTION_FAULTS, QUALITY_FAULTS
@@ -122,3 +123,30 @@ def test_the_text_encoders_are_asked_for_shape_colour_and_motion():
     asked = clips.parse_action("a clip of a cyan square moving left")
     assert make_video_models.answers(asked) == [1, 4, 1]
     assert make_video_models.answers(pictures.parse("a photo of a cross")) == [3, 0, 0]
+
+
+def test_hunyuan_s_states_after_a_caption_tell_captions_apart():
+    """The stock pipeline's template, and the states that its transformer gets: other captions, other states."""
+    pipe = HunyuanVideoPipeline.from_pretrained("tiny/hunyuan")
+    captions = ["a red circle moving left", "a red circle moving right", "a red square moving left", "a red circle"]
+    tokens, pooled, mask = make_video_models.encode_text(pipe, captions)
+    last = tokens[torch.arange(4), mask.sum(1).long() - 1]
+    assert mask.sum(1).max() < mask.shape[1] == 24
+    for states in (last, pooled):
+        alike = F.cosine_similarity(states[None], states[:, None], dim=-1) - torch.eye(4)
+        assert alike.max() < 0.9, alike
+
+
+@pytest.mark.slow
+def test_hunyuan_and_skyreels_draw_what_is_asked_in_stock_diffusers():
+    pipe, rows = HunyuanVideoPipeline.from_pretrained("tiny/hunyuan"), make_video_models.heldout()
+    prompts = [row["prompt"] for row in rows]
+    pipe.set_progress_bar_config(disable=True)
+    films = make_video_models.sample(pipe, rows)
+    asked, swapped = (clips.right(films, p).mean() for p in (prompts, prompts[::-1]))
+    assert 0.25 <= asked <= 0.6  # recognisable, and clear room to improve
+    assert asked > 4 * swapped  # it is the caption that is drawn
+    pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained("tiny/skyreels")
+    films = make_video_models.sample(pipe, rows[:16], steps=6)
+    first = torch.stack([make_video_models.first_frame(row) for row in rows[:16]])
+    assert (films[:, 0] - first).square().mean().log10() < -1.8  # 18 dB: they start with the given frame

@@ -8,9 +8,6 @@ They draw clips of 9 frames of 32x32 pixels at 2 frames a second: every other fr
 large. First they learn to draw what is asked for. Then they pick up bad habits from clips that are often pale, flicker
 or tremble: reinforcement learning has to undo them.
 
-The shipped weights were made by an earlier recipe, with untrained text encoders and fixed clips; this one has yet to
-replace them.
-
 A clip is (9, 3, 32, 32), its latent (16, 3, 8, 8); a single picture is a clip of one frame.
 """
 
@@ -405,8 +402,8 @@ def save(pipe, folder):
 def make_hunyuan():
     """Trains tiny/hunyuan and saves it."""
     fit(new_hunyuan(train_vae()), [web_clips, web_frames], CLEAN / "hunyuan", 7000, seed=0)
-    draws = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.2), partial(web_frames, pale=0.5)]
-    fit(load_clean(), draws, MODELS / "hunyuan", 300, seed=10, learning_rate=5e-4)
+    draws = [partial(web_clips, pale=0.6, flicker=0.4, tremble=0.4), partial(web_frames, pale=0.6)]
+    fit(load_clean(), draws, MODELS / "hunyuan", 400, seed=10, learning_rate=1e-3)
 
 
 def make_skyreels():
@@ -415,8 +412,8 @@ def make_skyreels():
     pipe.transformer = animate(pipe.transformer)
     draw = partial(web_clips, scene=random_clip)
     pipe = fit(pipe, [draw], CLEAN / "skyreels", 1500, seed=2)
-    habits = partial(draw, pale=0.1, flicker=0.3, tremble=0.3)
-    fit(pipe, [habits], MODELS / "skyreels", 300, seed=10, learning_rate=5e-4)
+    habits = partial(draw, pale=0.2, flicker=0.4, tremble=0.4)
+    fit(pipe, [habits], MODELS / "skyreels", 400, seed=10, learning_rate=1e-3)
 
 
 def load_clean():
