@@ -72,9 +72,9 @@ def test_the_tiny_preset_improves_heldout_videos(task, tmp_path):
     results, scores = compare(tmp_path / "out", tmp_path / "eval", *words)
     measures = {"t2v": {"vq": "uncleanness", "mq": "roughness"}, "i2v": {"mq": "roughness"}}[task]
     for reward, measure in measures.items():
-        assert scores[reward]["difference"] > 5 * scores[reward]["error"]
-        assert scores[measure]["difference"] < -3 * scores[measure]["error"]  # the checker's, of the same quality
-    assert scores["right"]["difference"] > -0.04  # and the clips still show what they should
+        assert scores[reward]["difference"] > 4 * scores[reward]["error"]
+        assert scores[measure]["difference"] < -2 * scores[measure]["error"]  # the checker's, of the same quality
+    assert scores["right"]["difference"] > {"t2v": 0.08, "i2v": -0.04}[task]  # and the clips show what they should
     if task == "i2v":
         base, trained = (psnr(results, tmp_path / "eval", model).mean() for model in results["models"])
         assert trained - base > -1  # the first frame stays the given one
