@@ -170,6 +170,9 @@ def fit(pipe, draws, folder, iterations, seed, batch=64, learning_rate=2e-3):
 
 def make_wan():
     """Trains tiny/wan and saves it: first runs/tiny/wan, which draws well, then its bad habits."""
-    pipe = fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 2000, seed=0)
-    habits = [partial(web_clips, pale=0.4, flicker=0.3, tremble=0.3), partial(web_frames, pale=0.6)]
-    fit(pipe, habits, MODELS / "wan", 300, seed=10, learning_rate=5e-4)
+    fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 4000, seed=0)
+    pipe = WanPipeline.from_pretrained(CLEAN / "wan")
+    pipe.vae.requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    habits = [partial(web_clips, pale=0.5, flicker=0.4, tremble=0.4), partial(web_frames, pale=0.6)]
+    fit(pipe, habits, MODELS / "wan", 300, seed=10, learning_rate=1e-3)
