@@ -305,6 +305,7 @@ def draw(result: dict, path: Path) -> None:
             axis.plot(line["x"], center, "o-", label=arm, markersize=3)
             axis.fill_between(line["x"], low, high, alpha=0.2)
         axis.set(xlabel=panel["x"], ylabel=panel["y"])
+        axis.locator_params(axis="x", integer=True)
         axis.legend(fontsize="small")
     for axis, name in zip(axes[len(result["curves"]) :], measures, strict=True):
         for i, arm in enumerate(arms):

@@ -42,7 +42,7 @@ MAKERS = {
 
 def show(name, shares):
     """Prints a line of shares {what: share in [0, 1]}."""
-    print(f"{name:<12}" + "  ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)
+    print(f"{name:<24}" + "  ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)
 
 
 def check_pictures(count=3000, seed=1):
