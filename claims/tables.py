@@ -45,19 +45,20 @@ def heldout(name: str) -> str:
     """A row for each metric: base, trained, and the gain; of the first arm of a claim."""
     result = load(name)
     if result is None:
-        return "Not run yet.\n"
+        return f"`python -m claims {name}` has not been run yet.\n"
     arm, figures = next(iter(result["heldout"].items()))
     command = result["arms"][arm]
     rows = [
         f"`{command['trainer']}.py --preset {command['preset']}`, {result['iterations'][arm]} iterations, seeds "
         f"{', '.join(map(str, result['seeds']))}: `python -m claims {name}`.\n",
-        "| | base | trained | gain: mean (lowest to highest seed) | in standard errors, lowest seed |",
+        "| | base | trained | gain: mean (lowest to highest seed) | in standard errors, weakest seed |",
         "|---|---|---|---|---|",
     ]
     for metric, title in TITLES.items():
         if metric in figures:
             base, gains, errors = (figures[metric][key] for key in ("base", "gains", "errors"))
-            gain, worst = sum(gains) / len(gains), min(g / e if e else 0.0 for g, e in zip(gains, errors, strict=True))
+            gain = sum(gains) / len(gains)
+            worst = min((g / e if e else 0.0 for g, e in zip(gains, errors, strict=True)), key=abs)
             title += ", trained on" if metric in result["rewards"][arm] else ""
             spread = f"{gain:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
             rows.append(f"| {title} | {base:.3f} | {base + gain:.3f} | {spread} | {worst:+.1f} |")
