@@ -136,7 +136,7 @@ PRESETS = {
     ),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=20, output_dir="runs/tiny-t2v"),
     "tiny-wan": TINY | dict(
-        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=40,
+        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=20,
         learning_rate=5e-5, output_dir="runs/tiny-wan",
     ),
     "tiny-i2v": TINY | dict(
