@@ -26,6 +26,15 @@ def bias(run: Run) -> float:
     return abs(sum(row["ratio_mean"] - 1 for row in run.rows) / len(run.rows))
 
 
+def trust_regions(options: dict) -> dict:
+    """An arm for each --ratio."""
+    return {
+        "plain": options,
+        "guard": options | {"ratio": "guard"},
+        "dppo": options | {"ratio": "dppo", "clip_range": 1e-5},
+    }
+
+
 def flux(says: str, arms: dict, compares: tuple, measures: dict | None = None, curves: tuple = ()) -> Experiment:
     return Experiment(
         says=says,
@@ -52,11 +61,7 @@ CLAIMS = {
     ),
     "trust-region": flux(
         "GRPO-Guard takes the bias of the ratio away, and it and Flow-DPPO teach no less than clipping, less 0.02",
-        {
-            "plain": SEVERAL,
-            "guard": SEVERAL | {"ratio": "guard"},
-            "dppo": SEVERAL | {"ratio": "dppo", "clip_range": 1e-5},
-        },
+        trust_regions(SEVERAL),
         (
             Compare(BIAS, "plain", "guard"),
             Compare(HPS, "guard", "plain", by=-0.02),
@@ -66,11 +71,7 @@ CLAIMS = {
     ),
     "over-optimisation": flux(
         "In 300 iterations GRPO-Guard and Flow-DPPO get more pictures right than clipping, and lose at most 0.02 HPS",
-        {
-            "plain": LONG,
-            "guard": LONG | {"ratio": "guard"},
-            "dppo": LONG | {"ratio": "dppo", "clip_range": 1e-5},
-        },
+        trust_regions(LONG),
         (
             Compare(RIGHT, "guard", "plain"),
             Compare(RIGHT, "dppo", "plain"),

@@ -403,12 +403,12 @@ def make_hunyuan():
     """Trains tiny/hunyuan and saves it."""
     fit(new_hunyuan(train_vae()), [web_clips, web_frames], CLEAN / "hunyuan", 7000, seed=0)
     draws = [partial(web_clips, pale=0.6, flicker=0.4, tremble=0.4), partial(web_frames, pale=0.6)]
-    fit(load_clean(), draws, MODELS / "hunyuan", 400, seed=10, learning_rate=1e-3)
+    fit(load_clean(HunyuanVideoPipeline, "hunyuan"), draws, MODELS / "hunyuan", 400, seed=10, learning_rate=1e-3)
 
 
 def make_skyreels():
     """Trains tiny/skyreels and saves it. Needs runs/tiny/hunyuan."""
-    pipe = load_clean()
+    pipe = load_clean(HunyuanVideoPipeline, "hunyuan")
     pipe.transformer = animate(pipe.transformer)
     draw = partial(web_clips, scene=random_clip)
     pipe = fit(pipe, [draw], CLEAN / "skyreels", 1500, seed=2)
@@ -416,9 +416,9 @@ def make_skyreels():
     fit(pipe, [habits], MODELS / "skyreels", 400, seed=10, learning_rate=1e-3)
 
 
-def load_clean():
-    """The pipeline of tiny/hunyuan before its bad habits."""
-    pipe = HunyuanVideoPipeline.from_pretrained(CLEAN / "hunyuan")
+def load_clean(kind, name):
+    """The pipeline of this kind, with which tiny/NAME begins to pick up bad habits."""
+    pipe = kind.from_pretrained(CLEAN / name)
     pipe.vae.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

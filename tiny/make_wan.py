@@ -27,6 +27,7 @@ from tiny.make_video_models import (
     ask,
     fit_vae,
     heldout,
+    load_clean,
     say,
     web_clips,
     web_frames,
@@ -171,8 +172,6 @@ def fit(pipe, draws, folder, iterations, seed, batch=64, learning_rate=2e-3):
 def make_wan():
     """Trains tiny/wan and saves it: first runs/tiny/wan, which draws well, then its bad habits."""
     fit(new_wan(train_vae()), [web_clips, web_frames], CLEAN / "wan", 4000, seed=0)
-    pipe = WanPipeline.from_pretrained(CLEAN / "wan")
-    pipe.vae.requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load_clean(WanPipeline, "wan")
     habits = [partial(web_clips, pale=0.5, flicker=0.4, tremble=0.4), partial(web_frames, pale=0.6)]
     fit(pipe, habits, MODELS / "wan", 300, seed=10, learning_rate=1e-3)
