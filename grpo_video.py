@@ -105,7 +105,7 @@ class Config:
 I2V = dict(
     transformer="Skywork/SkyReels-V1-Hunyuan-I2V", reward="mq", prompts="consisid", first_frames="runs/first-frames",
     first_frame_model="black-forest-labs/FLUX.1-dev", height=400, width=640, eta=0.3, shift=7.0, updates_per_rollout=1,
-    keep_best_worst=0, guidance=1.0, true_guidance=5.0, shard_size=16,  # 63 GiB a GPU with 8
+    keep_best_worst=0, guidance=1.0, true_guidance=5.0, shard_size=16,  # 65 GiB a GPU with 8
 )  # fmt: skip
 # The release's finetune_wan_2_1_grpo.sh, but for max_sequence_length, which is WanPipeline's default.
 WAN = dict(

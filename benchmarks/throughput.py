@@ -1,13 +1,13 @@
 """How much of an iteration is arithmetic that nobody can leave out, and what an iteration costs.
 
     python -m benchmarks.throughput grpo_flux --preset tiny               efficiency of a preset
-    python -m benchmarks.throughput grpo_flux --preset tiny --scaling     and its cost against samples, steps, pixels
+    python -m benchmarks.throughput grpo_flux --preset tiny --scaling     its cost against samples, steps, pixels
 
 The trainer runs as it always does. After each iteration the same passes are repeated alone, in the same order and on
 the same inputs: the network's, with their backward passes where there were any, the text encoders', the decoder's and
 the rewards'. Efficiency is the time of these over the time of the iteration. The two alternate in one run, so that
 other work on the machine slows both. Options after the trainer's name are the trainer's. Writes
-benchmarks/results/NAME.json and, with --scaling, NAME.png.
+benchmarks/results/NAME.json, or with --scaling NAME_scaling.json and .png.
 """
 
 import importlib
@@ -121,15 +121,27 @@ def run(trainer, words: list[str], rounds: int = ROUNDS) -> dict:
     return row | {"efficiency": statistics.median(row["necessary"] / row["seconds"] for row in rows)}
 
 
-def scaling(trainer, words: list[str]) -> dict:
-    """{option: [(factor, seconds of an iteration), …]} for 1, 2 and 4 times the samples, the steps and the pixels."""
+def fastest(trainer, words: list[str]) -> float:
+    """Seconds of the fastest of three iterations, after one to warm up."""
+    with tempfile.TemporaryDirectory() as folder:
+        extra = ["--output-dir", f"{folder}/run", "--iterations", "4", "--num-samples", "1"]
+        trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words + extra))
+        rows = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return min(json.loads(row)["seconds"] for row in rows[1:])
+
+
+def scaling(trainer, words: list[str], rounds: int = 2) -> dict:
+    """{what: [(factor, seconds of an iteration), …]} for 1, 2 and 4 times the samples, the steps and the pixels.
+
+    With the steps the window grows, so that as large a share of them is trained. The factors take turns, and the
+    fastest iteration counts, since other work on the machine can only slow it.
+    """
     cfg = cli.parse_config(trainer.Config, trainer.PRESETS, words)
-    curves = {}
-    for option, value in (("group_size", cfg.group_size), ("steps", cfg.steps), ("height", cfg.height)):
-        curves[option] = []
-        for factor in (1, 2, 4):
-            more = ["--" + option.replace("_", "-"), str(value * factor)]
-            curves[option].append((factor, run(trainer, words + more, rounds=2)["seconds"]))
+    grows, curves = {"samples": ["group_size"], "steps": ["steps", "sde_window"], "pixels": ["height"]}, {}
+    for what, options in grows.items():
+        more = {k: cli.command_words({name: k * getattr(cfg, name) for name in options}) for k in (1, 2, 4)}
+        seconds = [{k: fastest(trainer, words + extra) for k, extra in more.items()} for _ in range(rounds)]
+        curves[what] = [(k, min(row[k] for row in seconds)) for k in more]
     return curves
 
 
@@ -139,9 +151,9 @@ def plot(curves: dict, path: Path) -> None:
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     axes = figure.add_subplot()
-    for option, points in curves.items():
+    for what, points in curves.items():
         factors, seconds = zip(*points, strict=True)
-        axes.plot(factors, [s / seconds[0] for s in seconds], marker="o", label=option.replace("_", " "))
+        axes.plot(factors, [s / seconds[0] for s in seconds], marker="o", label=what)
     axes.plot([1, 4], [1, 4], color="grey", linestyle=":", label="in proportion")
     axes.set(xlabel="factor", ylabel="cost of an iteration, relative to factor 1", xticks=[1, 2, 4])
     axes.legend()
@@ -153,20 +165,21 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in ("grpo_sd", "grpo_flux", "grpo_video"):
         raise cli.RunError("name the trainer first: python -m benchmarks.throughput grpo_flux --preset tiny")
     words = [word for word in sys.argv[2:] if word != "--scaling"]
-    trainer = importlib.import_module(sys.argv[1])
-    row = run(trainer, words)
+    trainer, command = importlib.import_module(sys.argv[1]), [sys.argv[1], *words]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"{sys.argv[1]} {' '.join(words)}, {machine}: efficiency {row['efficiency']:.2f}")
-    print("  ".join(f"{name} {value:.3g}" for name, value in row.items()))
-    result = {"command": sys.argv[1:], "machine": machine, "torch": torch.__version__, **row}
+    result = {"command": command, "machine": machine, "torch": torch.__version__}
+    name = "_".join(word.lstrip("-") for word in command)
     RESULTS.mkdir(exist_ok=True)
-    name = "_".join([sys.argv[1], *(word.lstrip("-") for word in words)])
+    print(f"{' '.join(command)}, {machine}:")
     if "--scaling" in sys.argv:
-        result["scaling"] = scaling(trainer, words)
-        for option, points in result["scaling"].items():
-            costs = ", ".join(f"{factor}x {s:.3g} s ({s / points[0][1]:.2f})" for factor, s in points)
-            print(f"{option}: {costs}")
-        plot(result["scaling"], RESULTS / f"{name}.png")
+        name, curves = f"{name}_scaling", scaling(trainer, words)
+        for what, points in curves.items():
+            print(f"{what}: " + ", ".join(f"{factor}x {s:.3g} s ({s / points[0][1]:.2f})" for factor, s in points))
+        plot(curves, RESULTS / f"{name}.png")
+        result["scaling"] = curves
+    else:
+        result |= run(trainer, words)
+        print("  ".join(f"{what} {value:.3g}" for what, value in result.items() if isinstance(value, float)))
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,12 +1,13 @@
-"""The tables of RESULTS.md that follow from claims/results: `python -m claims table` writes them.
+"""The tables of RESULTS.md: `python -m claims table` writes them from the files that other commands made.
 
 Each stands between a line `<!-- python -m claims table: NAME -->` and a line `<!-- end -->`. NAME is that of a claim,
-whose held-out figures are shown; `verdicts`, for a row of every claim; or `throughput`, for what
-`python -m benchmarks.throughput` measured.
+whose held-out figures are shown; `verdicts`, for a row of every claim; `throughput`, `commands` or `full_size`, for
+what the benchmark of this name measured; or `tiny`, for what `python -m tiny check` found.
 """
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from runtime import data
@@ -23,22 +24,31 @@ TITLES |= {f"geneval, {kind}": f"... {title}" for kind, title in KINDS.items()}
 TITLES |= {"right": "checker accuracy", "roughness": "roughness", "uncleanness": "uncleanness"}
 
 
+def read(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def table(head: str, rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table. The cells of its head stand in one string, with | between them."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([f"| {head} |", "|" + "---|" * (head.count("|") + 1), *lines]) + "\n"
+
+
 def load(name: str) -> dict | None:
     """The result of a claim, or None if there is none."""
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read(path) if path.exists() else None
 
 
 def verdicts(names) -> str:
     """A row for each claim that has a result."""
-    rows = ["| claim | paper | here: mean over seeds, Student's interval | seeds | verdict |", "|---|---|---|---|---|"]
+    rows = []
     for name in names:
         if result := load(name):
             found = (one_form if name == "one-form" else experiment).figures(result)
             claim = f"[{name}](claims/results/{name}.png): {result['says']}"
-            cells = [claim, result["paper"], "<br>".join(found), str(len(result["seeds"])), result["verdict"]]
-            rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows) + "\n"
+            rows.append([claim, result["paper"], "<br>".join(found), str(len(result["seeds"])), result["verdict"]])
+    return table("claim | paper | here: mean over seeds, Student's interval | seeds | verdict", rows)
 
 
 def heldout(name: str) -> str:
@@ -47,13 +57,7 @@ def heldout(name: str) -> str:
     if result is None:
         return f"`python -m claims {name}` has not been run yet.\n"
     arm, figures = next(iter(result["heldout"].items()))
-    command = result["arms"][arm]
-    rows = [
-        f"`{command['trainer']}.py --preset {command['preset']}`, {result['iterations'][arm]} iterations, seeds "
-        f"{', '.join(map(str, result['seeds']))}: `python -m claims {name}`.\n",
-        "| | base | trained | gain: mean (lowest to highest seed) | in standard errors, weakest seed |",
-        "|---|---|---|---|---|",
-    ]
+    command, rows = result["arms"][arm], []
     for metric, title in TITLES.items():
         if metric in figures:
             base, gains, errors = (figures[metric][key] for key in ("base", "gains", "errors"))
@@ -61,29 +65,83 @@ def heldout(name: str) -> str:
             worst = min((g / e if e else 0.0 for g, e in zip(gains, errors, strict=True)), key=abs)
             title += ", trained on" if metric in result["rewards"][arm] else ""
             spread = f"{gain:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
-            rows.append(f"| {title} | {base:.3f} | {base + gain:.3f} | {spread} | {worst:+.1f} |")
-    return "\n".join(rows) + "\n"
+            rows.append([title, f"{base:.3f}", f"{base + gain:.3f}", spread, f"{worst:+.1f}"])
+    head = " | base | trained | gain: mean (lowest to highest seed) | in standard errors, weakest seed"
+    said = f"`{command['trainer']}.py --preset {command['preset']}`, {result['iterations'][arm]} iterations, seeds "
+    said += f"{', '.join(map(str, result['seeds']))}: `python -m claims {name}`.\n\n"
+    return said + table(head, rows)
 
 
 def throughput() -> str:
-    """A row for each preset that was measured."""
-    rows = [
-        "| `python -m benchmarks.throughput …` | iteration, s | rollout, s | reward, s | update, s | necessary, s "
-        "| efficiency | samples/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for path in sorted(SPEED.glob("*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))
-        words = " ".join(word for word in row["command"] if word != "--scaling")
-        seconds = [row[key] for key in ("seconds", "seconds_rollout", "seconds_reward", "seconds_update", "necessary")]
-        cells = [f"`{words}`", *(f"{s:.2f}" for s in seconds), f"{row['efficiency']:.2f}"]
-        rows.append(f"| {' | '.join(cells)} | {row['samples_per_second']:.1f} |")
-    return "\n".join(rows) + "\n"
+    """A row for each preset that was measured, and what an iteration costs with more samples, steps and pixels."""
+    rows, costs = [], []
+    for result in map(read, sorted(SPEED.glob("grpo_*.json"))):
+        words = f"`{' '.join(result['command'])}`"
+        if "scaling" in result:
+            for what, points in result["scaling"].items():
+                times = (f"{seconds / points[0][1]:.2f}" for _, seconds in points)
+                costs.append([f"{words[:-1]} --scaling`, {what}", *times])
+            continue
+        parts = ("seconds", "seconds_rollout", "seconds_reward", "seconds_update", "necessary", "efficiency")
+        rows.append([words, *(f"{result[part]:.2f}" for part in parts), f"{result['samples_per_second']:.1f}"])
+    head = "`python -m benchmarks.throughput …` | iteration, s | rollout, s | reward, s | update, s | necessary, s "
+    speed = table(f"{head}| efficiency | samples/s", rows)
+    return speed + "\n" + table("cost of an iteration with more | x 1 | x 2 | x 4", costs)
+
+
+def commands() -> str:
+    """What `python -m benchmarks.commands` measured."""
+    found = read(SPEED / "commands.json")
+    rows = []
+    for script in ("grpo_flux", "grpo_sd"):
+        times = {what: seconds for what, seconds in found[script].items() if what != "iterations"}
+        parts = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in times.items())
+        rows.append([f"`{script}.py --preset tiny`, {found[script]['iterations']} iterations", parts])
+    rows.append(["`import torch`; a wrong option", f"{found['import torch']:.2f} s; {found['wrong option']:.2f} s"])
+    for setting, (alone, beside) in found["threads"].items():
+        what = f"a FLUX iteration, {setting if setting == 'default' else f'`{setting}`'}"
+        rows.append([what, f"alone {alone:.2f} s, beside another run {beside:.2f} s"])
+    first, later, deviation = found["compile"].values()
+    rows.append(["... `--compile`", f"the first {first:.1f} s, then {later:.2f} s; ratio's deviation {deviation}"])
+    return table(f"{found['cores']} cores | ", rows)
+
+
+def full_size() -> str:
+    """A row for each command whose dry run `python -m benchmarks.full_size` made."""
+    rows = []
+    for run in read(SPEED / "full_size.json"):
+        peak, *parts = run["gpu_gib"].values()
+        cells = [f"`{run['command']}`", str(run["processes"]), str(run["shard_size"])]
+        cells += [f"{gib:.1f}" for gib in (*parts, peak)] + [f"{run['host_gib']:.0f}"]
+        cells += ["{public:.1f} + {state:.1f}".format(**run["checkpoint_gib"])]
+        cells += ["{rollout:.1f} + {update:.1f}".format(**run["pflop"]), f"{run['gathered_gib'] / 1024:.1f}"]
+        rows.append(cells)
+    head = ["command, with `--dry-run --processes N`", "N", "shard size", *list(run["gpu_gib"])[1:], "peak", "host"]
+    return table(" | ".join([*head, "checkpoint", "PFLOP, rollout + update", "TiB received"]), rows)
+
+
+def tiny() -> str:
+    """What `python -m tiny check` found: generators of pictures, of clips, and the judges."""
+    found = read(ROOT / "tiny/figures.json")
+    drawn, filmed, judged = [], [], []
+    for rows, names in ((drawn, ("flux", "sd")), (filmed, ("hunyuan", "skyreels", "wan"))):
+        for name in names:
+            for folder, title in ((f"runs/tiny/{name}", "{} before its habits"), (f"tiny/{name}", "{}")):
+                figures = found[folder]
+                columns = [*KINDS, "overall", "AUC, hps", "AUC, clip"] if rows is drawn else list(figures)
+                rows.append([title.format(f"`tiny/{name}`"), *(f"{figures[column]:.2f}" for column in columns)])
+    for name in ("clip", "hps", "hps, of two pictures", "videoalign"):
+        figures = {"true caption first": found[name]["overall"]} if "overall" in found[name] else found[name]
+        judged.append([name, ", ".join(f"{what} {share:.2f}" for what, share in figures.items())])
+    pictures = table(" | ".join(["", *KINDS.values(), "overall", "AUC of HPS", "AUC of CLIP"]), drawn)
+    films = table(" | right | roughness | uncleanness", filmed)
+    return "\n".join([pictures, films, table("judge | share of unseen cases", judged)])
 
 
 def filled(text: str, names) -> str:
     """The text with every table as the files have it."""
-    others = {"verdicts": lambda: verdicts(names), "throughput": throughput}
+    others = {"verdicts": lambda: verdicts(names)}
+    others |= {part.__name__: part for part in (throughput, commands, full_size, tiny)}
     return PLACE.sub(lambda m: m[1] + others.get(m[2], lambda: heldout(m[2]))() + m[3], text)
 
 

@@ -22,6 +22,7 @@ def fast(trainer: str, fraction: float) -> Experiment:
         measures={HPS: heldout("hps"), SPENT: lambda run: len(run.rows) * evaluations(run.config) / 1000},
         compares=(Compare(HPS, "as fast", "as release"), Compare(SPENT, "as release", "as fast", times=2.0)),
         curves=(("evaluations", "sample_reward_hps", LABEL), ("seconds", "sample_reward_hps", LABEL)),
+        heldout={"preset": "tiny", "steps": ALL["steps"]},  # one sampler for both, that of the dearer arm
     )
 
 

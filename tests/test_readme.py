@@ -63,6 +63,22 @@ def test_the_readme_s_figures_are_those_of_the_claims():
     assert f"an independent checker, from {flux}; Stable Diffusion's from {sd}, clips from {t2v} " in text
 
 
+def test_the_readme_s_memory_is_that_of_the_dry_runs():
+    """The GiB a GPU behind each command of full size, or behind the commands of one line in their order."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    file = ROOT / "benchmarks/results/full_size.json"
+    peaks = {run["command"]: run["gpu_gib"]["peak"] for run in json.loads(file.read_text(encoding="utf-8"))}
+    block = text[text.index("## At full scale") :].split("```")[1]
+    lines = [line for line in block.splitlines() if ".py" in line]
+    assert len(lines) == 7
+    for line in lines:
+        code, comment = line.split("  #")
+        named = [(m[1], *re.findall(r"--preset [\w-]+", m[2])) for m in re.finditer(r"(grpo_\w+\.py)([^;]*)", code)]
+        named += [(named[0][0], preset) for preset in re.findall(r"--preset [\w-]+", comment)]
+        expected = [f"{peaks[' '.join(words)]:.1f}" for words in named]
+        assert re.findall(r"\d+\.\d", comment.replace("v1.4", "").replace("2.1", "")) == expected, line
+
+
 def commands():
     """(script, its words) of every command of the README that runs a script, in its order."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

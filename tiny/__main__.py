@@ -2,15 +2,16 @@
 
 python -m tiny NAME     prompts, vae, flux, sd, clip, hps, hunyuan, skyreels, wan, videoalign, or all in this order;
                         video: hunyuan and skyreels
-python -m tiny check    how well the checkers agree with the renderers, and the figures of each model
+python -m tiny check    how well the checkers agree with the renderers, and the figures of each model: tiny/figures.json
 """
 
 import argparse
+import json
 import random
 from pathlib import Path
 
 import torch
-from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
+from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel, WanPipeline
 from tqdm import trange
 
 from rewards import VideoAlignReward, load_reward
@@ -26,6 +27,7 @@ from tiny import (
 )
 from tiny.training import CLEAN, MODELS, ROOT, sample
 
+FIGURES = MODELS / "figures.json"
 MAKERS = {
     "prompts": make_prompts.write_prompts,
     "vae": make_image_models.make_vae,
@@ -40,13 +42,8 @@ MAKERS = {
 }
 
 
-def show(name, shares):
-    """Prints a line of shares {what: share in [0, 1]}."""
-    print(f"{name:<24}" + "  ".join(f"{what} {share:.1%}" for what, share in shares.items()), flush=True)
-
-
 def check_pictures(count=3000, seed=1):
-    """Prints how often the checker of pictures agrees with the renderer."""
+    """How often the checker of pictures agrees with the renderer."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     wanted = [pictures.random_metadata(rng, pictures.TAGS[i % len(pictures.TAGS)]) for i in range(count)]
@@ -55,11 +52,11 @@ def check_pictures(count=3000, seed=1):
         pictures.holds(o, other) for o, m in zip(found, wanted, strict=True) for other in pictures.hard_negatives(m)
     ]
     agree = sum(map(pictures.holds, found, wanted)) / count
-    show("pictures", {"correct captions accepted": agree, "wrong captions accepted": sum(wrong) / len(wrong)})
+    yield "pictures", {"correct captions accepted": agree, "wrong captions accepted": sum(wrong) / len(wrong)}
 
 
 def check_clips(count=300, seed=1):
-    """Prints how often the checker of clips agrees with the renderer, and what it says about faults."""
+    """How often the checker of clips agrees with the renderer, and what it says about faults."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     agree, wrong, uglier, smooth, spoilt = 0, 0, 0, [], []
@@ -74,43 +71,66 @@ def check_clips(count=300, seed=1):
         spoilt.append(clips.roughness_of(clips.watch(rough)))
         uglier += clips.uncleanness_of(ugly, clips.watch(ugly)) > clips.uncleanness_of(clip, clips.watch(clip))
     shares = {"correct captions accepted": agree, "wrong captions accepted": wrong, "degraded clips less clean": uglier}
-    show("clips", {what: share / count for what, share in shares.items()})
-    print(f"roughness: at most {max(smooth):.2f} of smooth clips, at least {min(spoilt):.2f} of spoilt ones")
+    figures = {what: share / count for what, share in shares.items()}
+    yield "clips", figures | {"highest roughness of smooth": max(smooth), "lowest of spoilt": min(spoilt)}
 
 
-def check_models():
-    """Prints the figures of CLIP, HPS, VideoAlign and of the generators."""
+def check_judges():
+    """CLIP and HPS: the true caption above all with one attribute changed. HPS: the better of two pictures preferred.
+
+    VideoAlign: as in `make_videoalign.judge_figures`.
+    """
     for name, file in (("clip", "clip/open_clip_pytorch_model.bin"), ("hps", "hps/HPS_tiny.pt")):
-        shares = make_clip_hps.ranking(make_clip_hps.load_clip(MODELS / file), scenes=1200)
-        show(name, shares | {"overall": sum(shares.values()) / len(shares)})
-    show("videoalign", make_videoalign.judge_figures(VideoAlignReward(str(MODELS / "videoalign")), scenes=200))
+        model = make_clip_hps.load_clip(MODELS / file)
+        shares = make_clip_hps.ranking(model, scenes=1200)
+        yield name, shares | {"overall": sum(shares.values()) / len(shares)}
+    yield "hps, of two pictures", make_clip_hps.preference(model, batches=20)
+    yield "videoalign", make_videoalign.judge_figures(VideoAlignReward(str(MODELS / "videoalign")), scenes=200)
+
+
+def check_image_models():
+    """The checker's accuracy of each generator of pictures, and how well CLIP and HPS agree with it (area under the ROC
+    curve)."""
     judges = load_reward("hps,clip", {name: str(MODELS / name) for name in ("hps", "clip")}, torch.device("cpu"))
     for name, kind in make_image_models.KINDS.items():
-        for folder in (CLEAN / name, MODELS / name):
-            if not folder.exists():
-                continue
+        for folder in filter(Path.exists, (CLEAN / name, MODELS / name)):
             pipe, prompts = kind.from_pretrained(folder), make_image_models.heldout() * 4
             drawn = sample(pipe, prompts, **make_image_models.SAMPLING[kind])
             right = pictures.right(drawn, prompts)
-            show(f"{folder.relative_to(ROOT)}", pictures.per_kind(right, prompts))
             scores = judges(drawn, prompts)
-            show("  AUC", {judge: auc(scores[judge], right) for judge in scores})
-    check_films()
+            agreement = {f"AUC, {judge}": auc(scores[judge], right) for judge in scores}
+            yield f"{folder.relative_to(ROOT)}", pictures.per_kind(right, prompts) | agreement
 
 
-def check_films():
-    """Prints the checker's accuracy of each generator of clips, and how rough and unclean the clips are."""
+def check_video_models():
+    """The checker's accuracy of each generator of clips, and how rough and unclean the clips are."""
     rows = make_video_models.heldout()
     prompts = [row["prompt"] for row in rows]
-    pipe = HunyuanVideoPipeline.from_pretrained(MODELS / "hunyuan")
-    pipe.set_progress_bar_config(disable=True)
-    for name, part in (("hunyuan", "transformer"), ("skyreels", None)):
+    for name, kind in {"hunyuan": HunyuanVideoPipeline, "skyreels": None, "wan": WanPipeline}.items():
         for folder in filter(Path.exists, (CLEAN / name, MODELS / name)):
-            pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder, subfolder=part)
-            drawn = make_video_models.sample(pipe, rows)
-            show(f"{folder.relative_to(ROOT)}", {"right": clips.right(drawn, prompts).mean().item()})
-            for measure in (clips.roughness, clips.uncleanness):
-                print(f"  {measure.__name__} {measure(drawn, prompts).mean():.2f}")
+            if kind:
+                pipe = kind.from_pretrained(folder)
+            else:  # a transformer alone; the rest is tiny/hunyuan's
+                pipe = HunyuanVideoPipeline.from_pretrained(MODELS / "hunyuan")
+                pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder)
+            pipe.set_progress_bar_config(disable=True)
+            drawn = make_wan.sample(pipe, prompts) if name == "wan" else make_video_models.sample(pipe, rows)
+            figures = {"right": clips.right(drawn, prompts)}
+            figures |= {f.__name__: f(drawn, prompts) for f in (clips.roughness, clips.uncleanness)}
+            yield f"{folder.relative_to(ROOT)}", {what: values.mean().item() for what, values in figures.items()}
+
+
+def check():
+    """Prints how well the checkers agree with the renderers, and the figures of each model; writes tiny/figures.json.
+
+    The generators before they have bad habits are there only where `python -m tiny all` made them.
+    """
+    figures = {}
+    for part in (check_pictures, check_clips, check_judges, check_image_models, check_video_models):
+        for name, row in part():
+            print(f"{name:<24}" + "  ".join(f"{what} {value:.3f}" for what, value in row.items()), flush=True)
+            figures[name] = row
+    FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def auc(scores, right):
@@ -125,10 +145,8 @@ def main():
     parser.add_argument("name", choices=(*MAKERS, "video", "all", "check"))
     name = parser.parse_args().name
     if name == "check":
-        check_pictures()
-        check_clips()
-        check_models()
-    for maker in {"video": ("hunyuan", "skyreels"), "all": MAKERS, "check": ()}.get(name, (name,)):
+        return check()
+    for maker in {"video": ("hunyuan", "skyreels"), "all": MAKERS}.get(name, (name,)):
         MAKERS[maker]()
 
 

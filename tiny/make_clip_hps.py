@@ -343,6 +343,22 @@ def ranking(model, scenes, seed=0):
     return {tag: sum(r) / len(r) for tag, r in right.items()}
 
 
+@torch.no_grad()
+def preference(model, batches, pairs=64, seed=4):
+    """Share of fresh pairs of pictures of which the model prefers the better: the one without the fault, often a slight
+    one, and the one that the caption is true of."""
+    torch.manual_seed(seed)
+    rng, model = random.Random(seed), model.eval()
+    vae, preferred = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae"), []
+    for _ in range(batches):
+        images, captions = preference_batch(rng, vae, pairs)
+        image, text = clip_features(model, images.flatten(0, 1), captions)
+        better, worse = torch.einsum("pid,pd->ip", image.unflatten(0, (pairs, 2)), text)
+        preferred.append((better > worse).float().view(-1, 2).mean(0))
+    quality, truth = torch.stack(preferred).mean(0).tolist()
+    return {"better picture preferred": quality, "true picture preferred": truth}
+
+
 GALLERY = CLEAN / "gallery.pt"
 
 
