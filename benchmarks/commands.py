@@ -32,6 +32,12 @@ def start(words: list[str], **environment: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *words], cwd=ROOT, env=os.environ | environment, **quiet)
 
 
+def wait(*jobs: subprocess.Popen) -> None:
+    """Until all have ended; raises RuntimeError if one of them failed."""
+    if any([job.wait() for job in jobs]):
+        raise RuntimeError(f"{' '.join(jobs[0].args[1:])} failed")
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -54,8 +60,7 @@ def answer(words: list[str]) -> float:
 def quick_start(script: str, folder: Path) -> dict:
     """Seconds from the start to the first picture and to the end, and of all iterations."""
     run, began = folder / script, time.time()
-    if start([f"{script}.py", "--preset", "tiny", "--output-dir", str(run)]).wait():
-        raise RuntimeError(f"{script}.py --preset tiny failed")
+    wait(start([f"{script}.py", "--preset", "tiny", "--output-dir", str(run)]))
     ended, first = time.time(), (run / "samples/000000.png").stat().st_mtime
     rows = metrics(run)
     training = sum(row["seconds"] for row in rows)
@@ -67,17 +72,14 @@ def beside_each_other(environment: dict[str, str], folder: Path) -> list[float]:
     medians = []
     for count in (1, 2):
         runs = [folder / f"{count}-{i}" for i in range(count)]
-        jobs = [start(["grpo_flux.py", *SHORT, "--output-dir", str(run)], **environment) for run in runs]
-        if any([job.wait() for job in jobs]):
-            raise RuntimeError(f"grpo_flux.py {' '.join(SHORT)} failed")
+        wait(*[start(["grpo_flux.py", *SHORT, "--output-dir", str(run)], **environment) for run in runs])
         medians.append(statistics.mean(map(seconds, runs)))
     return medians
 
 
 def compiled(folder: Path) -> dict:
     """Seconds of the first and of later iterations with --compile, and how far the ratio was from 1."""
-    if start(["grpo_flux.py", *SHORT, "--compile", "--output-dir", str(folder)]).wait():
-        raise RuntimeError("grpo_flux.py --compile failed")
+    wait(start(["grpo_flux.py", *SHORT, "--compile", "--output-dir", str(folder)]))
     rows = metrics(folder)
     deviation = max(row["ratio_max_deviation_first_update"] for row in rows)
     return {"first iteration": rows[0]["seconds"], "iteration": seconds(folder), "ratio deviation": deviation}

@@ -22,6 +22,8 @@ import torch
 
 from runtime import cli, output
 
+from .commands import metrics
+
 ROUNDS, WARM_UP = 6, 2  # iterations that are measured, and before them those that are not
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -126,8 +128,7 @@ def fastest(trainer, words: list[str]) -> float:
     with tempfile.TemporaryDirectory() as folder:
         extra = ["--output-dir", f"{folder}/run", "--iterations", "4", "--num-samples", "1"]
         trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words + extra))
-        rows = (Path(folder) / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return min(json.loads(row)["seconds"] for row in rows[1:])
+        return min(row["seconds"] for row in metrics(Path(folder, "run"))[1:])
 
 
 def scaling(trainer, words: list[str], rounds: int = 2) -> dict:

@@ -121,15 +121,18 @@ def full_size() -> str:
 
 
 def tiny() -> str:
-    """What `python -m tiny check` found: generators of pictures, of clips, and the judges."""
+    """What `python -m tiny check` found: generators of pictures, of clips, and the judges.
+
+    A generator before its habits has a row only where it was there to be checked.
+    """
     found = read(ROOT / "tiny/figures.json")
     drawn, filmed, judged = [], [], []
     for rows, names in ((drawn, ("flux", "sd")), (filmed, ("hunyuan", "skyreels", "wan"))):
         for name in names:
             for folder, title in ((f"runs/tiny/{name}", "{} before its habits"), (f"tiny/{name}", "{}")):
-                figures = found[folder]
-                columns = [*KINDS, "overall", "AUC, hps", "AUC, clip"] if rows is drawn else list(figures)
-                rows.append([title.format(f"`tiny/{name}`"), *(f"{figures[column]:.2f}" for column in columns)])
+                if figures := found.get(folder):
+                    columns = [*KINDS, "overall", "AUC, hps", "AUC, clip"] if rows is drawn else list(figures)
+                    rows.append([title.format(f"`tiny/{name}`"), *(f"{figures[column]:.2f}" for column in columns)])
     for name in ("clip", "hps", "hps, of two pictures", "videoalign"):
         figures = {"true caption first": found[name]["overall"]} if "overall" in found[name] else found[name]
         judged.append([name, ", ".join(f"{what} {share:.2f}" for what, share in figures.items())])

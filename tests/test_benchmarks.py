@@ -71,6 +71,12 @@ def test_full_size_predicts_what_the_dry_run_of_a_command_predicts(capsys):
     ]
 
 
+def test_a_command_that_fails_is_not_timed():
+    with pytest.raises(RuntimeError, match=r"^-c exit\(3\) failed$"):
+        commands.wait(commands.start(["-c", "exit(3)"]))
+    commands.wait(commands.start(["-c", "pass"]))
+
+
 @pytest.mark.slow
 def test_the_seconds_of_commands_are_taken_from_their_start_and_from_their_metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "SHORT", [*SMALL, "--iterations", "3", "--num-samples", "1"])

@@ -259,6 +259,15 @@ def test_the_tables_in_results_md_say_what_the_files_say():
     assert {path.stem for path in tables.RESULTS.glob("*.json")} <= set(command.NAMES)
 
 
+def test_generators_that_were_not_there_to_be_checked_have_no_row(monkeypatch):
+    figures = tables.read(tables.ROOT / "tiny/figures.json")
+    known = tables.tiny()
+    here = {name: row for name, row in figures.items() if not name.startswith("runs/")}
+    assert len(here) < len(figures)
+    monkeypatch.setattr(tables, "read", lambda path: here)
+    assert tables.tiny().splitlines() == [line for line in known.splitlines() if "before its habits" not in line]
+
+
 def test_a_table_takes_its_place_and_leaves_the_rest(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (tmp_path / "sde.json").write_text(json.dumps(experiment.summarize(CLAIM, ARMS)))
