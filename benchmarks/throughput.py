@@ -131,19 +131,19 @@ def fastest(trainer, words: list[str]) -> float:
         return min(row["seconds"] for row in metrics(Path(folder, "run"))[1:])
 
 
-def scaling(trainer, words: list[str], rounds: int = 2) -> dict:
+def scaling(trainer, words: list[str], rounds: int = 3) -> dict:
     """{what: [(factor, seconds of an iteration), …]} for 1, 2 and 4 times the samples, the steps and the pixels.
 
-    With the steps the window grows, so that as large a share of them is trained. The factors take turns, and the
-    fastest iteration counts, since other work on the machine can only slow it.
+    With the steps the window grows, so that as large a share of them is trained. The settings take turns, and the
+    fastest iteration of each counts, since other work on the machine can only slow it.
     """
     cfg = cli.parse_config(trainer.Config, trainer.PRESETS, words)
-    grows, curves = {"samples": ["group_size"], "steps": ["steps", "sde_window"], "pixels": ["height"]}, {}
-    for what, options in grows.items():
-        more = {k: cli.command_words({name: k * getattr(cfg, name) for name in options}) for k in (1, 2, 4)}
-        seconds = [{k: fastest(trainer, words + extra) for k, extra in more.items()} for _ in range(rounds)]
-        curves[what] = [(k, min(row[k] for row in seconds)) for k in more]
-    return curves
+    grows = {"samples": ["group_size"], "steps": ["steps", "sde_window"], "pixels": ["height"]}
+    settings = {(what, k): {name: k * getattr(cfg, name) for name in grows[what]} for what in grows for k in (2, 4)}
+    extra = {"as it is": []} | {setting: cli.command_words(options) for setting, options in settings.items()}
+    seconds = [{setting: fastest(trainer, words + more) for setting, more in extra.items()} for _ in range(rounds)]
+    best = {setting: min(row[setting] for row in seconds) for setting in extra}
+    return {what: [(1, best["as it is"]), *((k, best[what, k]) for k in (2, 4))] for what in grows}
 
 
 def plot(curves: dict, path: Path) -> None:
