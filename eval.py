@@ -57,7 +57,7 @@ class Config:
     output_dir: str = "runs/eval"  # pictures, scores and report
     seed: Seed = 42  # of the initial noise
     batch_size: Count = 8  # pictures drawn and scored at a time, by each process
-    steps: Natural = 0  # sampling steps; this and the next ones, if 0: as in the checkpoints' run, or the model's usual
+    steps: Natural = 0  # sampling steps; 0 here and below: as in the checkpoints' run, else the model's default
     guidance: NonNegative = 0.0  # classifier-free (Stable Diffusion, SkyReels, Wan) or embedded (FLUX, HunyuanVideo)
     shift: NonNegative = 0.0  # of rectified flow's sigmas towards noise
     height: Natural = 0  # pixels
@@ -229,7 +229,7 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distr
             found = data.fingerprint(source)
             cli.require(
                 weights.setdefault(name, found) == found,
-                f"{source} has changed since {cfg.output_dir} has results of it; take another --output-dir",
+                f"{source} has changed since its results in {cfg.output_dir} were made; take another --output-dir",
             )
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
         new |= {"versions": {name: importlib.metadata.version(name) for name in packages}, "weights": weights}

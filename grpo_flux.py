@@ -5,8 +5,8 @@ Algorithm 1 of the paper, which `main` follows line by line:
         sample a batch of prompts; the current weights are the old policy
         for every prompt draw G images by the reverse SDE from one initial noise, and score them
         advantage of an image = its score, normalised within its prompt's group (several rewards: summed after that)
-        choose a random part of the timesteps and replay them: rho = exp(new log-prob - old log-prob)
-        climb the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
+        choose a random subset of the timesteps and replay it: rho = exp(new log-prob - old log-prob)
+        maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
     python grpo_flux.py --preset tiny                                   on a laptop, no download, some minutes
     torchrun --nproc_per_node=8 --nnodes=2 … grpo_flux.py --reward hps  the release's run, 16 GPUs of 80 GB
@@ -82,7 +82,7 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
-    dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
+    dry_run: bool = False  # only print what the run needs: memory, compute, disk; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
@@ -108,7 +108,7 @@ PRESETS = {
         prompts_per_iteration=4, offload=True,
     ),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 16 passes of the network a sample, not 43
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 16 forward passes a sample, not 43
     "tiny": TINY,
 }  # fmt: skip
 
@@ -125,7 +125,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may be another number
+        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may differ from them
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
     return advantages.flatten().clamp(-clip, clip).float()
@@ -141,13 +141,13 @@ def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
 def guarded_loss(ratio: str, log_ratio, kl, A, std, dsigma, epsilon: float):
     """The objective with another trust region than eq. 9's. Returns the loss and rho (M,).
 
-    log_ratio (M,): log p - log p_old; kl (M,): of the step's Gaussian, N(mean, std²), from that of the rollout, in the
+    log_ratio (M,): log p - log p_old; kl (M,): of the step, KL(N(mean_old, std²) || N(mean, std²)), the
     mean over its elements; std (M, …); dsigma (M,): sigma - sigma_next, above 0; epsilon: --clip-range.
     guard, GRPO-Guard (2510.22319): rho = exp(std (log p - log p_old + KL)) = exp(mean(noise (mean - mean_old))), whose
-    log has the mean 0 at every step, where that of eq. 9 has -KL, so that clipping acts on both sides; and the weight
-    1 / dsigma, since a step's mean moves by about dsigma times the velocity.
-    dppo, Flow-DPPO (2606.11025): rho A without clipping, but for pairs whose KL exceeds epsilon and that move further
-    away: A > 0 with rho > 1, or A < 0 with rho < 1. They are left out.
+    log has mean 0 at every step, where that of eq. 9 has -KL, so that clipping acts on both sides; and the weight
+    1 / dsigma, since the gradient of a step's mean with respect to v is about dsigma.
+    dppo, Flow-DPPO (2606.11025): rho A, not clipped. A pair is left out if its KL exceeds epsilon and it moves further
+    away: A > 0 with rho > 1, or A < 0 with rho < 1.
     """
     if ratio == "guard":
         log_rho = std.flatten() * (log_ratio + kl)
@@ -174,7 +174,7 @@ def training_pairs(A, keys, group_size: int, window: range, fraction: float, tim
 
     Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
     samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, so
-    that a costly rollout serves several steps. A (B,); keys (seed, iteration, prompt, sample).
+    that a costly rollout serves several optimizer steps. A (B,); keys (seed, iteration, prompt, sample).
     """
     pairs = [[] for _ in range(updates)]
     for start in range(0, len(A), group_size):
@@ -203,9 +203,9 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "advantage_abs": A.abs().mean().item(),
         "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these teach nothing
         "ratio_mean": 1 + every.mean().item(),
-        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, or the update replays another policy
+        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (every.abs() > clip_range).double().mean().item(),
-        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3, of the ratio of mean log-probs
+        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3; log rho is a mean over d elements
     }
 
 
@@ -213,7 +213,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 
 def load_models(cfg: Config, world: distributed.World, init: Path | None):
-    """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
+    """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     kind = diffusers.FluxTransformer2DModel
     load = partial(distributed.load_network, kind, cfg.model, world, subfolder="transformer")
     transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
@@ -225,7 +225,7 @@ def load_models(cfg: Config, world: distributed.World, init: Path | None):
 
 @torch.no_grad()
 def encode_prompts(pipe, prompts: list[str], max_length: int, device) -> tuple[Tensor, Tensor]:
-    """→ T5 embedding of each token (P, L, D), CLIP embedding of the whole (P, D')."""
+    """→ T5 embedding of each token (P, L, D), pooled CLIP embedding (P, D')."""
     tokens, pooled, _ = pipe.encode_prompt(prompts, None, device, max_sequence_length=max_length)
     return tokens, pooled
 
@@ -369,7 +369,7 @@ def main(cfg: Config) -> None:
         text = encode(captions)  # (P, L, D), (P, D')
 
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
-        keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's random numbers
+        keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's RNG key
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         drawn = sample_groups(cfg, world, transformer, pipe.vae, text, keys, window, sigmas, shape, rows)
         trajectories, old_log_probs, images = drawn  # (B, T+1, N, C), (B, T), (B, 3, H, W)
@@ -383,7 +383,7 @@ def main(cfg: Config) -> None:
         # Lines 7 to 9: the advantage of each sample over its prompt's group.
         A = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
 
-        # Line 10: a random part of the timesteps of each sample.
+        # Line 10: a random subset of the timesteps of each sample.
         tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
         updates = training_pairs(A, keys, G, window, tau, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout)
 
@@ -395,12 +395,12 @@ def main(cfg: Config) -> None:
                 distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, of_prompt = trajectories[s, t], trajectories[s, t + 1], tuple(x[s // G] for x in text)
-                # The policy at z, as in the rollout, and how probable it now makes the same draw.
+                # The current policy at z, and the log-probability that it gives the rollout's draw.
                 v = velocity(transformer, z, sigmas[t], of_prompt, cfg.guidance, rows)
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
                 log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[s, t]
                 loss, rho = grpo_loss(log_prob, old_log_prob, A[s], cfg.clip_range)
-                if cfg.ratio != "plain":  # the mean in the rollout follows from the noise, a function of its key
+                if cfg.ratio != "plain":  # mean_old = z_next - std noise; the noise is drawn again from its key
                     noise = data.step_noise(shape, [(*keys[b], i) for b, i in part], world.device)
                     kl, dsigma = gaussian_kl(mean, z_next - std * noise, std), sigmas[t] - sigmas[t + 1]
                     loss, rho = guarded_loss(cfg.ratio, log_prob - old_log_prob, kl, A[s], std, dsigma, cfg.clip_range)

@@ -5,8 +5,8 @@ Algorithm 1 of the paper, which `main` follows line by line:
         sample a batch of prompts; the current weights are the old policy
         for every prompt draw G images by the DDIM SDE from one initial noise, and score them
         advantage of an image = its score, normalised within its prompt's group (several rewards: summed after that)
-        choose a random part of the timesteps and replay them: rho = exp(new log-prob - old log-prob)
-        climb the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
+        choose a random subset of the timesteps and replay it: rho = exp(new log-prob - old log-prob)
+        maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
     python grpo_sd.py --preset tiny                                 on a laptop, no download, some minutes
     torchrun --nproc_per_node=8 grpo_sd.py --reward hps             the release's run, 8 GPUs of 80 GB
@@ -79,7 +79,7 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the UNet's repeated blocks
-    dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
+    dry_run: bool = False  # only print what the run needs: memory, compute, disk; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
@@ -98,9 +98,9 @@ TINY = dict(
 )  # fmt: skip
 PRESETS = {
     "release": {},
-    "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6; one update, for guidance
+    "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6; guided, so one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
-    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: 32 passes of the network a sample, not 197
+    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: cost of 32 forward passes a sample, not 197
     "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True),  # one GPU
     "tiny": TINY,
 }
@@ -118,7 +118,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may be another number
+        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may differ from them
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
     return advantages.flatten().clamp(-clip, clip).float()
@@ -148,7 +148,7 @@ def training_pairs(A, keys, group_size: int, window: range, fraction: float, tim
 
     Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
     samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, so
-    that a costly rollout serves several steps. A (B,); keys (seed, iteration, prompt, sample).
+    that a costly rollout serves several optimizer steps. A (B,); keys (seed, iteration, prompt, sample).
     """
     pairs = [[] for _ in range(updates)]
     for start in range(0, len(A), group_size):
@@ -177,9 +177,9 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "advantage_abs": A.abs().mean().item(),
         "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these teach nothing
         "ratio_mean": 1 + every.mean().item(),
-        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, or the update replays another policy
+        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (every.abs() > clip_range).double().mean().item(),
-        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3, of the ratio of mean log-probs
+        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3; log rho is a mean over d elements
     }
 
 
@@ -187,12 +187,12 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 
 def load_models(cfg: Config, world: distributed.World, init: Path | None):
-    """→ the pipeline, its UNet ready to train, and the reference policy of the KL term: the UNet as it was before."""
+    """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
     load = partial(distributed.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
         reference = load(frozen=True)
-    unchecked = dict(safety_checker=None, requires_safety_checker=False)  # no reward should see a blackened picture
+    unchecked = dict(safety_checker=None, requires_safety_checker=False)  # `decode` does without
     pipe = distributed.load_pipeline(diffusers.StableDiffusionPipeline, cfg.model, world, unet=unet, **unchecked)
     return pipe, unet, reference
 
@@ -337,7 +337,7 @@ def main(cfg: Config) -> None:
         text = encode(captions)  # (P, n, L, D)
 
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
-        keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's random numbers
+        keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's RNG key
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         drawn = sample_groups(cfg, world, unet, pipe.vae, text, keys, window, schedule, shape)
         trajectories, old_log_probs, images = drawn  # (B, T+1, C, h, w), (B, T), (B, 3, H, W)
@@ -351,7 +351,7 @@ def main(cfg: Config) -> None:
         # Lines 7 to 9: the advantage of each sample over its prompt's group.
         A = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
 
-        # Line 10: a random part of the timesteps of each sample.
+        # Line 10: a random subset of the timesteps of each sample.
         tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
         updates = training_pairs(A, keys, G, window, tau, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout)
 
@@ -363,7 +363,7 @@ def main(cfg: Config) -> None:
                 distributed.reduce_gradients(unet, now=part[-1] == pairs[-1])
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[s, t], trajectories[s, t + 1]
-                # The policy at z, as in the rollout, and how probable it now makes the same draw.
+                # The current policy at z, and the log-probability that it gives the rollout's draw.
                 eps = predict(unet, z, timesteps[t], text[s // G], cfg.guidance)
                 mean, std, _ = step(eps, z, alpha_bars[t], alpha_bars[t + 1], cfg.eta)
                 log_prob = gaussian_log_prob(z_next, mean, std)

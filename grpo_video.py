@@ -5,8 +5,8 @@ Algorithm 1 of the paper, which `main` follows line by line:
         sample a batch of prompts; the current weights are the old policy
         for every prompt draw G videos by the reverse SDE from one initial noise, and score them
         advantage of a video = its score, normalised within its prompt's group (several rewards: summed after that)
-        choose a random part of the timesteps and replay them: rho = exp(new log-prob - old log-prob)
-        climb the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
+        choose a random subset of the timesteps and replay it: rho = exp(new log-prob - old log-prob)
+        maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
     python grpo_video.py --preset tiny-t2v            on a laptop, no download; or tiny-t2i, tiny-i2v, tiny-wan
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py              the release's HunyuanVideo run, 32 GPUs of 80 GB
@@ -92,7 +92,7 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
-    dry_run: bool = False  # only print what the run takes: memory, arithmetic, disk; no weights, no GPU
+    dry_run: bool = False  # only print what the run needs: memory, compute, disk; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
@@ -123,8 +123,8 @@ PRESETS = {
     "release": {},
     "release-i2v": I2V | dict(iterations=121, group_size=8),
     "paper": dict(group_size=12, steps=25, eta=0.3, updates_per_rollout=4, keep_best_worst=0),  # Table 6
-    "paper-i2v": I2V | dict(group_size=12),  # Table 6; one update, for guidance
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 12 passes of the network a video, not 25
+    "paper-i2v": I2V | dict(group_size=12),  # Table 6; guided, so one update
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 12 forward passes a video, not 25
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1),  # ours: the paper trains it, the release has no script for it
     "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
         reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,
@@ -162,7 +162,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may be another number
+        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may differ from them
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
     return advantages.flatten().clamp(-clip, clip).float()
@@ -178,13 +178,13 @@ def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
 def guarded_loss(ratio: str, log_ratio, kl, A, std, dsigma, epsilon: float):
     """The objective with another trust region than eq. 9's. Returns the loss and rho (M,).
 
-    log_ratio (M,): log p - log p_old; kl (M,): of the step's Gaussian, N(mean, std²), from that of the rollout, in the
+    log_ratio (M,): log p - log p_old; kl (M,): of the step, KL(N(mean_old, std²) || N(mean, std²)), the
     mean over its elements; std (M, …); dsigma (M,): sigma - sigma_next, above 0; epsilon: --clip-range.
     guard, GRPO-Guard (2510.22319): rho = exp(std (log p - log p_old + KL)) = exp(mean(noise (mean - mean_old))), whose
-    log has the mean 0 at every step, where that of eq. 9 has -KL, so that clipping acts on both sides; and the weight
-    1 / dsigma, since a step's mean moves by about dsigma times the velocity.
-    dppo, Flow-DPPO (2606.11025): rho A without clipping, but for pairs whose KL exceeds epsilon and that move further
-    away: A > 0 with rho > 1, or A < 0 with rho < 1. They are left out.
+    log has mean 0 at every step, where that of eq. 9 has -KL, so that clipping acts on both sides; and the weight
+    1 / dsigma, since the gradient of a step's mean with respect to v is about dsigma.
+    dppo, Flow-DPPO (2606.11025): rho A, not clipped. A pair is left out if its KL exceeds epsilon and it moves further
+    away: A > 0 with rho > 1, or A < 0 with rho < 1.
     """
     if ratio == "guard":
         log_rho = std.flatten() * (log_ratio + kl)
@@ -211,7 +211,7 @@ def training_pairs(A, keys, group_size: int, window: range, fraction: float, tim
 
     Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
     samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, so
-    that a costly rollout serves several steps. A (B,); keys (seed, iteration, prompt, sample).
+    that a costly rollout serves several optimizer steps. A (B,); keys (seed, iteration, prompt, sample).
     """
     pairs = [[] for _ in range(updates)]
     for start in range(0, len(A), group_size):
@@ -240,9 +240,9 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "advantage_abs": A.abs().mean().item(),
         "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these teach nothing
         "ratio_mean": 1 + every.mean().item(),
-        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, or the update replays another policy
+        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (every.abs() > clip_range).double().mean().item(),
-        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3, of the ratio of mean log-probs
+        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3; log rho is a mean over d elements
     }
 
 
@@ -262,7 +262,7 @@ class HunyuanVideo:
         return dict(guidance_embeds=True) | ({"in_channels": 32} if cfg.transformer else {})
 
     def encode(pipe, texts: list[str], length: int, device) -> list[Tensor]:
-        """Llama embedding of each token (N, L, D), which tokens count (N, L), CLIP embedding (N, D').
+        """Llama embedding of each token (N, L, D), attention mask (N, L), pooled CLIP embedding (N, D').
 
         L is the length of the longest of these texts, not max_sequence_length: attention over padding costs as much.
         """
@@ -274,7 +274,7 @@ class HunyuanVideo:
         return [(length, config["text_embed_dim"]), (length,), (config["pooled_projection_dim"],)]
 
     def arguments(config, sigma: Tensor, text: list[Tensor], cfg: Config) -> dict:
-        """What the transformer takes beside latents, time and tokens. Its guidance runs like its time."""
+        """What the transformer takes beside latents, time and tokens. Guidance is multiplied by 1000, as time is."""
         guidance = torch.full_like(sigma, 1000 * cfg.guidance) if config.guidance_embeds else None
         return dict(encoder_attention_mask=text[1], pooled_projections=text[2], guidance=guidance)
 
@@ -290,7 +290,7 @@ class Wan:
         return dict(num_attention_heads=12, num_layers=30, ffn_dim=8960) if "1.3B" in cfg.model else {}  # else 14B
 
     def encode(pipe, texts: list[str], length: int, device) -> list[Tensor]:
-        """Embedding of each token (N, L, D), zeros for padding, which counts: there is no mask, and L is `length`."""
+        """Embedding of each token (N, L, D), L is `length`. Padding is zeros and is attended to: there is no mask."""
         tokens, _ = pipe.encode_prompt(texts, None, False, device=device, max_sequence_length=length)
         return [tokens]
 
@@ -318,7 +318,7 @@ def transformer_source(cfg: Config) -> dict:
 
 
 def transformer_config(cfg: Config) -> dict:
-    """Of the transformer, which is of the class that --model's pipeline needs."""
+    """The transformer's config. Its class must be the one that --model's pipeline needs."""
     expected = PIPELINES[distributed.check_family(cfg.model, *PIPELINES)].transformer
     config = distributed.load_pretrained(getattr(diffusers, expected).load_config, **transformer_source(cfg))
     found = config["_class_name"]
@@ -327,7 +327,7 @@ def transformer_config(cfg: Config) -> dict:
 
 
 def takes_first_frame(config: dict) -> bool:
-    """Is it image to video? SkyReels' transformer reads the first frame in as many channels again as the latent has."""
+    """Is it image to video? SkyReels takes twice the channels of a latent: the second half is the first frame."""
     return config["in_channels"] == 2 * config["out_channels"]
 
 
@@ -337,7 +337,7 @@ def latent_shape(cfg: Config, config: dict, stride: int, side: int) -> tuple[int
 
 
 def load_models(cfg: Config, world: distributed.World, init: Path | None):
-    """→ the pipeline, its transformer ready to train, and the reference policy of the KL term: as it was before."""
+    """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     family = FAMILIES[transformer_config(cfg)["_class_name"]]
     kind = getattr(diffusers, family.transformer)
     load = partial(distributed.load_network, kind, world=world, **transformer_source(cfg))
@@ -361,7 +361,7 @@ def load_models(cfg: Config, world: distributed.World, init: Path | None):
 @torch.no_grad()
 def encode(pipe, prompts: list[str], pictures: dict[str, Path], shape: tuple, cfg: Config, device) -> list[Tensor]:
     """→ what the family's `encode` makes of the texts, tokens (P, n, L, D) first, and latents of the first frame,
-    followed by zeros, (P, C, f, h, w); of no channels if there are no pictures.
+    followed by zeros, (P, C, f, h, w); with 0 channels if there are no pictures.
     """
     texts = prompts if cfg.true_guidance == 1 else [text for prompt in prompts for text in ("", prompt)]
     text = family_of(pipe.transformer).encode(pipe, texts, cfg.max_sequence_length, device)
@@ -369,7 +369,7 @@ def encode(pipe, prompts: list[str], pictures: dict[str, Path], shape: tuple, cf
     frames = torch.zeros(len(prompts), shape[0] if pictures else 0, *shape[1:], device=device)
     for frame, prompt in zip(frames, prompts if pictures else [], strict=False):
         pixels = pipe.video_processor.preprocess(data.read_picture(pictures[prompt]), cfg.height, cfg.width)
-        # The mode, where the stock pipeline draws: this is a condition, and no part of the policy's randomness.
+        # The posterior's mode; the stock pipeline samples. A condition must not add randomness to the policy.
         latent = pipe.vae.encode(pixels[:, :, None].to(device, pipe.vae.dtype)).latent_dist.mode()[0]  # (C, 1, h, w)
         frame[:, :1] = latent * pipe.vae.config.scaling_factor
     return [*text, frames]
@@ -452,7 +452,7 @@ def check(cfg: Config) -> list[str]:
     least = 2 if takes_first_frame(network) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
     cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
-    message = f"--guidance is embedded guidance, which {cfg.model} has not; give --guidance 1, and --true-guidance"
+    message = f"--guidance is embedded guidance, which {cfg.model} lacks; give --guidance 1, and --true-guidance"
     cli.require(family is not Wan or cfg.guidance == 1, message)
     kind = getattr(diffusers, family.transformer)
     distributed.check_init(cfg, kind, "transformer", LORA_TARGETS, transformer_source(cfg))
@@ -521,7 +521,7 @@ def main(cfg: Config) -> None:
         conditions = embed(captions)  # (P, …) each
 
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
-        keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's random numbers
+        keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's RNG key
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         drawn = sample_groups(cfg, world, transformer, pipe.vae, conditions, keys, window, sigmas, shape)
         trajectories, old_log_probs, videos = drawn  # (B, T+1, C, f, h, w), (B, T), (B, F, 3, H, W)
@@ -535,7 +535,7 @@ def main(cfg: Config) -> None:
         # Lines 7 to 9: the advantage of each sample over its prompt's group.
         A = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
 
-        # Line 10: a random part of the timesteps of each sample.
+        # Line 10: a random subset of the timesteps of each sample.
         tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
         updates = training_pairs(A, keys, G, window, tau, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout)
 
@@ -547,12 +547,12 @@ def main(cfg: Config) -> None:
                 distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, condition = trajectories[s, t], trajectories[s, t + 1], [x[s // G] for x in conditions]
-                # The policy at z, as in the rollout, and how probable it now makes the same draw.
+                # The current policy at z, and the log-probability that it gives the rollout's draw.
                 v = velocity(transformer, z, sigmas[t], condition, cfg)
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
                 log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[s, t]
                 loss, rho = grpo_loss(log_prob, old_log_prob, A[s], cfg.clip_range)
-                if cfg.ratio != "plain":  # the mean in the rollout follows from the noise, a function of its key
+                if cfg.ratio != "plain":  # mean_old = z_next - std noise; the noise is drawn again from its key
                     noise = data.step_noise(shape, [(*keys[b], i) for b, i in part], world.device)
                     kl, dsigma = gaussian_kl(mean, z_next - std * noise, std), sigmas[t] - sigmas[t + 1]
                     loss, rho = guarded_loss(cfg.ratio, log_prob - old_log_prob, kl, A[s], std, dsigma, cfg.clip_range)

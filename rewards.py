@@ -6,7 +6,7 @@
     load_reward("my_rewards.py:sharpness")    # a function of your own: sharpness(images, prompts) → (B,)
     load_reward("http://gpu2:8000/judge:0.5")  # a server of your own, see HTTPReward; the reward is called judge
 
-A score that is not a number stops the run: a made-up number in its place would shift its whole group.
+A score that is not finite stops the run: a substitute would shift the advantages of its whole group.
 Scores of several rewards are not added here. Each is first normalised within its group (DanceGRPO, Algorithm 1).
 
 Legend: B images or videos, F frames, H and W their size in pixels, L tokens, D features.
@@ -78,7 +78,7 @@ class CosineReward:
 
         check_visuals(self.name, images, prompts, "3, H, W")
         pixels = TF.normalize(resize(images.to(self.device).float(), self.size, self.mode), self.mean, self.std)
-        # Float32 whatever the caller's autocast: with bf16 weights the score is 5e-4 off, as much as a group's spread.
+        # Float32 whatever the caller's autocast: bfloat16 weights put the score off by 5e-4.
         with torch.autocast(pixels.device.type, enabled=False):
             image, text = self.features(pixels, list(prompts))  # (B, D) each, of unit length
         return (image * text).sum(-1)  # image i with prompt i, and with no other
@@ -254,7 +254,7 @@ class VideoAlignReward:
         vision = self.model.config.vision_config
         p, m = vision.patch_size, vision.spatial_merge_size
         frames = (video[frame_indices(len(video), fps)].to(self.device).float() * 255).round()
-        # Bytes before and after the resize, as from the authors' video reader.
+        # Rounded to 8 bits before and after the resize, as in the authors' video reader.
         size = smart_resize(*frames.shape[-2:], p * m, *self.PIXELS)
         frames = TF.resize(frames, size, TF.InterpolationMode.BICUBIC).round().clamp(0, 255)
         frames = TF.normalize(frames / 255, CLIP_MEAN, CLIP_STD)
@@ -288,7 +288,7 @@ def fold_lora(state_dict: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
         if a is None or b is None:
             raise RewardError(f"videoalign: the checkpoint lacks a LoRA weight of {name}")
         folded[name] = folded[name] + scale * b @ a
-    folded.pop("lm_head.weight", None)  # the reward reads hidden states, it says no word
+    folded.pop("lm_head.weight", None)  # the reward reads hidden states, not logits
     return {re.sub(r"^model\.", "language_model.", name.replace(".base_layer", "")): w for name, w in folded.items()}
 
 
@@ -335,14 +335,14 @@ def own_reward(place: str, visuals: Visuals, prompts: Sequence[str]) -> Tensor:
 
 
 class HTTPReward:
-    """A scorer that runs elsewhere, asked over HTTP: how a large judge works beside the training.
+    """A scorer on a server, called over HTTP: for a judge too large to run in the trainer's process.
 
     It gets a POST with JSON, at most BATCH samples at a time, and answers with one score for each prompt:
         {"prompts": ["a red circle", …], "images": ["iVBORw0…", …]}                             PNG files in base64
         {"prompts": ["a red circle", …], "videos": [["iVBORw0…", …], …], "fps": 8.0}            their frames
         → {"scores": [0.27, …]}
-    No answer within SECONDS, a broken connection or a status of 500 and above is tried again, ATTEMPTS times in all;
-    then, and at once on an answer that is not of this form, RewardError. A proxy is taken from the environment.
+    After no answer within SECONDS, a broken connection or a status of 500 and above it tries again, ATTEMPTS times in
+    all. After the last one, and at once on any other bad answer: RewardError. Proxies are taken from the environment.
     """
 
     BATCH, SECONDS, ATTEMPTS, PAUSE, MOST_BYTES = 8, 120.0, 3, 5.0, 1_000_000
@@ -374,7 +374,7 @@ class HTTPReward:
                 reason, final = f"no answer ({first_line(getattr(e, 'reason', None) or e)})", False
             if final or attempt == self.ATTEMPTS:
                 raise RewardError(
-                    f"reward {self.name}: {self.url}: {reason}, attempt {attempt} of {self.ATTEMPTS}; mend the server"
+                    f"reward {self.name}: {self.url}: {reason}, attempt {attempt} of {self.ATTEMPTS}; fix the server"
                 )
             time.sleep(self.PAUSE)
         try:
@@ -527,7 +527,7 @@ def is_url(model: str) -> bool:
 
 
 class Reward:
-    """Several rewards behind one call. `weights` are for the advantages, the scores come back as they are."""
+    """Several rewards behind one call. `weights` are for the advantages; scores are returned unweighted."""
 
     def __init__(self, terms: list[Term], scorers: dict[str, Callable]):
         self.terms, self.scorers = terms, scorers
@@ -542,7 +542,7 @@ class Reward:
     def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> dict[str, Tensor]:
         """B images or videos, one prompt each → {name: (B,) float32}; with a threshold 1.0 above it, else 0.0.
 
-        fps: the videos' frames per second. A reward for images scores up to 8 frames of a video, and the mean counts.
+        fps: the videos' frames per second. A built-in reward for images gives a video the mean over up to 8 frames.
         """
         check_prompts("reward", visuals, prompts)
         is_video = not isinstance(visuals, Tensor) or visuals.dim() == 5
@@ -620,7 +620,7 @@ def loading(name: str, path: str, what: str) -> Iterator[None]:
 
 
 def check_tokenizer(folder: str | Path) -> None:
-    """Raise RewardError if a local folder lacks a tokenizer's files: transformers would invent one without words."""
+    """Raise RewardError if a local folder lacks a tokenizer's files: transformers would build an empty one."""
     names = {path.name for path in Path(folder).glob("*") if path.is_file()}
     vocabulary = names & {"tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"}
     if Path(folder).is_dir() and not ("tokenizer_config.json" in names and vocabulary):
@@ -650,7 +650,7 @@ def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str
         if not (low >= 0 and high <= 1):  # also catches NaN
             raise RewardError(
                 f"{name}: pixels must be in [0, 1], found {low:.3g} to {high:.3g} for {prompt!r}; NaN comes from the "
-                "model that drew them: a lower learning rate, guidance or noise helps"
+                "model that drew them: lower the learning rate, the guidance or eta"
             )
 
 

@@ -50,7 +50,7 @@ def gaussian_log_prob(x, mean, std) -> torch.Tensor:
 
     x, mean (B, ...); std > 0, a number, (B,), or what a step function returns. Returns (B,) float32.
     The mean and not the sum: with d in the hundreds of thousands the true ratio would leave any clip range at once.
-    The ratio of means is its d-th root, so a clip range as small as 1e-4 fits.
+    With the mean, rho is the d-th root of the true ratio, so a clip range as small as 1e-4 fits.
     """
     std = torch.as_tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
     log_prob = -((x.float() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -97,7 +97,7 @@ def flow_grpo_sde_step(v, z, sigma, sigma_next, eta):
     """The SDE step of Flow-GRPO (2505.05470, eq. 9): noise s = eta sqrt(sigma / (1 - sigma)), where DanceGRPO's is eta.
 
     Arguments and result are those of `flow_sde_step`, the result is a `Step`. eta is the paper's `a`, about 0.7.
-    At sigma = 1, where s would be infinite, sigma_next stands in for sigma under the fraction, as in the authors' code.
+    At sigma = 1, where s would be infinite, sigma_next replaces sigma in the denominator, as in the authors' code.
     """
     sigma, sigma_next = (
         torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))
@@ -153,7 +153,7 @@ def ddim_sde_step(eps, z, alpha_bar, alpha_bar_next, eta, prediction="epsilon"):
 
 
 def rollout(model, z, levels, eta, step=flow_sde_step, noise=None, window=None, log_prob=gaussian_log_prob):
-    """Sample from noise to data and remember the way: every latent, and how probable each draw was.
+    """Sample from noise to data; keep every latent and the log-probability of every draw.
 
     model     (z (B, ...), step index) → the network's prediction at levels[index], (B, ...)
     z         (B, ...) the initial noise

@@ -1,6 +1,6 @@
 """What runs of full size take, as --dry-run predicts it: python -m benchmarks.full_size
 
-Takes about ten minutes on one core, and no weights. Writes benchmarks/results/full_size.json.
+Takes about ten minutes on one core, and needs no weights. Writes benchmarks/results/full_size.json.
 """
 
 import importlib

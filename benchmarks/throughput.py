@@ -1,4 +1,4 @@
-"""How much of an iteration is arithmetic that nobody can leave out, and what an iteration costs.
+"""How much of an iteration is computation that cannot be avoided, and what an iteration costs.
 
     python -m benchmarks.throughput grpo_flux --preset tiny               efficiency of a preset
     python -m benchmarks.throughput grpo_flux --preset tiny --scaling     its cost against samples, steps, pixels

@@ -8,7 +8,7 @@ LOSS = "HPS lost on held-out prompts (cosine)"
 
 
 def against(reward: str, name: str, measure: str, paper: str) -> Experiment:
-    """ReFL needs no pairs: an iteration costs 5/8 of one of GRPO's, so it has more of them."""
+    """An iteration of ReFL costs 5/8 of one of GRPO's, so ReFL gets more iterations."""
     return Experiment(
         paper=paper,
         says=f"GRPO is better than DDPO, ReFL and online DPO at equal cost, {name} as reward (Table 4)",

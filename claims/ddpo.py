@@ -26,16 +26,19 @@ def main(cfg) -> None:
         A = group_advantages(rewards, policy.reward.weights, B, cfg.advantage_clip)  # the batch is one group
         tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
         updates = training_pairs(A, keys, B, window, tau, cfg.timesteps, 0, cfg.updates_per_rollout)
-        losses, norms = [], []
+        losses, norms, ratios = [], [], []
         for pairs in updates:
             for part in policy.world.chunks(pairs, cfg.micro_batch, "update"):
                 s, t = torch.tensor(part).T
                 mean, std, _ = policy.gaussian(trajectories[s, t], t, take(text, s))
                 log_prob = policy.log_prob_of(trajectories[s, t + 1], mean, std)
-                loss, _ = grpo_loss(log_prob, old_log_probs[s, t], A[s], cfg.clip_range)
+                loss, rho = grpo_loss(log_prob, old_log_probs[s, t], A[s], cfg.clip_range)
                 (loss * len(part) / len(pairs)).backward()
                 losses.append(loss.item() * len(part) / len(pairs) / len(updates))
+                ratios.append(rho)
             norms.append(policy.update(iteration))
         clock.lap("update")
         cost = B * cfg.steps + 3 * sum(map(len, updates))
-        policy.finish(iteration, rewards, sum(losses), sum(norms) / len(norms), cost, clock)
+        clipped = ((torch.cat(ratios) - 1).abs() > cfg.clip_range).double().mean().item()
+        row = {"loss": sum(losses), "grad_norm": sum(norms) / len(norms), "clip_fraction": clipped}
+        policy.finish(iteration, rewards, cost, clock, **row)

@@ -56,4 +56,5 @@ def main(cfg) -> None:
         loss.backward()
         norm = policy.update(iteration)
         clock.lap("update")
-        policy.finish(iteration, rewards, loss.item(), norm, P * G * cfg.steps + 2 * M * 4 // text.shape[1], clock)
+        cost = P * G * cfg.steps + 2 * M * 4 // text.shape[1]
+        policy.finish(iteration, rewards, cost, clock, loss=loss.item(), grad_norm=norm)

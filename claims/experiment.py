@@ -86,7 +86,7 @@ def average(key: str) -> Callable[[Run], float]:
     """The mean of a curve over the whole training, by the trapezoidal rule: at equal ends the faster one is higher."""
 
     def measure(run: Run) -> float:
-        x, y = curve(run.rows, key)
+        x, y = output.curve(run.rows, key)
         return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
     return measure
@@ -103,15 +103,6 @@ def evaluations(config: dict) -> int:
     trained = c["sde_window"] or int((c["steps"] - 1) * c["timestep_fraction"])  # steps of each sample
     samples = 2 * c["keep_best_worst"] or c["group_size"]
     return c["prompts_per_iteration"] * (c["group_size"] * c["steps"] + 3 * samples * trained)
-
-
-def curve(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations and values of a key; scores of sample pictures begin before training, at 0."""
-    points = [(row["iteration"], row[key]) for row in rows if key in row]
-    if f"{key}_before" in rows[0]:
-        points.insert(0, (0, rows[0][f"{key}_before"]))
-    x, y = zip(*points, strict=True)
-    return np.array(x), np.array(y)
 
 
 def sums(values: list[float]) -> np.ndarray:
@@ -263,7 +254,7 @@ def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
     for axis, key, label in experiment.curves:
         lines = {}
         for arm, runs in arms.items():
-            drawn = [curve(run.rows, key) for run in runs]
+            drawn = [output.curve(run.rows, key) for run in runs]
             place = [AXES[axis][1](run, x) for run, (x, _) in zip(runs, drawn, strict=True)]
             lines[arm] = {"x": np.mean(place, 0).tolist(), "y": [y.tolist() for _, y in drawn]}
         curves.append({"x": AXES[axis][0], "y": label, "arms": lines})

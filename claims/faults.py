@@ -1,4 +1,4 @@
-"""What moves the ratio away from 1: grpo_flux.py with one thing done otherwise in the rollout than in the update."""
+"""What moves the ratio away from 1: grpo_flux.py with one thing done differently in the rollout and the update."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -27,7 +27,7 @@ def bf16_latents(cfg) -> None:
 
 
 def other_batch(cfg) -> None:
-    """The rollout has batches of 1, as the release does; it shows where networks compute in bfloat16."""
+    """The rollout has batches of 1, as in the release; it matters only where networks compute in bfloat16."""
     sample_groups = grpo_flux.sample_groups
     with patch.object(grpo_flux, "sample_groups", lambda cfg, *rest: sample_groups(replace(cfg, micro_batch=1), *rest)):
         grpo_flux.main(cfg)

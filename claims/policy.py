@@ -36,8 +36,8 @@ class Policy:
         world.freeze(*self.reward.models)
         pipe, self.network, _ = trainer.load_models(cfg, world, folder.init)
         self.vae, self.optimizer = pipe.vae, distributed.adamw(self.network, cfg.learning_rate)
-        ema = distributed.EMA(self.network, cfg.ema_decay)
-        checkpoints = output.Checkpoints(pipe, component, self.optimizer, ema, world, cfg.keep_states)
+        self.ema = distributed.EMA(self.network, cfg.ema_decay)
+        checkpoints = output.Checkpoints(pipe, component, self.optimizer, self.ema, world, cfg.keep_states)
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
         side = pipe.vae_scale_factor
         if self.is_flow:
@@ -98,13 +98,17 @@ class Policy:
         self.optimizer.zero_grad()
         return norm
 
-    def finish(self, iteration: int, rewards: dict, loss: float, grad_norm: float, evaluations: int, clock) -> None:
-        """Write the iteration's line; evaluations of the guided network, of one sample; backward counts as two."""
+    def finish(self, iteration: int, rewards: dict, evaluations: int, clock, **row: float) -> None:
+        """Write the iteration's line; evaluations of the guided network, of one sample; backward counts as two.
+
+        row: what the loop has to add, as loss, grad_norm, and clip_fraction if it clips.
+        """
         total = sum(self.reward.weights[name] * r for name, r in rewards.items())
-        row = {"reward_mean": total.mean().item(), "reward_std": total.std().item(), "loss": loss}
-        row |= {f"reward_{name}": r.mean().item() for name, r in rewards.items()}
-        row |= {"grad_norm": grad_norm, "clip_fraction": 0.0, "zero_variance_groups": 0, "evaluations": evaluations}
-        self.run.finish(iteration, row | clock.metrics(len(total)))
+        known = {"reward_mean": total.mean().item(), "reward_std": total.std().item()}
+        known |= {f"reward_{name}": r.mean().item() for name, r in rewards.items()}
+        known |= {"clip_fraction": 0.0, "zero_variance_groups": 0, "evaluations": evaluations}
+        self.ema.update()
+        self.run.finish(iteration, known | row | clock.metrics(len(total)))
 
 
 def take(text, rows: Tensor):

@@ -1,4 +1,4 @@
-"""The quick start of the README, for pictures: what about forty iterations teach, and 150."""
+"""The quick start of the README, for pictures: what is learned in some forty iterations, and in 150."""
 
 from collections.abc import Callable
 

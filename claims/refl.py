@@ -15,6 +15,7 @@ from .policy import Policy, differentiable_score, take
 def main(cfg) -> None:
     cli.require(cfg.reward in ("hps", "clip", "pickscore"), f"ReFL needs one differentiable reward, not {cfg.reward}")
     policy, B = Policy(cfg), cfg.prompts_per_iteration * cfg.group_size
+    cli.require(not policy.is_flow, "ReFL is here for diffusion only; take grpo_sd")
     (scorer,) = policy.reward.scorers.values()
     for iteration in policy.run.iterations():
         clock = output.Stopwatch(policy.world)
@@ -36,4 +37,5 @@ def main(cfg) -> None:
             scores.append(score.detach())
         norm, score = policy.update(iteration), torch.cat(scores)
         clock.lap("update")
-        policy.finish(iteration, {cfg.reward: score}, -score.mean().item(), norm, B * (stop + 3), clock)
+        row = {"loss": -score.mean().item(), "grad_norm": norm}
+        policy.finish(iteration, {cfg.reward: score}, B * (stop + 3), clock, **row)

@@ -1,4 +1,4 @@
-"""Which steps are trained, and with how much network a window of them gets by."""
+"""Which steps are trained, and how few evaluations of the network a window of them needs."""
 
 from .experiment import Compare, Experiment, evaluations, heldout
 

@@ -23,7 +23,7 @@ CHOICES = ("left", "right", "tie")
 
 
 def wilson(wins: int, votes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share, 95 %: stays in [0, 1] and is right for few votes. (0, 1) without a vote."""
+    """Wilson's 95 % score interval of a proportion: it stays in [0, 1], also with few votes. (0, 1) without a vote."""
     if votes == 0:
         return 0.0, 1.0
     centre = (wins + z**2 / 2) / (votes + z**2)

@@ -42,10 +42,10 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as e:  # torch's errors of this kind are RuntimeErrors
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
-        reason, advice = (str(e) or "out of memory").splitlines()[0], "--micro-batch (of eval.py --batch-size)"
-        sys.exit(f"error: {reason}; lower {advice}, height and width, or add --offload")
+        reason, advice = (str(e) or "out of memory").splitlines()[0], "--micro-batch (in eval.py --batch-size)"
+        sys.exit(f"error: {reason}; lower {advice}, height and width, or give a trainer --offload")
     except KeyboardInterrupt:
-        print("interrupted; start it again to continue, a training run with --resume", file=sys.stderr)
+        print("interrupted; run the command again to continue (a training run: with --resume)", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()

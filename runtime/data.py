@@ -262,9 +262,11 @@ def writing(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError):  # of what is to be written
+        raise
     except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:
         # torch and safetensors report a full disk as errors of their own
-        reason = str(e).strip().splitlines()[-1]
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         raise RunError(
             f"could not write {path}: {reason}; make room or take another --output-dir; "
             "checkpoints already there are complete, --resume continues from the newest"
@@ -313,6 +315,6 @@ def reading_picture(path: str | Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        raise RunError(f"there is no picture {path}; correct its path where it is named, or put it there") from e
+        raise RunError(f"there is no picture {path}; correct its path, or put the picture there") from e
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
         raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e

@@ -79,7 +79,7 @@ class World:
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The processes of a node run the block one after the other, so that what it loads is in host memory once."""
+        """The processes of a node run the block one after the other, so that only one at a time fills host memory."""
         place = find_place()
         for _ in range(place.local_rank):
             self.barrier()
@@ -147,7 +147,7 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         except (OSError, dist.DistError) as e:
-            raise RunError(f"the processes cannot meet: {first_line(e)}; see the addresses that torchrun got") from e
+            raise RunError(f"the processes cannot connect: {first_line(e)}; check torchrun's address and port") from e
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(rank, size, device, compute, shard_size, offload, shard_mesh(device.type, size, shard_size))
 
@@ -167,7 +167,7 @@ def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: b
     chosen = shard_size or (1 if fits_whole else local_size)
     require(
         chosen > 0 and size % chosen == 0,
-        f"--shard-size must divide the {size} processes, got {chosen}; each copy of the network has that many",
+        f"--shard-size must divide the {size} processes, got {chosen}; that many hold one copy of the network",
     )
     return chosen
 
@@ -297,7 +297,7 @@ def load_network(
 ) -> nn.Module:
     """Load a diffusers network, ready to train, or frozen. init: weights to start from instead, see `find_init`.
 
-    Only rank 0 reads the weights, and hands them out: host memory holds one copy, whatever the number of processes.
+    Only rank 0 reads the weights, and broadcasts them: host memory holds one copy, whatever the number of processes.
     Raises RunError if the weights are missing or gated.
     """
     options = {"subfolder": subfolder} if subfolder else {}
@@ -398,7 +398,7 @@ def weight_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def load_adapter(network: nn.Module, file: Path) -> None:
-    """Copy the LoRA in a checkpoint's file, whose names begin with that of the network's place, into a network's."""
+    """Copy a checkpoint's LoRA into a network's. Names in the file begin with the component's."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -494,7 +494,7 @@ def shard(network: nn.Module, world: World) -> nn.Module:
     policy = fsdp.MixedPrecisionPolicy(
         param_dtype=None if world.dtype == torch.float32 else world.dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # autocast casts what may be: not rotary tables, nor times, which bf16 would round
+        cast_forward_inputs=False,  # autocast casts what is safe; bf16 would round rotary tables and timesteps
     )
     mesh = world.mesh if world.mesh["replicate"].size() > 1 else world.mesh["shard"]
     for module in reversed(list(network.modules())):  # innermost first
@@ -502,7 +502,7 @@ def shard(network: nn.Module, world: World) -> nn.Module:
             fsdp.fully_shard(module, mesh=mesh, mp_policy=policy)
     kind = type(network).__name__
     fsdp.fully_shard(network, mesh=mesh, mp_policy=policy)
-    type(network).__name__ = kind  # the network is of a new class now, whose name checkpoints would carry
+    type(network).__name__ = kind  # fully_shard changed the class; checkpoints would store its new name
     return network
 
 
@@ -530,7 +530,7 @@ def without_adapter(network: nn.Module) -> Iterator[None]:
 
 
 def reduce_gradients(network: nn.Module, now: bool) -> None:
-    """Say whether the next backward pass is the last of an update, whose gradients the copies of the network exchange.
+    """Say whether the next backward pass is the last of an update: only then do the copies all-reduce their gradients.
 
     Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole.
     """
@@ -539,8 +539,8 @@ def reduce_gradients(network: nn.Module, now: bool) -> None:
 
 
 def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float:
-    """Average gradients over processes that have the whole network each, clip them in place, and return their norm
-    before. A loss that is not a number ends the run here, before any weight.
+    """Average gradients over processes that each hold the whole network, clip them in place, and return their norm
+    before clipping. A loss that is not finite ends the run here, before any weight changes.
     """
     if dist.is_initialized() and not isinstance(network, fsdp.FSDPModule):
         gradients = [parameter.grad for parameter in trainable(network) if parameter.grad is not None]
@@ -552,7 +552,7 @@ def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float
     require(
         np.isfinite(norm),
         f"the loss or its gradient became {norm} in iteration {iteration + 1}; start again with a lower "
-        "--learning-rate or --max-grad-norm in another --output-dir; the checkpoints that are there are whole",
+        "--learning-rate or --max-grad-norm in another --output-dir; the checkpoints saved so far are intact",
     )
     return norm
 
@@ -591,7 +591,7 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
-    """Blocks get None instead of an attention mask that masks nothing, which shuts out the kernels of flash attention.
+    """Blocks get None instead of an attention mask that masks nothing: with any mask, flash attention cannot be used.
 
     position: the mask's among the arguments of a block.
     """
@@ -610,7 +610,7 @@ def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
 class Preemption:
     """Notes SIGTERM, which a cluster sends before it takes a machine away, and Ctrl-C, so that the run saves and ends.
 
-    A second Ctrl-C ends the process at once.
+    A Ctrl-C after either ends the process at once.
     """
 
     def __init__(self, world: World):

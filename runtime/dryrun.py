@@ -36,7 +36,7 @@ GIB = 2**30
 NODE = 8  # processes of a node
 CUDA_CONTEXT = 1.0  # GiB of GPU memory of a process beside its tensors: CUDA, NCCL, workspaces (an estimate)
 HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python, torch, CUDA (an estimate)
-# Parameters of the reward models, and bytes of each: VideoAlign is kept in bfloat16, the others in float32.
+# Parameters of the reward models, and bytes per parameter: VideoAlign is kept in bfloat16, the others in float32.
 REWARDS = {"hps": (986_109_441, 4), "clip": (986_659_585, 4), "pickscore": (985_512_961, 4)}
 REWARDS |= {"videoalign": (2_208_987_136, 2)}
 # AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
@@ -61,8 +61,8 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 class Counter(TorchDispatchMode):
-    """Counts bytes that are allocated and floating-point operations. FSDP's buffers are counted apart: what it
-    gathers parameters and reduces gradients in.
+    """Counts allocated bytes and floating-point operations. FSDP's buffers are counted separately: those that it
+    uses to gather parameters and reduce gradients.
     """
 
     def __init__(self):
@@ -149,7 +149,7 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
         found = config["_class_name"]
         require(found == expected, f"{option} {path}: its {subfolder or 'network'} is a {found}, not a {expected}")
         return config
-    print(f"{path} is not here: its {subfolder or 'network'} is taken to be the full-size {expected}")
+    print(f"{path} is not on this machine; its {subfolder or 'network'} is assumed to be the full-size {expected}")
     parameters = inspect.signature(network_class.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | known
 
@@ -326,7 +326,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     sharded = isinstance(network, FSDPModule)
     parts["buffers"] = max(0, counter.peak_buffers - (parts["gradients"] if sharded else 0))
     parts["activations"] = counter.peak - held - parts["gradients"] - parts["buffers"]
-    # The optimizer does to every part of a parameter what it does to a parameter.
+    # AdamW is elementwise: it treats a shard like a whole parameter.
     shards = [nn.Parameter(distributed.local(p).detach()) for p in distributed.trainable(network)]
     for parameter in shards:
         parameter.grad = torch.zeros_like(parameter)
@@ -361,7 +361,7 @@ def text_of(result: dict, gpu_memory: float) -> str:
     lines = [f"{result['processes']} processes, {result['shard_size']} share a copy of the network"]
     lines += [f"  {name:<14}{gib:8.2f} GiB" for name, gib in gpu.items() if name != "peak"]
     verdict = "fits" if result["fits"] else "DOES NOT FIT"
-    lines.append(f"  {'peak':<14}{gpu['peak']:8.2f} GiB on each GPU: {verdict} into {gpu_memory:g} GiB")
+    lines.append(f"  {'peak':<14}{gpu['peak']:8.2f} GiB on each GPU: {verdict} in {gpu_memory:g} GiB")
     checkpoint, pflop = result["checkpoint_gib"], result["pflop"]
     lines.append(f"host memory {result['host_gib']:.0f} GiB on each node")
     lines.append(f"a checkpoint {checkpoint['public']:.2f} GiB, and {checkpoint['state']:.2f} GiB to resume from")

@@ -104,7 +104,7 @@ def changes_on_resume(config, stored: dict, checkpoint: Path | None) -> list[dic
     new = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "output_dir")}
     new = {name: [stored[name], value] for name, value in new.items() if stored[name] != value}
     for name, (before, after) in new.items():
-        print(f"from iteration {done + 1} on --{name.replace('_', '-')} is {after}, before {before}", file=sys.stderr)
+        print(f"from iteration {done + 1} on --{name.replace('_', '-')} is {after}; it was {before}", file=sys.stderr)
     return stored.get("changes", []) + ([{"iteration": done} | new] if new else [])
 
 
@@ -235,7 +235,7 @@ class Checkpoints:
     """Saves and restores network, optimizer and EMA, whatever the number of processes.
 
     A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
-    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, which is
+    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, up to
     six times as large: only the newest `keep_states` checkpoints keep it. `state/` also holds the run's config.json and
     metrics.jsonl of that time; `checksums.json` has the sha256 of every file, but for the model card's, which may be
     edited: README.md, reward.png and samples.png.
@@ -316,11 +316,11 @@ class Checkpoints:
         require(
             bool(self.world.gather(finite.all().view(1)).all()),
             f"the weights became infinite or NaN in iteration {iteration} and are not saved; start again with a lower "
-            "--learning-rate in another --output-dir; the checkpoints that are there are whole",
+            "--learning-rate in another --output-dir; the checkpoints saved so far are intact",
         )
 
     def _delete_old_states(self, newest: Path) -> None:
-        """Of the checkpoints up to the newest; a later one is damaged, for the run continued from an earlier one."""
+        """Delete old states, up to `newest`. A later checkpoint is damaged: the run resumed from an earlier one."""
         upto = [path for path in complete_checkpoints(newest.parent) if int(path.name[11:]) <= int(newest.name[11:])]
         for checkpoint in upto[: -self.keep_states]:
             if (checkpoint / "state").is_dir():
@@ -390,7 +390,7 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
         f"---\n{header}\n---\n",
         f"# {Path(name).name}, trained with DanceGRPO\n",
         f"{name} after {iteration} iterations of GRPO ([arXiv 2505.07818](https://arxiv.org/abs/2505.07818)).",
-        "It loads from this folder like this; from elsewhere, put its path or its id on the hub for the dot:\n",
+        "It loads from this folder like this; from elsewhere, replace the dot with its path or its hub id:\n",
         "```python", *loading_lines(config, checkpoints, iteration), "```\n",
         "| | |\n|---|---|", f"| reward | {config.reward} |", f"| prompts | {config.prompts} |",
         *(f"| {key} | {value:.4f} |" for key, value in scores.items()),
@@ -455,14 +455,6 @@ class Metrics:
             self.draw()
             self.drawn = time.monotonic()
 
-    def curve(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Iterations and values of a key; sample scores start with their value before training."""
-        points = [(row["iteration"], row[key]) for row in self.rows if key in row]
-        if f"{key}_before" in self.rows[0]:
-            points.insert(0, (0, self.rows[0][f"{key}_before"]))
-        steps, values = zip(*points, strict=True)
-        return np.array(steps), np.array(values)
-
     def draw(self) -> None:
         """Redraw reward.png."""
         if not self.rows:
@@ -483,12 +475,12 @@ class Metrics:
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
         for axis, (title, keys) in zip(axes.flat, panels.items(), strict=True):
             for key in keys:
-                steps, values = self.curve(key)
+                steps, values = curve(self.rows, key)
                 (line,) = axis.plot(steps, values, alpha=0.3)
                 last_ten = [values[max(0, i - 9) : i + 1].mean() for i in range(len(values))]
                 axis.plot(steps, last_ten, color=line.get_color(), label=f"{key}, mean of 10")
                 if f"sample_{key}" in sampled:
-                    steps, values = self.curve(f"sample_{key}")
+                    steps, values = curve(self.rows, f"sample_{key}")
                     axis.plot(steps, values, "o-", color=line.get_color(), linewidth=3, label=f"sample_{key}")
             axis.set(title=title, xlabel="iteration")
             axis.legend()
@@ -498,6 +490,15 @@ class Metrics:
             figure.savefig(part, dpi=110)
             part.replace(self.path.with_name("reward.png"))
         plt.close(figure)
+
+
+def curve(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations and values of a key in lines of metrics; scores of sample pictures begin before training, at 0."""
+    points = [(row["iteration"], row[key]) for row in rows if key in row]
+    if f"{key}_before" in rows[0]:
+        points.insert(0, (0, rows[0][f"{key}_before"]))
+    x, y = zip(*points, strict=True)
+    return np.array(x), np.array(y)
 
 
 class Tracker:
@@ -602,7 +603,7 @@ class WandB:
 
 
 class Samples:
-    """Sample pictures or videos: same prompts, same noise, no noise injected. Their scores are the curve to watch.
+    """Sample pictures or videos: same prompts, same initial noise, the ODE. Their scores are the curve to watch.
 
     draw   (prompts, initial noise (b, *shape)) → images (b, 3, H, W) or videos (b, F, 3, H, W) in [0, 1]
     reward is that of the training. fps: frames per second, of videos.
@@ -711,7 +712,7 @@ def start_line(config, checkpoints: Checkpoints, done: int) -> str:
     what = f"LoRA of rank {config.lora_rank}" if checkpoints.is_lora else "all weights"
     todo = f"iterations {done + 1} to {config.iterations}" + f", after {name_of(done)}" * bool(done)
     if done >= config.iterations:
-        todo = f"all {done} iterations are done, --iterations prolongs it"
+        todo = f"all {done} iterations are done; raise --iterations to go on"
     model = getattr(config, "transformer", "") or config.model
     return (
         f"{model}, {checkpoints.component}: {what}, {count:.3g} million; reward {config.reward}; {todo}; "

@@ -285,9 +285,9 @@ def test_options_of_rectified_flow(trainer, words, expected):
         ("--preset tiny-t2i --reward mq", "reward mq judges video"),
         (
             "--preset tiny-wan --guidance 6",
-            "--guidance is embedded guidance, which tiny/wan has not; give --guidance 1",
+            "--guidance is embedded guidance, which tiny/wan lacks; give --guidance 1",
         ),
-        ("--preset tiny-t2v --model tiny/wan", "--guidance is embedded guidance, which tiny/wan has not"),
+        ("--preset tiny-t2v --model tiny/wan", "--guidance is embedded guidance, which tiny/wan lacks"),
         ("--preset tiny-wan --height 24", "--height must be a multiple of 16"),
         ("--preset tiny-wan --frames 6", "--frames must be one more than a multiple of 4, and at least 1 here, got 6"),
         (

@@ -18,7 +18,7 @@ import grpo_sd
 from claims import diversity, dpo, experiment, one_form, policy, tables
 from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
 from rewards import load_reward
-from runtime import cli
+from runtime import cli, output
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def a_run(before=0.0, middle=1.0, end=2.0, hps=0.3, **config):
 
 
 def test_a_curve_begins_before_training():
-    x, y = experiment.curve(a_run(0.5, 1.0, 4.0).rows, "score")
+    x, y = output.curve(a_run(0.5, 1.0, 4.0).rows, "score")
     assert x.tolist() == [0, 10, 20] and y.tolist() == [0.5, 1.0, 4.0]
 
 
@@ -342,7 +342,7 @@ FAST = dict(preset="tiny", iterations=2, prompts_per_iteration=2, group_size=4, 
     ],
 )
 def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path):
-    run = experiment.train(trainer.__name__, FAST, tmp_path, loop)
+    run = experiment.train(trainer.__name__, FAST | {"ema_decay": 0.5}, tmp_path, loop)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     costs = [row["evaluations"] for row in rows]
     assert costs == [cost] * 2 if cost else all(c in (8 * (2 + 3), 8 * (3 + 3)) for c in costs)
@@ -350,8 +350,16 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
     component = "unet" if trainer is grpo_sd else "transformer"
     weights = "diffusion_pytorch_model.safetensors"
     before = safetensors.torch.load_file(f"tiny/{'sd' if trainer is grpo_sd else 'flux'}/{component}/{weights}")
-    after = safetensors.torch.load_file(run / "checkpoint-000002" / component / weights)
-    assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+    for part in (component, f"{component}_ema"):
+        after = safetensors.torch.load_file(run / "checkpoint-000002" / part / weights)
+        assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["claims.refl", "claims.dpo"])
+def test_baselines_for_diffusion_refuse_rectified_flow(loop, tmp_path):
+    with pytest.raises(cli.RunError, match=r"is here for diffusion only; take grpo_sd$"):
+        experiment.train("grpo_flux", FAST, tmp_path, loop)
 
 
 @pytest.mark.slow

@@ -374,7 +374,7 @@ def test_a_run_that_lost_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(nam
         DAMAGE["one wrong bit"](run / NEWEST / name)
     words = ["--output-dir", str(run), "--resume"]
     assert outcome(lambda: grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))) is None
-    todo = f"iterations 2 to 2, after {OLDER}" if name else "all 2 iterations are done, --iterations prolongs it"
+    todo = f"iterations 2 to 2, after {OLDER}" if name else "all 2 iterations are done; raise --iterations to go on"
     assert todo in capsys.readouterr().out
     for name in IN_CHECKPOINT[1:3]:
         a, b = (safetensors.torch.load_file(folder / NEWEST / name) for folder in (run, finished[0]))

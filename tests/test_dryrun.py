@@ -120,7 +120,7 @@ def test_the_result_is_written_and_says_whether_it_fits(tmp_path, capsys):
     parts = "peak parameters gradients optimizer ema frozen reward activations buffers trajectories"
     assert set(result["gpu_gib"]) == set(parts.split())
     assert result["gpu_gib"]["peak"] == pytest.approx(sum(result["gpu_gib"].values()) - result["gpu_gib"]["peak"])
-    assert not result["fits"] and "DOES NOT FIT into 1.05 GiB" in capsys.readouterr().out
+    assert not result["fits"] and "DOES NOT FIT in 1.05 GiB" in capsys.readouterr().out
     assert grpo_flux.dry_run(options(tmp_path, gpu_memory=2.0))["fits"]
     offloaded = grpo_flux.dry_run(options(tmp_path, offload=True))
     assert offloaded["gpu_gib"]["peak"] < result["gpu_gib"]["peak"]

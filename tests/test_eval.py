@@ -640,7 +640,7 @@ def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
     os.utime(weights, ns=(1, 1))  # a copy of the same weights is no change
     evaluate(tmp_path / "out", **options)
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x42")
-    with pytest.raises(cli.RunError, match=r"transformer has changed since .*out has results of it"):
+    with pytest.raises(cli.RunError, match=r"transformer has changed since its results in .*out were made"):
         evaluate(tmp_path / "out", **options)
 
 

@@ -461,7 +461,7 @@ def test_a_server_that_fails_once_is_asked_again(judge):
 @pytest.mark.parametrize(
     "kind, requests, message",
     [
-        ("slow", 2, r"no answer \(timed out\), attempt 2 of 2; mend the server"),
+        ("slow", 2, r"no answer \(timed out\), attempt 2 of 2; fix the server"),
         ("broken", 2, "it answers with status 500 Internal Server Error, attempt 2 of 2"),
         ("nothing", 1, "it answers with status 404 Not Found, attempt 1 of 2"),
         ("text", 1, r'must answer {"scores": \[…\]}, not b\'<html>welcome\' \(JSONDecodeError\)'),

@@ -153,7 +153,7 @@ def test_metrics_are_written_as_they_come_and_the_first_line_has_the_scores_befo
     first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first == {"iteration": 1, "sample_reward_a_before": 0.05} | ROW
     assert second == {"iteration": 2, "sample_reward_a": 0.3} | ROW
-    steps, values = writer.curve("sample_reward_a")
+    steps, values = output.curve(writer.rows, "sample_reward_a")
     assert steps.tolist() == [0, 2] and values.tolist() == [0.05, 0.3]
 
 
@@ -276,3 +276,10 @@ def test_signals_are_noted_during_a_run_only():
     assert preempted() and preempted.exit_code == 0
     preempted.restore()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_a_failed_write_is_reported_as_one(tmp_path):
+    with pytest.raises(cli.RunError, match="could not write .*out: OSError; make room"), data.writing(tmp_path / "out"):
+        raise OSError
+    with pytest.raises(torch.OutOfMemoryError), data.writing(tmp_path / "out"):  # while weights are gathered
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -268,7 +268,7 @@ def test_the_learning_rate_may_be_changed_on_resume_and_that_is_written_down(sma
     assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
     shutil.rmtree(out / "checkpoint-000003")
     (out / "samples" / "000004.png").write_text("later than the next checkpoint")
-    assert "from iteration 3 on --learning-rate is 1e-09, before 0.0001\n" in capsys.readouterr().err
+    assert "from iteration 3 on --learning-rate is 1e-09; it was 0.0001\n" in capsys.readouterr().err
     grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))  # keeps it
     assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
     config = json.loads((out / "config.json").read_text())

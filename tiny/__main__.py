@@ -123,7 +123,7 @@ def check_video_models():
 def check():
     """Prints how well the checkers agree with the renderers, and the figures of each model; writes tiny/figures.json.
 
-    The generators before they have bad habits are there only where `python -m tiny all` made them.
+    The generators before their bad habits exist only where `python -m tiny` trained them.
     """
     figures = {}
     for part in (check_pictures, check_clips, check_judges, check_image_models, check_video_models):

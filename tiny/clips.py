@@ -109,7 +109,7 @@ def random_clip(rng, action):
 
 def composed_clip(rng, action):
     """As `random_clip`, but composed as a careful film-maker would: the thing is large, its way leads through the
-    middle, and it turns and hops in one manner. So few scenes are learnt well by a small generator in half an hour."""
+    middle, and it turns and hops in one manner. A small generator learns so narrow a range well in half an hour."""
     time = torch.linspace(0, 1, FRAMES)
     motion, path = action["motion"], torch.zeros(FRAMES, 4)
     path[:, 2] = rng.uniform(13, 15)
@@ -202,10 +202,10 @@ def make_clip(rng, scene, motion_fault=None, quality_fault=None):
 def watch(clip):
     """What is seen in each frame of a clip (F, 3, 64, 64): a dictionary of (F,) tensors, and the colour.
 
-    x, y, radius (of a disc of the same area) and angle in pixels and radians; light, the mean of all pixels; rest,
-    the share of colour that lies away from the shape. Each pixel counts by how much more colourful it is than the
-    background, so that noise and blur hardly move the figures. The angle is that of the 3-fold or the 4-fold
-    asymmetry, whichever is stronger, followed from frame to frame; without asymmetry it stays 0.
+    x, y, radius (of a disc of the same area) and angle in pixels and radians; light, the mean of all pixels.
+    Each pixel counts by how much more colourful it is than the background, so that noise and blur hardly move the
+    figures. The angle is that of the 3-fold or the 4-fold rotational symmetry, whichever is stronger, followed from
+    frame to frame; with neither, as of a circle, it stays 0.
     """
     clip = clip.detach().float().cpu()
     smooth = F.avg_pool2d(clip, 5, 1, 2, count_include_pad=False)

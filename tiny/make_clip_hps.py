@@ -1,7 +1,7 @@
 """How tiny/clip and tiny/hps were trained.
 
-python -m tiny clip    needs tiny/sd, and what it drew before its habits, in runs/tiny/sd
-python -m tiny hps     needs tiny/clip, and the same
+python -m tiny clip    needs tiny/sd, and runs/tiny/sd, the same model before its bad habits
+python -m tiny hps     needs tiny/clip, tiny/flux's autoencoder, and runs/tiny/gallery.pt, which `clip` makes
 
 They learn from rendered scenes first. Then they see what a generator draws, and what the checker says about it.
 """

@@ -216,7 +216,7 @@ def new_sd(vae):
 def noise_loss(pipe, data, captions, i):
     """Noise prediction, 10 % of the captions left out for classifier-free guidance.
 
-    The weight 1/alpha_bar, at most 20, makes it an error of the picture where noise hides it: there layouts are chosen.
+    The weight 1/alpha_bar, at most 20, makes it the clean latent's error at high noise, where the layout is decided.
     """
     B = len(data)
     noise, t = torch.randn_like(data), torch.randint(1000, (B,))

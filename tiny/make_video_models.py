@@ -137,7 +137,7 @@ def train_vae(seed=0, clips=3000, iterations=4400):
 def fit_vae(vae, rng, clips, iterations, precision=contextlib.nullcontext, batch=8, learning_rate=1e-2):
     """Trains an autoencoder of videos on clips, of which many have faults, and on single frames of them.
 
-    Pixels that stand out from the clip's mean colour, the object's, count up to 5 times; so do blocks of 4x4 pixels.
+    Pixels that stand out from the clip's mean colour, the object's, count up to 5 times; 4x4 block means count too.
     Returns latents (256, 16, f, h, w) of clips.
     """
     torch.nn.init.constant_(vae.quant_conv.bias[16:], -4.0)  # little noise, so that there is a signal

@@ -166,7 +166,7 @@ SPOTS[4] = [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)]
 
 def composed_scene(rng, metadata):
     """Rows as of `random_scene`, composed as a careful illustrator would: the things have their spots, and one colour
-    if the caption leaves it open. So few layouts are learnt well by a small generator in an hour."""
+    if the caption leaves it open. A small generator learns so narrow a range of layouts well in an hour."""
     wanted = [item for item in metadata["include"] for _ in range(item["count"])]
     spots = SPOTS[len(wanted)]
     relation = metadata["include"][-1].get("position")
@@ -209,7 +209,7 @@ def render(scenes, ragged=None, grain=20):
     dx = grid[None, None, None, :] - scenes[..., 4, None, None]  # (B, 4, 1, 64)
     dy = grid[None, None, :, None] - scenes[..., 5, None, None]  # (B, 4, 64, 1)
     edges = distances(dx, dy, radius)
-    unevenness = 0.0
+    unevenness = torch.zeros(B, 4, 1, 1)
     if ragged is not None:
         unevenness = F.interpolate(torch.randn(B, 4, grain, grain), SIZE, mode="bilinear") * ragged.view(B, 1, 1, 1)
     light = 0.86 + 0.10 * torch.rand(B, 1, 1, 1) + 0.015 * torch.randn(B, 3, 1, 1)
@@ -219,7 +219,7 @@ def render(scenes, ragged=None, grain=20):
         distance = torch.full((B, SIZE, SIZE), 9.0)
         for i, candidate in enumerate(edges):
             distance = torch.where(shape[:, k, None, None] == i, candidate[:, k], distance)
-        cover = (0.5 - distance - (unevenness[:, k] if ragged is not None else 0.0)).clamp(0, 1)[:, None]
+        cover = (0.5 - distance - unevenness[:, k]).clamp(0, 1)[:, None]
         images = images * (1 - cover) + rgb[:, k, :, None, None] * cover
     return images.clamp(0, 1)
 
