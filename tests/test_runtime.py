@@ -279,7 +279,10 @@ def test_signals_are_noted_during_a_run_only():
 
 
 def test_only_a_failed_write_is_reported_as_one(tmp_path):
-    with pytest.raises(cli.RunError, match="could not write .*out: OSError; make room"), data.writing(tmp_path / "out"):
+    with (
+        pytest.raises(cli.RunError, match=r"could not write .*out: OSError; make room"),
+        data.writing(tmp_path / "out"),
+    ):
         raise OSError
     with pytest.raises(torch.OutOfMemoryError), data.writing(tmp_path / "out"):  # while weights are gathered
         raise torch.OutOfMemoryError("CUDA out of memory")
