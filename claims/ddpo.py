@@ -6,7 +6,7 @@ the whole batch, since no two samples share a prompt. The objective and the cost
 
 import torch
 
-from grpo_sd import group_advantages, grpo_loss, sde_window, training_pairs
+from grpo_sd import group_advantages, grpo_loss, sde_window, statistics, training_pairs
 from runtime import output
 
 from .policy import Policy, take
@@ -28,6 +28,7 @@ def main(cfg) -> None:
         updates = training_pairs(A, keys, B, window, tau, cfg.timesteps, 0, cfg.updates_per_rollout)
         losses, norms, ratios = [], [], []
         for pairs in updates:
+            ratios.append([])
             for part in policy.world.chunks(pairs, cfg.micro_batch, "update"):
                 s, t = torch.tensor(part).T
                 mean, std, _ = policy.gaussian(trajectories[s, t], t, take(text, s))
@@ -35,10 +36,10 @@ def main(cfg) -> None:
                 loss, rho = grpo_loss(log_prob, old_log_probs[s, t], A[s], cfg.clip_range)
                 (loss * len(part) / len(pairs)).backward()
                 losses.append(loss.item() * len(part) / len(pairs) / len(updates))
-                ratios.append(rho)
+                ratios[-1].append(rho)
             norms.append(policy.update(iteration))
         clock.lap("update")
         cost = B * cfg.steps + 3 * sum(map(len, updates))
-        clipped = ((torch.cat(ratios) - 1).abs() > cfg.clip_range).double().mean().item()
-        row = {"loss": sum(losses), "grad_norm": sum(norms) / len(norms), "clip_fraction": clipped}
+        row = {"loss": sum(losses), "grad_norm": sum(norms) / len(norms)}
+        row |= statistics(rewards, policy.reward.weights, A, B, ratios, cfg.clip_range, policy.world.gather)
         policy.finish(iteration, rewards, cost, clock, **row)

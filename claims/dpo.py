@@ -7,7 +7,7 @@ noise of the better one more precisely than the frozen reference does, and that 
 import torch
 import torch.nn.functional as F
 
-from grpo_sd import predict, sde_window
+import grpo_sd
 from runtime import cli, data, output
 
 from .policy import Policy
@@ -23,14 +23,14 @@ def dpo_loss(error, reference_error, beta: float):
 
 
 def main(cfg) -> None:
+    cli.require(isinstance(cfg, grpo_sd.Config), "online DPO is here for diffusion only; take grpo_sd")
     policy, P, G = Policy(cfg), cfg.prompts_per_iteration, cfg.group_size
-    cli.require(not policy.is_flow, "online DPO is here for diffusion only; take grpo_sd")
     alpha_bars = policy.levels
     for iteration in policy.run.iterations():
         clock = output.Stopwatch(policy.world)
         captions = [caption for caption in policy.captions(iteration, P) for _ in range(G)]
         text, keys = policy.encode(captions), [(cfg.seed, iteration, p, g) for p in range(P) for g in range(G)]
-        window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
+        window = grpo_sd.sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         trajectories, _, images = policy.sample(text, keys, window)
         clock.lap("rollout")
         rewards = policy.reward(images, captions)
@@ -50,7 +50,7 @@ def main(cfg) -> None:
         errors = []
         for network in (policy.reference, policy.network):
             with torch.set_grad_enabled(network is policy.network):
-                found = predict(network, z, policy.timesteps[t], prompt, 1.0)
+                found = grpo_sd.predict(network, z, policy.timesteps[t], prompt, 1.0)
             errors.append(((found - eps) ** 2).flatten(1).mean(1).view(2, M))
         loss = dpo_loss(errors[1], errors[0], BETA)
         loss.backward()

@@ -101,7 +101,7 @@ class Policy:
     def finish(self, iteration: int, rewards: dict, evaluations: int, clock, **row: float) -> None:
         """Write the iteration's line; evaluations of the guided network, of one sample; backward counts as two.
 
-        row: what the loop has to add, as loss, grad_norm, and clip_fraction if it clips.
+        row: the loss, grad_norm, and what else the loop knows; it replaces what is reckoned here.
         """
         total = sum(self.reward.weights[name] * r for name, r in rewards.items())
         known = {"reward_mean": total.mean().item(), "reward_std": total.std().item()}

@@ -1,10 +1,11 @@
 """What others changed, on rectified flow: the KL term, other SDEs, other trust regions, group size, clip range."""
 
 from .diversity import features_of
-from .experiment import Compare, Experiment, Run, heldout
+from .experiment import Compare, Experiment, Run, heldout, mean
 
 HPS = "HPS on held-out prompts (cosine)"
 MOVED = "CLIP distance from the base's picture, held-out (1 - cosine)"
+CLIPPED = "clip fraction, mean of the iterations"
 BIAS = "mean ratio, distance from 1"
 RIGHT = "checker accuracy, held-out (share)"
 SEVERAL = {"updates_per_rollout": 4}  # with a single update the ratio is 1, and nothing is clipped
@@ -90,5 +91,6 @@ CLAIMS = {
         "The paper's clip range of 1e-4 teaches no less than a tenth or a hundredfold of it, less 0.02",
         {f"{epsilon:g}": SEVERAL | {"clip_range": epsilon} for epsilon in (1e-5, 1e-4, 1e-3, 1e-2)},
         (Compare(HPS, "0.0001", "1e-05", by=-0.02), Compare(HPS, "0.0001", "0.01", by=-0.02)),
+        {CLIPPED: mean("clip_fraction")},
     ),
 }
