@@ -5,7 +5,7 @@ from .experiment import Compare, Experiment, Run, heldout, mean
 
 HPS = "HPS on held-out prompts (cosine)"
 MOVED = "CLIP distance from the base's picture, held-out (1 - cosine)"
-CLIPPED = "clip fraction, mean of the iterations"
+CLIPPED = "share of ratios clipped"
 BIAS = "mean ratio, distance from 1"
 RIGHT = "checker accuracy, held-out (share)"
 SEVERAL = {"updates_per_rollout": 4}  # with a single update the ratio is 1, and nothing is clipped
