@@ -9,7 +9,7 @@ ALL = {"sde_window": 0, "steps": 11}  # ten of eleven steps can be trained
 SPENT = "evaluations of the network in all, thousands"
 
 
-def fast(trainer: str, fraction: float) -> Experiment:
+def fast(trainer: str, fraction: float, seeds: int) -> Experiment:
     """The tiny preset has the window of the preset `fast`; the other arm trains steps as the preset `release` does."""
     return Experiment(
         says=f"A window on the two noisiest of six steps ends as high as the release's recipe, for half, {trainer}",
@@ -23,6 +23,7 @@ def fast(trainer: str, fraction: float) -> Experiment:
         compares=(Compare(HPS, "as fast", "as release"), Compare(SPENT, "as release", "as fast", times=2.0)),
         curves=(("evaluations", "sample_reward_hps", LABEL), ("seconds", "sample_reward_hps", LABEL)),
         heldout={"preset": "tiny", "steps": ALL["steps"]},  # one sampler for both, that of the dearer arm
+        seeds=seeds,
     )
 
 
@@ -55,6 +56,6 @@ CLAIMS = {
         ),
         curves=(("evaluations", "sample_reward_hps", LABEL), ("seconds", "sample_reward_hps", LABEL)),
     ),
-    "fast-flux": fast("grpo_flux", 0.6),
-    "fast-sd": fast("grpo_sd", 1.0),
+    "fast-flux": fast("grpo_flux", 0.6, seeds=5),
+    "fast-sd": fast("grpo_sd", 1.0, seeds=3),
 }

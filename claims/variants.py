@@ -1,6 +1,6 @@
 """What others changed, on rectified flow: the KL term, other SDEs, other trust regions, group size, clip range."""
 
-from .diversity import features_of
+from .diversity import LOST, features_of, lost
 from .experiment import Compare, Experiment, Run, heldout, mean
 
 HPS = "HPS on held-out prompts (cosine)"
@@ -79,7 +79,7 @@ CLAIMS = {
             Compare(HPS, "guard", "plain", by=-0.02),
             Compare(HPS, "dppo", "plain", by=-0.02),
         ),
-        {RIGHT: heldout("geneval")},
+        {RIGHT: heldout("geneval"), LOST: lost},
         (("iteration", "sample_reward_geneval", "checker accuracy of sample pictures (share)"),),
     ),
     "group-size": flux(
