@@ -5,7 +5,8 @@ Algorithm 1 of the paper, which `main` follows line by line:
         sample a batch of prompts; the current weights are the old policy
         for every prompt draw G images by the reverse SDE from one initial noise, and score them
         advantage of an image = its score, normalised within its prompt's group (several rewards: summed after that)
-        choose a random subset of the timesteps and replay it: rho = exp(new log-prob - old log-prob)
+        choose a random subset of the timesteps and replay it: rho = exp(new log-prob - old log-prob),
+            where a log-prob is the mean over the latent's elements
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
     python grpo_flux.py --preset tiny                                   on a laptop, no download, some minutes
@@ -60,11 +61,11 @@ class Config:
     ratio: str = "plain"  # plain (paper); guard (GRPO-Guard) or dppo (Flow-DPPO), against over-optimisation
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train; all of a window (paper, release)
+    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release), not of a window
     timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
-    micro_batch: Count = 4  # samples in one forward pass, in the rollout and in the update alike (ours)
+    micro_batch: Count = 4  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
     kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
@@ -191,7 +192,10 @@ def training_pairs(A, keys, group_size: int, window: range, fraction: float, tim
 
 
 def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, clip_range: float, gather):
-    """What to watch: rewards {name: (B,)}, advantages A (B,), rho of each update. gather: (n,) of all processes."""
+    """The metrics of an iteration, over all processes, whose values `gather` puts side by side.
+
+    rewards {name: (B,)}, advantages A (B,); ratios: for each update the rho (M,) of its micro-batches.
+    """
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
     excess = [gather(torch.cat(rho)).double() - 1 for rho in ratios]
@@ -392,7 +396,7 @@ def main(cfg: Config) -> None:
         for pairs in updates:
             ratios.append([])
             for part in world.chunks(pairs, cfg.micro_batch, f"update {len(ratios)}"):
-                distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])
+                distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])  # now: in the last micro-batch
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, of_prompt = trajectories[s, t], trajectories[s, t + 1], tuple(x[s // G] for x in text)
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
