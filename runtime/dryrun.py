@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import inspect
 import json
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
@@ -25,7 +27,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rewards import parse_paths, parse_spec
+from rewards import loading, parse_paths, parse_spec
 
 from . import distributed
 from .cli import require
@@ -190,13 +192,25 @@ def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
 
 
 def reward_bytes(names: Iterable[str], paths: dict[str, str]) -> int:
-    """Of the named reward models; those of a folder that is here are as large as its largest file."""
+    """Of the named reward models. In a folder that is here the largest file has the weights, in whatever dtype."""
     total = 0
-    for name in set(names):
-        files = [file.stat().st_size for file in Path(paths.get(name, "")).glob("*") if name in paths]
-        count, width = REWARDS.get(name, (0, 0))  # a reader's own function: not known
-        total += max(files, default=count * width)
+    for name in set(names) & set(REWARDS):  # a reader's own function is not known
+        count, width = REWARDS[name]
+        files = [file for file in Path(paths.get(name, "")).glob("*") if name in paths and file.is_file()]
+        if files:
+            with loading(name, paths[name], "its weights"):
+                count = elements_of(max(files, key=lambda file: file.stat().st_size))
+        total += count * width
     return total
+
+
+def elements_of(file: Path) -> int:
+    """Of all tensors in a file of weights; their content is not read."""
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as weights:
+            return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    stored = torch.load(file, map_location="meta", weights_only=True)
+    return sum(weight.numel() for weight in stored.get("state_dict", stored).values())
 
 
 # ------------------------------------------------------------------------------------------------------------- the run

@@ -12,9 +12,11 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from safetensors.torch import save_file
 
 import grpo_flux
 import grpo_video
+from rewards import RewardError
 from runtime import cli, distributed, dryrun
 from sampling import flow_sigmas
 
@@ -148,3 +150,20 @@ def test_without_the_hub_the_full_size_configurations_are_known(network_class, e
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(elements, rel=0.01)
     with pytest.raises(cli.RunError, match="no folder 'nowhere/at/all'"):
         dryrun.config_of(network_class, "nowhere/at/all")
+
+
+@pytest.mark.parametrize("file", ["weights.pt", "model.safetensors"])
+def test_a_reward_is_counted_in_the_dtype_that_it_runs_in(tmp_path, file):
+    weights = {"a": torch.zeros(300, 7, dtype=torch.float16), "b": torch.zeros(11, dtype=torch.float16)}
+    (tmp_path / "config.json").write_text("{}")
+    if file.endswith(".pt"):
+        torch.save({"state_dict": weights}, tmp_path / file)
+    else:
+        save_file(weights, tmp_path / file)
+    paths = {"hps": str(tmp_path), "videoalign": str(tmp_path)}
+    assert dryrun.reward_bytes(["hps"], paths) == 4 * (300 * 7 + 11)
+    assert dryrun.reward_bytes(["videoalign", "hps", "hps"], paths) == 6 * (300 * 7 + 11)
+    assert dryrun.reward_bytes(["hps", "my_rewards.py:red"], {}) == 4 * 986_109_441
+    (tmp_path / file).write_bytes(b"not weights" * 9)
+    with pytest.raises(RewardError, match=r"^hps: could not load .*--reward-paths hps=FOLDER"):
+        dryrun.reward_bytes(["hps"], paths)
