@@ -83,7 +83,7 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
-    dry_run: bool = False  # only print what the run needs: memory, compute, disk; without weights, without a GPU
+    dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
@@ -106,7 +106,7 @@ PRESETS = {
     "lora": dict(updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, iterations=301),  # (release)
     "lora-48gb": dict(  # one GPU
         updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, height=512, width=512, micro_batch=2,
-        prompts_per_iteration=4, offload=True,
+        prompts_per_iteration=4, offload=True, gpu_memory=46.0,
     ),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 16 forward passes a sample, not 43

@@ -80,7 +80,7 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the UNet's repeated blocks
-    dry_run: bool = False  # only print what the run needs: memory, compute, disk; without weights, without a GPU
+    dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
@@ -102,7 +102,13 @@ PRESETS = {
     "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6; guided, so one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
     "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: cost of 32 forward passes a sample, not 197
-    "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True),  # one GPU
+    "24gb": dict(  # one GPU
+        prompts_per_iteration=8,
+        micro_batch=4,
+        gradient_checkpointing=True,
+        offload=True,
+        gpu_memory=23.0,
+    ),
     "tiny": TINY,
 }
 

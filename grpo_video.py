@@ -93,7 +93,7 @@ class Config:
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
-    dry_run: bool = False  # only print what the run needs: memory, compute, disk; without weights, without a GPU
+    dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
@@ -133,7 +133,7 @@ PRESETS = {
     ),
     "wan-48gb": WAN | dict(  # ours, one GPU: LoRA, text to video
         lora_rank=64, learning_rate=1e-4, offload=True, reward="vq,mq", frames=33, height=320, width=512, fps=16.0,
-        steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2,
+        steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2, gpu_memory=46.0,
     ),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=20, output_dir="runs/tiny-t2v"),
     "tiny-wan": TINY | dict(

@@ -1,7 +1,7 @@
 """Serves the rewards of this repository to `--reward http://HOST:PORT/NAME`; put a large judge of yours in their place.
 
 python -m docs.reward_server hps                           on the machine with the judge; port 8000
-python -m docs.reward_server clip 8001 clip=tiny/clip      another port, weights from a folder
+python -m docs.reward_server hps 8001 hps=tiny/hps         another port, weights from a folder
 torchrun grpo_flux.py --reward http://HOST:8000/hps        on the machine that trains
 """
 
@@ -24,10 +24,13 @@ def serve(spec: str, port: int, paths: dict[str, str]) -> HTTPServer:
 
     class Judge(BaseHTTPRequestHandler):
         def do_POST(self):
+            name = self.path.split("/")[-1]
+            if name not in reward.weights:
+                return self.send_error(404, f"this server has {', '.join(reward.weights)}")
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             visuals = [picture(x) for x in asked.get("images", [])]
             visuals += [torch.stack([picture(frame) for frame in video]) for video in asked.get("videos", [])]
-            scores = reward(torch.stack(visuals), asked["prompts"], asked.get("fps"))[self.path.split("/")[-1]]
+            scores = reward(torch.stack(visuals), asked["prompts"], asked.get("fps"))[name]
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps({"scores": scores.tolist()}).encode())

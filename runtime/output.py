@@ -93,14 +93,18 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     checkpoint = None
     if config.resume:
         checkpoint = newest_whole_checkpoint(output_dir, world, content)
+        done = int(checkpoint.name[11:]) if checkpoint else 0
+        require(
+            config.iterations >= done,
+            f"--iterations {config.iterations} is below the {done} that the run in {output_dir} has done; raise it",
+        )
         if world.is_main:
-            content["changes"] = changes_on_resume(config, stored, checkpoint)
+            content["changes"] = changes_on_resume(config, stored, done)
     return Folder(content, checkpoint, init, Tracker(config.track if world.is_main else "", content, checkpoint))
 
 
-def changes_on_resume(config, stored: dict, checkpoint: Path | None) -> list[dict]:
+def changes_on_resume(config, stored: dict, done: int) -> list[dict]:
     """For config.json: [{"iteration": done before, option: [value before, value after], …}, …] of all resumptions."""
-    done = int(checkpoint.name[11:]) if checkpoint else 0
     new = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("resume", "output_dir")}
     new = {name: [stored[name], value] for name, value in new.items() if stored[name] != value}
     for name, (before, after) in new.items():
@@ -389,7 +393,8 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
     return "\n".join([
         f"---\n{header}\n---\n",
         f"# {Path(name).name}, trained with DanceGRPO\n",
-        f"{name} after {iteration} iterations of GRPO ([arXiv 2505.07818](https://arxiv.org/abs/2505.07818)).",
+        f"{name} after {iteration} iterations of GRPO ([arXiv 2505.07818](https://arxiv.org/abs/2505.07818))"
+        f"{', started from ' + config.init if config.init else ''}.",
         "It loads from this folder like this; from elsewhere, replace the dot with its path or its hub id:\n",
         "```python", *loading_lines(config, checkpoints, iteration), "```\n",
         "| | |\n|---|---|", f"| reward | {config.reward} |", f"| prompts | {config.prompts} |",
@@ -727,6 +732,7 @@ def end_line(config, checkpoints: Checkpoints, done: int) -> str:
     other = {"geneval"} | ({"videoalign"} if getattr(config, "frames", 1) == 1 else set())  # judge in another way
     if metrics := [name for name, model in MODEL_OF.items() if model in paths.keys() - other]:
         own = ",".join(f"{name}={path}" for name, path in paths.items() if name not in other)
+        metrics += [term.model for term in parse_spec(config.reward) if term.model not in MODEL_OF.values()]
         options += ["--metrics", ",".join(metrics), "--reward-paths", own]
     command = shlex.join(["python", "eval.py", "--checkpoint", str(checkpoint), *options])
     kind, part = type(checkpoints.network).__name__.removeprefix("FSDP"), checkpoints.component

@@ -173,6 +173,9 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
     assert (cfg.eta, cfg.iterations, cfg.resume) == (0.7, 9, True)
     start(cfg, world, ["one", "two"])
     assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
+    cfg = parse("--output-dir", str(tmp_path), "--resume", "--iterations", "1")
+    with pytest.raises(cli.RunError, match=r"^--iterations 1 is below the 2 that the run in .* has done; raise it$"):
+        start(cfg, world, ["one", "two"])
 
 
 def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(tmp_path, world):

@@ -113,7 +113,9 @@ TABLE_6 = dict(
 RECIPES = [
     (grpo_sd, "release", 49, SD),
     (grpo_sd, "hps-clip", 49, SD | dict(reward="hps:0.7,clip:1.4")),
-    (grpo_sd, "24gb", 49, SD | dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True)),
+    (grpo_sd, "24gb", 49, SD | dict(
+        prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True, gpu_memory=23.0
+    )),
     (grpo_sd, "fast", 4, SD | dict(steps=20, sde_window=4, sde_window_every=1000)),
     (grpo_sd, "paper", 29, TABLE_6 | dict(steps=50, updates_per_rollout=1, guidance=5.0)),
     (grpo_flux, "release", 9, FLUX),
@@ -123,7 +125,7 @@ RECIPES = [
     )),
     (grpo_flux, "lora-48gb", 6, FLUX | dict(
         updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, height=512, width=512, micro_batch=2,
-        prompts_per_iteration=4, offload=True,
+        prompts_per_iteration=4, offload=True, gpu_memory=46.0,
     )),
     (grpo_flux, "fast", 2, FLUX | dict(steps=10, sde_window=2, sde_window_every=1000)),
     (grpo_flux, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3)),

@@ -440,6 +440,8 @@ def test_the_example_server_gives_the_scores_of_the_reward_that_it_serves(monkey
     check_reward(url, "")
     served, own = (load_reward(spec, TINY)(images, prompts)["clip"] for spec in (url, "clip"))
     torch.testing.assert_close(served, own)
+    with pytest.raises(RewardError, match=r"/hps.*this server has clip.*attempt 1 of 3"):  # it is not asked again
+        load_reward(url.replace("/clip", "/hps"))(images, prompts)
     server.shutdown()
     server.server_close()
 
