@@ -732,7 +732,8 @@ def end_line(config, checkpoints: Checkpoints, done: int) -> str:
     other = {"geneval"} | ({"videoalign"} if getattr(config, "frames", 1) == 1 else set())  # judge in another way
     if metrics := [name for name, model in MODEL_OF.items() if model in paths.keys() - other]:
         own = ",".join(f"{name}={path}" for name, path in paths.items() if name not in other)
-        metrics += [term.model for term in parse_spec(config.reward) if term.model not in MODEL_OF.values()]
+        terms = [term for term in parse_spec(config.reward) if term.model not in MODEL_OF.values()]
+        metrics += [term.model for term in terms if term.name not in metrics]
         options += ["--metrics", ",".join(metrics), "--reward-paths", own]
     command = shlex.join(["python", "eval.py", "--checkpoint", str(checkpoint), *options])
     kind, part = type(checkpoints.network).__name__.removeprefix("FSDP"), checkpoints.component

@@ -352,8 +352,8 @@ def test_a_run_says_what_it_trains_and_how_to_go_on(finished):
 ])  # fmt: skip
 def test_the_metrics_that_a_run_advises_can_judge_what_it_draws(case, metrics, paths):
     cfg = small.config(case, output_dir="runs/x")
-    own = "tests/small.py:config"  # a reader's function
-    cfg, metrics = dataclasses.replace(cfg, reward=f"{cfg.reward},{own}:0.5"), f"{metrics},{own}"
+    own = "tests/small.py:config"  # a reader's function; a server's hps would be given twice
+    cfg, metrics = dataclasses.replace(cfg, reward=f"http://there/hps,{own}:0.5"), f"{metrics},{own}"
     checkpoints = SimpleNamespace(network=torch.nn.Linear(1, 1), component="net", is_lora=False)
     line = output.end_line(cfg, checkpoints, 7)
     assert (
