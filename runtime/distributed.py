@@ -383,15 +383,22 @@ def public_weights(network: nn.Module, component: str) -> dict[str, Tensor]:
     return {f"{component}.{name}": weight for name, weight in get_peft_model_state_dict(network).items()}
 
 
+def shapes_in(file: Path) -> dict[str, list[int]]:
+    """{name: shape} of the weights in a safetensors file, whose content is not read."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as weights:
+        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+
+
 def weight_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
     """{name: shape} of the weights in safetensors files. Raises RunError if one cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     shapes = {}
     for file in files:
         try:
-            with safe_open(file, "pt") as weights:
-                shapes |= {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+            shapes |= shapes_in(file)
         except (OSError, SafetensorError) as e:
             raise RunError(f"--init: cannot read {file} ({first_line(e)}); take another checkpoint") from e
     return shapes
