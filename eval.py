@@ -34,8 +34,8 @@ from torch import Tensor
 from evaluation import geneval, report, vote
 from evaluation.models import FAMILIES, Model, check_whole, component_config, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
-from rewards import RewardError, VideoAlignReward, check_reward, load_reward, parse_paths, parse_spec
-from runtime import cli, data, distributed, output
+from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
+from runtime import cli, data, distributed, loading, output
 from runtime.cli import Count, Natural, NonNegative, Seed
 from sampling import flow_sigmas
 
@@ -109,7 +109,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     base = cfg.model or next((run["model"] for run in runs if run), "")
     network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
     cli.require(bool(base), "--model is needed: no --checkpoint is in a run's folder, whose config.json would name it")
-    index = distributed.pipeline_index(base)
+    index = loading.pipeline_index(base)
     family = index["_class_name"]
     cli.require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component = FAMILIES[family][0]
@@ -193,6 +193,17 @@ def check_sizes(cfg: Config, component: str) -> None:
     cli.require(
         cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model"
     )
+
+
+def fetch(cfg: Config) -> None:
+    """Fetch from the hub what the cache lacks, before the process group exists, which has a limit of time."""
+    loading.find_folder(cfg.model, but=["transformer"] if cfg.transformer else [])
+    if cfg.transformer:
+        loading.find_folder(cfg.transformer, "--transformer", pipeline=False)
+    if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
+        fetch_rewards(rewards, parse_paths(cfg.reward_paths))
+    if "geneval" in metric_specs(cfg.metrics):
+        geneval.fetch(cfg.detector, cfg.detector_clip)
 
 
 def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distributed.World) -> None:
@@ -436,6 +447,7 @@ def remarks(cfg: Config, rows: list[dict]) -> list[str]:
 
 def main(cfg: Config) -> None:
     cfg, family, models, rows = plan(cfg)
+    fetch(cfg)
     world = distributed.start_world()
     open_output(cfg, models, rows, world)
     generate(cfg, family, models, rows, world)

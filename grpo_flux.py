@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, loading, output
 from runtime.cli import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, gaussian_kl, rollout, sample_ode
 
@@ -219,11 +219,11 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 def load_models(cfg: Config, world: distributed.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     kind = diffusers.FluxTransformer2DModel
-    load = partial(distributed.load_network, kind, cfg.model, world, subfolder="transformer")
+    load = partial(loading.load_network, kind, cfg.model, world, subfolder="transformer")
     transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
-    pipe = distributed.load_pipeline(diffusers.FluxPipeline, cfg.model, world, transformer=transformer)
+    pipe = loading.load_pipeline(diffusers.FluxPipeline, cfg.model, world, transformer=transformer)
     return pipe, transformer, reference
 
 
@@ -303,10 +303,10 @@ def check(cfg: Config) -> list[str]:
     plain = cfg.ratio == "plain" or cfg.sde != "cps"
     cli.require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
     check_reward(cfg.reward, cfg.reward_paths)
-    distributed.check_family(cfg.model, "FluxPipeline")
-    vae = distributed.load_pretrained(diffusers.AutoencoderKL.load_config, cfg.model, subfolder="vae")
+    loading.check_family(cfg.model, "FluxPipeline")
+    vae = loading.load_config(cfg.model, "vae")
     cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
-    distributed.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
+    loading.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -338,6 +338,7 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
+    loading.fetch_all(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     folder = output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
@@ -409,7 +410,7 @@ def main(cfg: Config) -> None:
                     kl, dsigma = gaussian_kl(mean, z_next - std * noise, std), sigmas[t] - sigmas[t + 1]
                     loss, rho = guarded_loss(cfg.ratio, log_prob - old_log_prob, kl, A[s], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), distributed.without_adapter(reference):
+                    with torch.no_grad(), loading.without_adapter(reference):
                         v_ref = velocity(reference, z, sigmas[t], of_prompt, cfg.guidance, rows)
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
                 weight = len(part) / len(pairs)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, loading, output
 from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import ddim_sde_step, gaussian_log_prob, sample_ode
 
@@ -198,12 +198,12 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: distributed.World, init: Path | None):
     """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
-    load = partial(distributed.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
+    load = partial(loading.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
         reference = load(frozen=True)
     unchecked = dict(safety_checker=None, requires_safety_checker=False)  # `decode` does without
-    pipe = distributed.load_pipeline(diffusers.StableDiffusionPipeline, cfg.model, world, unet=unet, **unchecked)
+    pipe = loading.load_pipeline(diffusers.StableDiffusionPipeline, cfg.model, world, unet=unet, **unchecked)
     return pipe, unet, reference
 
 
@@ -283,10 +283,10 @@ def check(cfg: Config) -> list[str]:
     """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
     cli.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
-    distributed.check_family(cfg.model, "StableDiffusionPipeline")
-    vae = distributed.load_pretrained(diffusers.AutoencoderKL.load_config, cfg.model, subfolder="vae")
+    loading.check_family(cfg.model, "StableDiffusionPipeline")
+    vae = loading.load_config(cfg.model, "vae")
     cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
-    distributed.check_init(cfg, diffusers.UNet2DConditionModel, "unet", LORA_TARGETS)
+    loading.check_init(cfg, diffusers.UNet2DConditionModel, "unet", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -313,6 +313,7 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
+    loading.fetch_all(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
     folder = output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
@@ -379,7 +380,7 @@ def main(cfg: Config) -> None:
                 log_prob = gaussian_log_prob(z_next, mean, std)
                 loss, rho = grpo_loss(log_prob, old_log_probs[s, t], A[s], cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), distributed.without_adapter(reference):
+                    with torch.no_grad(), loading.without_adapter(reference):
                         eps_ref = predict(reference, z, timesteps[t], text[s // G], cfg.guidance)
                     loss = loss + cfg.kl_weight * ((eps - eps_ref) ** 2).mean()
                 weight = len(part) / len(pairs)

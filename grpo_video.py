@@ -33,7 +33,7 @@ from einops import rearrange
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, loading, output
 from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, flow_sigmas, gaussian_kl, rollout, sample_ode
 
@@ -323,8 +323,8 @@ def transformer_source(cfg: Config) -> dict:
 
 def transformer_config(cfg: Config) -> dict:
     """The transformer's config. Its class must be the one that --model's pipeline needs."""
-    expected = PIPELINES[distributed.check_family(cfg.model, *PIPELINES)].transformer
-    config = distributed.load_pretrained(getattr(diffusers, expected).load_config, **transformer_source(cfg))
+    expected = PIPELINES[loading.check_family(cfg.model, *PIPELINES)].transformer
+    config = loading.load_config(**transformer_source(cfg))
     found = config["_class_name"]
     cli.require(found == expected, f"--transformer {cfg.transformer} is a {found}, not a {expected}")
     return config
@@ -344,7 +344,7 @@ def load_models(cfg: Config, world: distributed.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     family = FAMILIES[transformer_config(cfg)["_class_name"]]
     kind = getattr(diffusers, family.transformer)
-    load = partial(distributed.load_network, kind, world=world, **transformer_source(cfg))
+    load = partial(loading.load_network, kind, world=world, **transformer_source(cfg))
     transformer = reference = load(
         lora_rank=cfg.lora_rank,
         lora_targets=LORA_TARGETS,
@@ -355,11 +355,11 @@ def load_models(cfg: Config, world: distributed.World, init: Path | None):
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
     for network in dict.fromkeys((transformer, reference)) if family is HunyuanVideo else ():
-        distributed.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
+        loading.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
     kind = getattr(diffusers, family.pipeline)
     if takes_first_frame(transformer.config):
         kind = diffusers.HunyuanSkyreelsImageToVideoPipeline
-    return distributed.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
+    return loading.load_pipeline(kind, cfg.model, world, transformer=transformer), transformer, reference
 
 
 @torch.no_grad()
@@ -450,7 +450,7 @@ def check(cfg: Config) -> list[str]:
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1)
     network = transformer_config(cfg)
     family = FAMILIES[network["_class_name"]]
-    vae = distributed.load_pretrained(getattr(diffusers, family.vae).load_config, cfg.model, subfolder="vae")
+    vae = loading.load_config(cfg.model, "vae")
     (stride, side), patch = (vae[name] for name in family.strides), network["patch_size"]
     cli.check_size(cfg, side * (patch if isinstance(patch, int) else patch[-1]))
     least = 2 if takes_first_frame(network) else 1
@@ -459,7 +459,7 @@ def check(cfg: Config) -> list[str]:
     message = f"--guidance is embedded guidance, which {cfg.model} lacks; give --guidance 1, and --true-guidance"
     cli.require(family is not Wan or cfg.guidance == 1, message)
     kind = getattr(diffusers, family.transformer)
-    distributed.check_init(cfg, kind, "transformer", LORA_TARGETS, transformer_source(cfg))
+    loading.check_init(cfg, kind, "transformer", LORA_TARGETS, transformer_source(cfg))
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -489,6 +489,7 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
+    loading.fetch_all(cfg)
     world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(transformer_config(cfg)) else {}
     folder = output.open_folder(cfg, world, prompts)
@@ -561,7 +562,7 @@ def main(cfg: Config) -> None:
                     kl, dsigma = gaussian_kl(mean, z_next - std * noise, std), sigmas[t] - sigmas[t + 1]
                     loss, rho = guarded_loss(cfg.ratio, log_prob - old_log_prob, kl, A[s], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), distributed.without_adapter(reference):
+                    with torch.no_grad(), loading.without_adapter(reference):
                         v_ref = velocity(reference, z, sigmas[t], condition, cfg)
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
                 weight = len(part) / len(pairs)

@@ -15,6 +15,7 @@ Legend: B images or videos, F frames, H and W their size in pixels, L tokens, D 
 import ast
 import base64
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
@@ -30,8 +31,9 @@ import urllib.request
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from einops import rearrange
@@ -47,6 +49,7 @@ VIDEOALIGN_BASE = "Qwen/Qwen2-VL-2B-Instruct"  # its config and tokenizer
 TEMPLATE_URL = (
     "https://raw.githubusercontent.com/KwaiVGI/VideoAlign/219ab9db64c045e5181a2202d11f686439351292/prompt_template.py"
 )
+TEMPLATE_FILE = "videoalign_prompt_template.py"
 TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
 TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -99,8 +102,9 @@ class HPSReward(CosineReward):
     def __init__(self, path: str = HPS_HUB_ID, device="cpu"):
         import open_clip
 
+        path = self.fetch(path)
         weights, config = only_file("hps", path, "*.pt", HPS_HUB_FILE), open_clip.get_model_config("ViT-H-14")
-        with loading("hps", path, HPS_HUB_FILE):
+        with reading("hps", path, HPS_HUB_FILE):
             if any(Path(path).glob("*.json")):
                 config = json.loads(Path(only_file("hps", path, "*.json")).read_text())
             self.model = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")})
@@ -111,6 +115,10 @@ class HPSReward(CosineReward):
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         self.name, self.device = "hps", device
         self.size, self.mode = config["vision_cfg"]["image_size"], "longest"
+
+    @staticmethod
+    def fetch(path: str = HPS_HUB_ID) -> str:
+        return hub_folder(path, (), [HPS_HUB_FILE])
 
 
 class CLIPReward(CosineReward):
@@ -123,8 +131,8 @@ class CLIPReward(CosineReward):
     def __init__(self, path: str = CLIP_HUB_ID, device="cpu"):
         import open_clip
 
-        name = f"local-dir:{path}" if Path(path).is_dir() else f"hf-hub:{path}"
-        with loading("clip", path, "an open_clip model folder"):
+        name = f"local-dir:{self.fetch(path)}"
+        with reading("clip", path, "an open_clip model folder"):
             self.model = open_clip.create_model(name, device=device, require_pretrained=True)
             self.tokenizer = open_clip.get_tokenizer(name)
         self.model.float().eval().requires_grad_(False)
@@ -132,6 +140,11 @@ class CLIPReward(CosineReward):
         own = self.model.visual.preprocess_cfg
         self.size = own["size"] if isinstance(own["size"], int) else own["size"][0]
         self.mode, self.mean, self.std = own["resize_mode"], own["mean"], own["std"]
+
+    @staticmethod
+    def fetch(path: str = CLIP_HUB_ID) -> str:
+        weights = "open_clip_model.safetensors|open_clip_pytorch_model.bin"
+        return hub_folder(path, [""], ["open_clip_config.json", weights], weights=False)
 
 
 class PickScoreReward(CosineReward):
@@ -142,17 +155,22 @@ class PickScoreReward(CosineReward):
     """
 
     def __init__(self, path: str = PICKSCORE_HUB_ID, device="cpu"):
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPModel
 
-        with loading("pickscore", path, "a CLIPModel folder with its tokenizer"):
-            check_tokenizer(path)
+        path, tokenizer = self.fetch(path)
+        with reading("pickscore", path, "a CLIPModel folder with its tokenizer"):
+            self.tokenizer = load_tokenizer(tokenizer, "CLIPTokenizer")
             self.model, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-            self.tokenizer = CLIPTokenizer.from_pretrained(path if Path(path).is_dir() else PICKSCORE_TOKENIZER)
         missing, unexpected = (dict.fromkeys(info[keys]) for keys in ("missing_keys", "unexpected_keys"))
         check_fit("pickscore", path, missing, unexpected)  # transformers would fill in random weights
         self.model.to(device).eval().requires_grad_(False)
         self.name, self.device = "pickscore", device
         self.size, self.mode = self.model.config.vision_config.image_size, "shortest"
+
+    @staticmethod
+    def fetch(path: str = PICKSCORE_HUB_ID) -> tuple[str, str]:
+        tokenizer = path if Path(path).is_dir() else PICKSCORE_TOKENIZER
+        return hub_folder(path), hub_folder(tokenizer, weights=False)
 
     def features(self, pixels: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         length = self.model.config.text_config.max_position_embeddings
@@ -191,19 +209,18 @@ class VideoAlignReward:
     LORA_SCALE, PIXELS = 2.0, (128 * 28**2, 256 * 28**2)  # alpha / rank; least and most of a frame
 
     def __init__(self, path: str = VIDEOALIGN_HUB_ID, device="cpu"):
-        from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+        from transformers import Qwen2VLConfig, Qwen2VLModel
 
+        path, base = self.fetch(path)
         weights = only_file("videoalign", path, "model.pth", VIDEOALIGN_HUB_FILE)
-        base = path if Path(path).is_dir() else VIDEOALIGN_BASE
-        with loading("videoalign", base, "config.json and the tokenizer"):
-            check_tokenizer(base)
+        with reading("videoalign", base, "config.json and the tokenizer"):
             config = Qwen2VLConfig.from_pretrained(base)
-            self.tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
+            self.tokenizer = load_tokenizer(base, "Qwen2Tokenizer", padding_side="right")
         self.template = load_template(path, getattr(config, "prompt_template_sha256", TEMPLATE_SHA256))
         reward_tokens = [f"<|{name.upper()}_reward|>" for name in self.NAMES]
         self.tokenizer.add_special_tokens({"extra_special_tokens": reward_tokens})
         self.reward_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(reward_tokens), device=device)
-        with loading("videoalign", path, VIDEOALIGN_HUB_FILE):
+        with reading("videoalign", path, VIDEOALIGN_HUB_FILE):
             state_dict = fold_lora(torch.load(weights, map_location="cpu", weights_only=True), self.LORA_SCALE)
         config.text_config.vocab_size = len(self.tokenizer)  # the reward tokens are new
         with torch.device("meta"):
@@ -215,6 +232,15 @@ class VideoAlignReward:
         self.model = Qwen2VLModel.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
         self.model.to(device).eval().requires_grad_(False)
         self.device = device
+
+    @staticmethod
+    def fetch(path: str = VIDEOALIGN_HUB_ID) -> tuple[str, str]:
+        """→ the folder of the weights, and that of the Qwen2-VL from which they were trained."""
+        if not Path(path, "prompt_template.txt").is_file():
+            with reading("videoalign", path, f"prompt_template.txt ({TEMPLATE_URL})"):
+                fetched_once(TEMPLATE_FILE, partial(text_at, TEMPLATE_URL))
+        base = path if Path(path).is_dir() else VIDEOALIGN_BASE
+        return hub_folder(path, (), [VIDEOALIGN_HUB_FILE]), hub_folder(base, weights=False)
 
     @torch.no_grad()
     def __call__(self, videos: Visuals, prompts: Sequence[str], fps: float | None = None, normalize=True) -> dict:
@@ -298,11 +324,8 @@ def load_template(path: str, sha256: str) -> str:
     if file.is_file():
         text = file.read_bytes().decode(errors="replace")  # the hash decides
     else:
-        file = Path(torch.hub.get_dir()) / "videoalign_prompt_template.py"
-        with loading("videoalign", path, f"prompt_template.txt ({TEMPLATE_URL})"):
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(TEMPLATE_URL, str(file), progress=False)
+        with reading("videoalign", path, f"prompt_template.txt ({TEMPLATE_URL})"):
+            file = fetched_once(TEMPLATE_FILE, partial(text_at, TEMPLATE_URL))
             body = ast.parse(file.read_bytes()).body  # read, never executed
         assigned = {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)}
         text = ast.literal_eval(assigned[TEMPLATE_NAME])
@@ -425,10 +448,10 @@ def load_object(place: str) -> Callable:
     if not file.endswith(".py") or not Path(path).is_file():
         raise RewardError(f"{place}: there is no file {file!r}; write FILE.py:NAME")
     if path not in sys.modules:
-        spec = util.spec_from_file_location(path, path)
-        sys.modules[path] = util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(sys.modules[path])
+        sys.modules[path] = ModuleType(path)
+        sys.modules[path].__file__ = path
+        try:  # not by an import, which would leave a __pycache__ beside the reader's file
+            exec(compile(Path(path).read_bytes(), path, "exec"), vars(sys.modules[path]))
         except Exception as e:  # the file is not ours: it may raise anything
             del sys.modules[path]
             raise RewardError(f"{place}: {where(e, file)}") from e
@@ -504,7 +527,7 @@ def check_paths(paths: dict[str, str]) -> None:
 
 def is_folder_or_hub_id(path: str) -> bool:
     """Whether `path` is a folder, or OWNER/NAME where there is no folder OWNER (else it is a misspelt path)."""
-    is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path))
+    is_hub_id = bool(re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", path))
     return bool(path) and (Path(path).is_dir() or (is_hub_id and not Path(path).parent.is_dir()))
 
 
@@ -587,24 +610,214 @@ def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", me
     return Reward(terms, scorers)
 
 
+def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
+    """Fetch the files of all rewards that `spec` names from the hub, where they are not here. Raises RewardError."""
+    for model in {term.model for term in parse_spec(spec)}:
+        if model == "geneval":
+            import_module("evaluation.geneval").fetch(paths.get(model))
+        elif model in LOADERS:
+            LOADERS[model].fetch(**({"path": paths[model]} if model in paths else {}))
+
+
+# ------------------------------------------------------------------------------------------------- files and the hub
+
+# Names of weights, the best first: safetensors before pickles, a copy in half precision only where nothing else is.
+WEIGHTS = [
+    re.compile(rf"(diffusion_)?(pytorch_)?model{half}(-\d+-of-\d+)?{half}\.{suffix}")
+    for half in ("", r"(\.fp16|\.bf16)?")
+    for suffix in ("safetensors", "bin")
+]
+
+
+def hub_folder(path: str, parts: Sequence[str] = ("",), names: Sequence[str] = (), weights: bool = True) -> str:
+    """A local folder as it is; of OWNER/NAME or OWNER/NAME@REVISION on the hub, the folder in the hub's cache.
+
+    parts: folders that hold a model or a tokenizer each, "" for the root; names: other files; "a|b" is one of them.
+    weights: whether the models' weights are needed.
+    The first process of a machine fetches what its cache lacks; the others wait for it, and find everything there. So
+    a full cache needs no network. Raises RewardError, one line; what was fetched stays.
+    """
+    if Path(path).is_dir():
+        return path
+    from filelock import FileLock
+    from huggingface_hub import constants, errors, list_repo_files, snapshot_download
+
+    repo, _, revision = path.partition("@")
+    lock = Path(constants.HF_HOME, "dancegrpo", f"{repo.replace('/', '--')}.lock")
+    try:
+        if lacking(folder := cached_folder(path), parts, names, weights):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock):
+                if lacking(folder := cached_folder(path), parts, names, weights):
+                    files = wanted_files(list_repo_files(repo, revision=revision or None), parts, names, weights)
+                    folder = snapshot_download(repo, revision=revision or None, allow_patterns=files)
+    except (OSError, errors.HTTPError) as e:
+        raise RewardError(f"cannot fetch {path} from the hub: {hub_advice(e, repo)}") from e
+    if missing := lacking(folder, parts, names, weights):
+        raise RewardError(f"{path} on the hub lacks {missing}; give another repository, or a complete folder")
+    return folder
+
+
+def hub_advice(error: Exception, repo: str) -> str:
+    """Why a repository cannot be fetched, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private; correct the name, or log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "it has no such revision; correct what follows the @"
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return "the disk is full; make room or set HF_HOME, and run again: what was fetched stays"
+    return f"{first_line(error)}; run again where the hub can be reached: what was fetched stays; or give a folder"
+
+
+def cached_folder(path: str) -> str:
+    """Where the hub's cache has files of a hub id; "" where it has none."""
+    from huggingface_hub import errors, snapshot_download
+
+    repo, _, revision = path.partition("@")
+    try:
+        return snapshot_download(repo, revision=revision or None, local_files_only=True)
+    except errors.LocalEntryNotFoundError:
+        return ""
+
+
+def wanted_files(files: Sequence[str], parts: Sequence[str], names: Sequence[str] = (), weights=True) -> list[str]:
+    """Those of a repository's files that `hub_folder` fetches: of each part's weights one copy."""
+    chosen = [found[0] for name in names if (found := [file for file in name.split("|") if file in files])]
+    for part in parts:
+        here = [file for file in files if file.rpartition("/")[0] == part]
+        chosen += [file for file in here if file.endswith((".json", ".txt", ".model"))]
+        copies = ([f for f in here if kind.fullmatch(f.rpartition("/")[2])] for kind in WEIGHTS if weights)
+        chosen += next(filter(None, copies), [])
+    return chosen
+
+
+def lacking(folder: str, parts: Sequence[str], names: Sequence[str] = (), weights: bool = True) -> str:
+    """What a folder lacks of what `hub_folder` needs, "" if nothing: it may be what a broken fetch has left."""
+    files = (
+        [file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file()] if folder else []
+    )
+    for name in names:
+        if not wanted_files(files, (), [name]):
+            return name
+    for part in parts:
+        here = [file.rpartition("/")[2] for file in wanted_files(files, [part], (), weights)]
+        vocabulary = {"tokenizer.json", "spiece.model", "tokenizer.model", "merges.txt"}.intersection(here)
+        shards = [name for name in here if name.endswith((".safetensors", ".bin"))]
+        count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
+        if not here:
+            return part or "config.json"
+        if "tokenizer_config.json" in here and not vocabulary:
+            return f"{part}/tokenizer.json".lstrip("/")
+        if weights and "config.json" in here and len(shards) < count:
+            return f"weights in {part}" if part else "weights"
+    return ""
+
+
+def fetched_once(name: str, fetch: Callable[[], str]) -> Path:
+    """The file HF_HOME/dancegrpo/NAME, whose text `fetch` gives; the first process makes it, the others wait for it."""
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    file = Path(constants.HF_HOME, "dancegrpo", name)
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if not file.is_file():
+                file.with_suffix(".part").write_text(fetch(), encoding="utf-8")
+                file.with_suffix(".part").replace(file)
+    return file
+
+
+def text_at(address: str) -> str:
+    """What stands at an address. Raises OSError."""
+    with urllib.request.urlopen(address, timeout=60) as response:
+        return response.read().decode()
+
+
+def text_on_hub(data_set: str, file: str) -> str:
+    """What stands in a file of a data set on the hub. Raises OSError."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(data_set, file, repo_type="dataset")).read_text(encoding="utf-8")
+    except errors.HTTPError as e:
+        raise OSError(first_line(e)) from e
+
+
+PROBE = "A red Circle, two naïve cats!"  # spaces, capitals, punctuation, a letter that is not ASCII
+
+
+def load_tokenizer(folder: str | Path, kind: str, **options):
+    """A tokenizer that gives the ids which its files give by themselves. Raises RewardError if it does not.
+
+    kind: its class in transformers, which is taken where there is no tokenizer.json. A class may replace what stands
+    there: transformers' LlamaTokenizer drops the spaces of Llama 3's texts, and HunyuanVideo names that class.
+    """
+    import transformers
+
+    check_tokenizer(folder)
+    kind = "PreTrainedTokenizerFast" if Path(folder, "tokenizer.json").is_file() else kind
+    tokenizer = getattr(transformers, kind).from_pretrained(folder, **options)
+    found, expected = tokenizer(PROBE, add_special_tokens=False)["input_ids"], file_ids(Path(folder), PROBE)
+    if found != expected:
+        raise RewardError(
+            f"{folder}: {type(tokenizer).__name__} reads {PROBE!r} as {found[:8]}…, its files say {expected[:8]}…; "
+            "install another version of transformers, or give a folder whose tokenizer.json is whole"
+        )
+    return tokenizer
+
+
+def file_ids(folder: Path, text: str) -> list[int]:
+    """The ids of a text that a tokenizer's files give without transformers, without special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    elif (folder / "spiece.model").is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        return SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode(text)
+    else:
+        vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        is_clip = "a</w>" in json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        bpe = models.BPE.from_file(vocabulary, merges, **({"end_of_word_suffix": "</w>"} if is_clip else {}))
+        tokenizer, to_bytes = Tokenizer(bpe), pre_tokenizers.ByteLevel(False, use_regex=not is_clip)
+        if is_clip:
+            tokenizer.normalizer = normalizers.Lowercase()
+            to_bytes = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), to_bytes])
+        tokenizer.pre_tokenizer = to_bytes
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def check_tokenizer(folder: str | Path) -> None:
+    """Raise RewardError if a folder lacks a tokenizer's files: transformers would build an empty one."""
+    names = {path.name for path in Path(folder).glob("*") if path.is_file()}
+    vocabulary = names & {"tokenizer.json", "spiece.model"} or {"vocab.json", "merges.txt"} <= names
+    if not ("tokenizer_config.json" in names and vocabulary):
+        raise RewardError(f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
+
+
 # ------------------------------------------------------------------------------------------------------ small helpers
 
 
-def only_file(name: str, path: str, pattern: str, hub_file: str | None = None) -> str:
-    """The only file of a local folder that fits the pattern, or a named file fetched from the hub (and cached)."""
-    if Path(path).is_dir():
-        files = sorted(Path(path).glob(pattern))
-        if len(files) != 1:
-            raise RewardError(f"{path} must hold exactly one {pattern}, it holds {len(files)}")
-        return str(files[0])
-    from huggingface_hub import hf_hub_download
-
-    with loading(name, path, hub_file):
-        return hf_hub_download(path, hub_file)
+def only_file(name: str, folder: str, pattern: str, hub_file: str = "") -> str:
+    """The file of a folder that is called as on the hub, else the only one that fits the pattern."""
+    if hub_file and Path(folder, hub_file).is_file():
+        return str(Path(folder, hub_file))
+    files = sorted(Path(folder).glob(pattern))
+    if len(files) != 1:
+        raise RewardError(f"{name}: {folder} must hold exactly one {pattern}, it holds {len(files)}")
+    return str(files[0])
 
 
 @contextlib.contextmanager
-def loading(name: str, path: str, what: str) -> Iterator[None]:
+def reading(name: str, path: str, what: str) -> Iterator[None]:
     """Turn the errors of libraries into one line that says what to download."""
     try:
         yield
@@ -617,14 +830,6 @@ def loading(name: str, path: str, what: str) -> Iterator[None]:
             f"{name}: could not load {path!r} ({type(e).__name__}: {reason}); "
             f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
         ) from e
-
-
-def check_tokenizer(folder: str | Path) -> None:
-    """Raise RewardError if a local folder lacks a tokenizer's files: transformers would build an empty one."""
-    names = {path.name for path in Path(folder).glob("*") if path.is_file()}
-    vocabulary = names & {"tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model"}
-    if Path(folder).is_dir() and not ("tokenizer_config.json" in names and vocabulary):
-        raise RewardError(f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
 
 
 def check_fit(name: str, path: str, expected: dict, found: dict) -> None:

@@ -28,7 +28,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards import CLIP_MEAN, CLIP_STD, FILE_ERRORS, first_line, is_folder_or_hub_id, load_object, resize
+from rewards import (
+    CLIP_MEAN,
+    CLIP_STD,
+    FILE_ERRORS,
+    first_line,
+    hub_folder,
+    is_folder_or_hub_id,
+    load_object,
+    load_tokenizer,
+    resize,
+)
 from runtime import cli
 
 TF = cli.Lazy("torchvision.transforms.functional")
@@ -173,6 +183,13 @@ def find_detector(name: str, clip: str = CLIP):
     return Mask2FormerDetector(name, clip)
 
 
+def fetch(name: str | None, clip: str = CLIP) -> None:
+    """Fetch the files of a detector from the hub, where the cache lacks them."""
+    detector = find_detector(name or MASK2FORMER, clip)
+    if hasattr(detector, "fetch"):
+        detector.fetch()
+
+
 def load_detector(name: str, clip: str = CLIP, device="cpu"):
     """`find_detector`, with its weights on the device."""
     detector = find_detector(name, clip)
@@ -197,14 +214,19 @@ class Mask2FormerDetector:
         self.path, self.clip_path, self.labels = path, clip_path, coco_labels(path)
         self.classes = set(self.labels)
 
+    def fetch(self) -> tuple[str, str]:
+        """→ the folders of the detector and of its CLIP, fetched from the hub where the cache lacks them."""
+        return hub_folder(self.path), hub_folder(self.clip_path)
+
     def load(self, device) -> None:
-        from transformers import CLIPModel, CLIPTokenizer, Mask2FormerForUniversalSegmentation
+        from transformers import CLIPModel, Mask2FormerForUniversalSegmentation
 
         self.device = device
         try:
-            self.model = Mask2FormerForUniversalSegmentation.from_pretrained(self.path).to(device).eval()
-            self.clip = CLIPModel.from_pretrained(self.clip_path).to(device).eval()
-            self.tokenizer = CLIPTokenizer.from_pretrained(self.clip_path)
+            path, clip_path = self.fetch()
+            self.model = Mask2FormerForUniversalSegmentation.from_pretrained(path).to(device).eval()
+            self.clip = CLIPModel.from_pretrained(clip_path).to(device).eval()
+            self.tokenizer = load_tokenizer(clip_path, "CLIPTokenizer")
         except FILE_ERRORS as e:
             raise cli.RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {first_line(e)}") from e
 
@@ -250,7 +272,7 @@ def coco_labels(path: str) -> list[str]:
     from transformers import Mask2FormerConfig
 
     try:
-        names = Mask2FormerConfig.from_pretrained(path).id2label
+        names = Mask2FormerConfig.from_pretrained(hub_folder(path, weights=False)).id2label
     except FILE_ERRORS as e:
         raise cli.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
     other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
-from runtime import cli, distributed, output
+from runtime import cli, distributed, loading, output
 
 diffusers = cli.Lazy("diffusers")
 
@@ -84,8 +84,7 @@ def read_json(file: Path) -> dict:
 
 def component_config(model: str, component: str | None, option: str = "--model") -> dict:
     """config.json of a pipeline's component, or of a network by itself (None). option: the one that named it."""
-    loader = diffusers.AutoencoderKL.load_config  # any class's
-    return distributed.load_pretrained(loader, model, option, subfolder=component)
+    return loading.load_config(model, component, option)
 
 
 def find_weights(checkpoint: str, family: str, component: str, base: str, original: dict) -> tuple[str, str]:
@@ -96,7 +95,7 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
     """
     path, network_class = Path(checkpoint), original["_class_name"]
     if (path / "model_index.json").is_file():
-        found = distributed.pipeline_index(checkpoint, "--checkpoint")["_class_name"]
+        found = loading.pipeline_index(checkpoint, "--checkpoint")["_class_name"]
         cli.require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
         return "pipeline", checkpoint
     for folder in (path / component, path):
@@ -149,14 +148,16 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: dis
     network = {"pipeline": "", "network": model.weights}.get(model.kind, network)
     if network:
         network_class = getattr(diffusers, component_config(network, None)["_class_name"])
-        options[component] = distributed.load_weights(network_class, network, dtype=world.dtype)
-    options |= distributed.load_parts(source, world.dtype, options)
-    pipe = distributed.load_pretrained(getattr(diffusers, family).from_pretrained, source, **options)
+        place = loading.find_folder(network, "--transformer", pipeline=False)
+        options[component] = loading.load_weights(network_class, place, dtype=world.dtype)
+    folder = loading.find_folder(source, but=[component] if network else [])
+    options |= loading.load_components(folder, world.dtype, options)
+    pipe = loading.load_pretrained(getattr(diffusers, family).from_pretrained, folder, **options)
     if model.kind == "lora":
         file = Path(model.weights)
         try:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         except FILE_ERRORS as e:  # sizes or names that the network does not have
             raise cli.RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
-    distributed.say_once_what_is_cut_off(pipe)
+    loading.say_once_what_is_cut_off(pipe)
     return pipe.to(world.device)

@@ -1,9 +1,11 @@
 """The prompts of an evaluation: a file, HPS-v2's benchmark, or GenEval's; checked before any model is loaded."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 from evaluation import geneval
+from rewards import fetched_once, text_at, text_on_hub
 from runtime import cli, data
 
 HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
@@ -40,25 +42,16 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
 
 def fetch_hps_prompts(style: str) -> list[str]:
     """The 800 prompts of one style of HPS-v2's benchmark, from the hub, cached there."""
-    from huggingface_hub import hf_hub_download
-
     file = f"benchmark/{style}.json"
     try:
-        return json.loads(Path(hf_hub_download(HPS_REPO, file, repo_type="dataset")).read_text(encoding="utf-8"))
+        return json.loads(fetched_once(f"hpsv2-{style}.json", partial(text_on_hub, HPS_REPO, file)).read_text("utf-8"))
     except OSError as e:  # every error of the hub's own is one
         raise cli.RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
 
 
 def fetch_geneval_prompts() -> Path:
     """evaluation_metadata.jsonl, 553 lines, fetched once and kept in the hub's cache folder."""
-    from huggingface_hub import constants
-
-    path = Path(constants.HF_HOME) / "dancegrpo" / "geneval.jsonl"
-    if not path.is_file():
-        try:
-            text = data.fetch_text(GENEVAL_URL)
-        except OSError as e:
-            raise cli.RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomically(path, text)
-    return path
+    try:
+        return fetched_once("geneval.jsonl", partial(text_at, GENEVAL_URL))
+    except OSError as e:
+        raise cli.RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e

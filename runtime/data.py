@@ -6,7 +6,6 @@ import json
 import re
 import secrets
 import struct
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rewards import fetched_once, first_line, text_at, text_on_hub
+
 from .cli import Lazy, RunError, require
-from .distributed import World, load_pretrained
+from .distributed import World
 
 dcp = Lazy("torch.distributed.checkpoint")
 
@@ -120,32 +121,21 @@ def _json_field(line: str, name: str, where: str) -> str:
 
 
 def _fetch_prompt_set(name: str) -> Path:
-    from huggingface_hub import constants, hf_hub_download
-
     source, file = PROMPT_SETS[name]
-    path = Path(constants.HF_HOME) / "dancegrpo" / f"{name}.txt"
-    if not path.is_file():
-        try:
-            if source.startswith("https://"):
-                lines = fetch_text(f"{source}/{file}").split("\n")
-            else:
-                rows = json.loads(Path(hf_hub_download(source, file, repo_type="dataset")).read_text("utf-8"))
-                lines = [row["prompt"] for row in rows]
-        except OSError as e:
-            raise RunError(
-                f"cannot fetch the prompt set {name} ({file} of {source}); "
-                "give --prompts a text file with one prompt a line"
-            ) from e
+
+    def fetch() -> str:
+        if source.startswith("https://"):
+            lines = text_at(f"{source}/{file}").split("\n")
+        else:
+            lines = [row["prompt"] for row in json.loads(text_on_hub(source, file))]
         prompts = dict.fromkeys(" ".join(line.split()) for line in lines)  # unique, in the file's order
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "\n".join(prompt for prompt in prompts if prompt) + "\n")
-    return path
+        return "\n".join(prompt for prompt in prompts if prompt) + "\n"
 
-
-def fetch_text(address: str) -> str:
-    """What stands at an address. Raises OSError."""
-    with urllib.request.urlopen(address, timeout=60) as response:
-        return response.read().decode()
+    try:
+        return fetched_once(f"{name}.txt", fetch)
+    except OSError as e:
+        where, advice = f"{file} of {source}: {first_line(e)}", "give --prompts a text file with one prompt a line"
+        raise RunError(f"cannot fetch the prompt set {name} ({where}); {advice}") from e
 
 
 def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -> list[int]:
@@ -210,14 +200,17 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
     from diffusers import AutoPipelineForText2Image
 
+    from .loading import find_folder, load_components, load_pretrained
+
     index = _first_frame_index(config)
     listed = _listed_first_frames(index) if pictures else {}
     missing = {prompt: path for prompt, path in pictures.items() if prompt not in listed}
     if not missing:
         return
-    pipe = load_pretrained(
-        AutoPipelineForText2Image.from_pretrained, config.first_frame_model, "--first-frame-model", dtype=world.dtype
-    )
+    option, kind = "--first-frame-model", AutoPipelineForText2Image
+    folder = find_folder(config.first_frame_model, option)
+    parts = load_components(folder, world.dtype, option=option)
+    pipe = load_pretrained(kind.from_pretrained, folder, option, dtype=world.dtype, **parts)
     pipe.to(world.device).set_progress_bar_config(disable=True)
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
     for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
@@ -290,11 +283,20 @@ def save_image(path: Path, image) -> None:
 
 
 def read_picture(path: str | Path):
-    """A picture file as PIL's RGB image. Raises RunError if it is no readable picture."""
-    from PIL import Image
+    """A picture file as a person sees it, as PIL's RGB image; of an animation the first frame.
+
+    Turned as its EXIF data says; what is transparent lies on white. Raises RunError if it is no readable picture.
+    """
+    from PIL import Image, ImageOps
 
     verify_picture(path)
-    with reading_picture(path), Image.open(path) as picture:
+    with reading_picture(path), Image.open(path) as file:
+        picture = ImageOps.exif_transpose(file)
+        if picture.mode[0] == "I":  # 16 bits of grey, which `convert` would cut off at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
 
 
@@ -317,4 +319,5 @@ def reading_picture(path: str | Path) -> Iterator[None]:
     except FileNotFoundError as e:
         raise RunError(f"there is no picture {path}; correct its path, or put the picture there") from e
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
-        raise RunError(f"cannot read the picture {path} ({e}); delete it, or put a whole one in its place") from e
+        advice = "convert it to PNG or JPEG, for instance with ImageMagick, or put a whole one in its place"
+        raise RunError(f"cannot read the picture {path} ({first_line(e)}); {advice}") from e

@@ -1,14 +1,11 @@
-"""Processes, loading and sharding of networks, LoRA, EMA."""
+"""Processes, sharding, gradients, EMA."""
 
 import contextlib
-import importlib
-import json
-import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -17,13 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
-from rewards import FILE_ERRORS, RewardError, check_tokenizer, first_line, is_folder_or_hub_id
+from rewards import first_line
 
-from .cli import Lazy, RunError, complete_checkpoints, find_place, require
+from .cli import Lazy, RunError, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
 state_dict = Lazy("torch.distributed.checkpoint.state_dict")
 
+FOREVER = timedelta(days=30)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -145,7 +143,10 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: rewards are scored in it
     if size > 1:
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+            store, _, _ = next(dist.rendezvous("env://", timeout=FOREVER))
+            store.set(f"{rank} is here", "")  # some may still fetch or check files: no limit of time holds for that
+            store.wait([f"{rank} is here" for rank in range(size)], FOREVER)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
         except (OSError, dist.DistError) as e:
             raise RunError(f"the processes cannot connect: {first_line(e)}; check torchrun's address and port") from e
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -177,316 +178,6 @@ def shard_mesh(device_type: str, size: int, shard_size: int) -> DeviceMesh | Non
     if shard_size == 1:
         return None
     return init_device_mesh(device_type, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
-
-
-def check_path(option: str, path: str) -> None:
-    """Raise RunError unless `path` is a folder here, or looks like a hub id."""
-    require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; give a local folder or a hub id (OWNER/NAME)")
-
-
-def load_pretrained(loader, path: str, option: str = "--model", **options):
-    """Call a `from_pretrained` or `load_config`; files that are missing, damaged or gated become one line of advice."""
-    check_path(option, path)
-    try:
-        loaded = loader(path, **options)
-        return ModelConfig(loaded | {}, f"{option} {path}") if loader.__name__ == "load_config" else loaded
-    except FILE_ERRORS as e:
-        reason = first_line(e)
-        advice = (
-            f"accept its licence at https://huggingface.co/{path} and log in with `hf auth login`"
-            if "gated" in f"{type(e.__cause__).__name__} {type(e).__name__} {e}".lower() or "401" in str(e)
-            else f"give {option} a complete folder in diffusers' layout, or a hub id that this machine can reach"
-        )
-        part = f"/{options['subfolder']}" if options.get("subfolder") else ""
-        raise RunError(f"cannot load {path}{part}: {reason}; {advice}") from e
-
-
-class ModelConfig(dict):
-    """The content of a model's config file. A value that is not there becomes one line."""
-
-    def __init__(self, content: dict, source: str):
-        super().__init__(content)
-        self.source = source
-
-    def __missing__(self, name: str):
-        raise RunError(f"{self.source}: a config file there lacks {name!r}; it is damaged, or of another model")
-
-
-def check_family(path: str, *expected: str) -> str:
-    """The class of the pipeline at `path`. Raises RunError if it is not an expected one, or lacks a tokenizer."""
-    index = pipeline_index(path)
-    found = index["_class_name"]
-    require(found in expected, f"--model {path} is a {found}; this script trains a {' or a '.join(expected)}")
-    other = index.get("boundary_ratio") is not None or index.get("expand_timesteps")
-    require(not other, f"--model {path} is a Wan 2.2; this script trains Wan 2.1")
-    return found
-
-
-def pipeline_index(path: str, option: str = "--model") -> dict:
-    """model_index.json of a pipeline. Raises RunError if it is damaged, or lacks a component's config or tokenizer."""
-    from diffusers import DiffusionPipeline
-
-    index = load_pretrained(DiffusionPipeline.load_config, path, option)
-    for name in index:
-        require(
-            has_config(Path(path, name)),
-            f"{Path(path, name)} has no config, or a damaged one; give {option} a whole folder",
-        )
-        if name.startswith("tokenizer") and Path(path).is_dir():
-            folder = Path(path, name)
-            require(folder.is_dir(), f"{option} {path} has no folder {name}; complete it")
-            try:
-                check_tokenizer(folder)
-            except RewardError as e:
-                raise RunError(f"{option} {path} is not complete: {e}; add them") from e
-    return index
-
-
-def has_config(folder: Path) -> bool:
-    """Whether a component's folder, if it is here, says what it holds. transformers takes its defaults where one does
-    not: a Llama of 7 billion parameters."""
-    files = [file for file in folder.glob("*config.json") if file.is_file()]
-    try:
-        contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    except (OSError, ValueError):
-        return False
-    return not folder.is_dir() or (bool(contents) and all(isinstance(c, dict) and c for c in contents))
-
-
-def load_weights(network_class: type, path: str, option: str = "--model", **options) -> nn.Module:
-    """`from_pretrained` of a network of diffusers or transformers. Raises RunError if its files lack a weight.
-
-    Both libraries would go on without: with an empty or a random one.
-    """
-    network, info = load_pretrained(network_class.from_pretrained, path, option, output_loading_info=True, **options)
-    lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
-    place = f"{path}/{options['subfolder']}" if "subfolder" in options else path
-    require(
-        not lacking,
-        f"{place} does not fit its config: {len(lacking)} weights missing, or of another shape, first: "
-        f"{(lacking or [''])[0]}; give {option} a complete folder",
-    )
-    return network
-
-
-def load_parts(path: str, dtype: torch.dtype, but: Iterable[str] = ()) -> dict[str, nn.Module]:
-    """The networks that a pipeline's model_index.json names, by name, without those in `but`."""
-    parts = {}
-    for name, entry in pipeline_index(path).items():
-        library, class_name = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
-        if library in ("diffusers", "transformers") and class_name and name not in but:
-            part = getattr(importlib.import_module(library), class_name, object)
-            if issubclass(part, nn.Module):
-                parts[name] = load_weights(part, path, subfolder=name, dtype=dtype)
-    return parts
-
-
-def load_network(
-    network_class: type,
-    path: str,
-    world: World,
-    lora_rank: int = 0,
-    lora_targets: Sequence[str] = (),
-    checkpointing: bool = False,
-    compiled: bool = False,
-    frozen: bool = False,
-    *,
-    subfolder: str | None = None,
-    option: str = "--model",
-    init: Path | None = None,
-) -> nn.Module:
-    """Load a diffusers network, ready to train, or frozen. init: weights to start from instead, see `find_init`.
-
-    Only rank 0 reads the weights, and broadcasts them: host memory holds one copy, whatever the number of processes.
-    Raises RunError if the weights are missing or gated.
-    """
-    options = {"subfolder": subfolder} if subfolder else {}
-    prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen)
-    dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
-    if world.is_main:
-        whole = init and not lora_rank
-        place = (network_class, str(init), "--init") if whole else (network_class, path, option)
-        source = load_weights(*place, dtype=dtype, **({} if whole else options))
-        for parameter in source.parameters():  # Wan's norms would stay in float32, and FSDP wants one type
-            parameter.data = parameter.data.to(dtype)
-        prepare_network(source, *prepare)
-        if init and lora_rank:
-            load_adapter(source, init)
-    if world.size == 1:
-        return source.to(world.device)
-    config = load_pretrained(network_class.load_config, path, option, **options)
-    network = shard(empty_network(network_class, config, dtype, *prepare), world).to_empty(device=world.device)
-    buffers = dict(source.named_buffers()) if world.is_main else {}
-    for name, buffer in network.named_buffers():  # not all of them are in the state dict
-        if world.is_main:
-            buffer.copy_(buffers[name])
-        dist.broadcast(buffer, 0)
-    weights = source.state_dict() if world.is_main else {}
-    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state_dict.set_model_state_dict(network, weights, options=options)
-    return network
-
-
-LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
-
-
-def find_init(init: str) -> Path:
-    """The weights that --init names: those of RUN/checkpoint-NNNNNN, or the folder or LoRA file of the average in it.
-
-    Raises RunError if there are none.
-    """
-    path = Path(init)
-    require(path.exists(), f"--init: there is no {init}; give RUN/checkpoint-NNNNNN of an earlier run")
-    for place in (path / "transformer", path / "unet", path / LORA_FILE, path):
-        is_weights = place.is_file() if place.suffix == ".safetensors" else (place / "config.json").is_file()
-        if is_weights and (place.parent / "checksums.json").is_file():
-            return place
-    raise RunError(f"--init: {init} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN")
-
-
-def check_init(config, network_class: type, component: str, lora_targets: Sequence[str], source: dict | None = None):
-    """Raise RunError unless the weights that --init names are those of the trained network, or a LoRA of it that
-    --lora-rank describes. Loads no weights. A run that continues from a checkpoint of its own needs them no more.
-
-    component: the network's name in the pipeline; source: where it lies, if not there in --model.
-    """
-    init, lora_rank = config.init, config.lora_rank
-    if not init or (config.resume and complete_checkpoints(config.output_dir)):
-        return
-    place = find_init(init)
-    found = weight_shapes([place] if place.is_file() else sorted(place.glob("*.safetensors")))
-    if place.is_file():
-        rank = max((shape[0] for name, shape in found.items() if ".lora_A." in name), default=0)
-        message = f"--init {init} is a LoRA of rank {rank}, and --lora-rank is {lora_rank}; give --lora-rank {rank}"
-        require(rank == lora_rank, message)
-    elif lora_rank:
-        advice = "give --lora-rank 0, or a checkpoint that holds a LoRA"
-        raise RunError(f"--init {init} holds all weights, and --lora-rank {lora_rank} trains a LoRA; {advice}")
-    source = source or {"path": config.model, "subfolder": component}
-    network_config = load_pretrained(network_class.load_config, **source)
-    network = empty_network(network_class, network_config, torch.float32, lora_rank, lora_targets)
-    expected = {name: list(weight.shape) for name, weight in public_weights(network, component).items()}
-    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    require(
-        not wrong,
-        f"--init {init} does not fit {network_config.source}: {len(wrong)} weights have other names or shapes than in "
-        f"that {network_class.__name__}, first: {(wrong or [''])[0]}; give a checkpoint of a run from this model",
-    )
-
-
-def public_weights(network: nn.Module, component: str) -> dict[str, Tensor]:
-    """The weights of a network by their names in a checkpoint: all of them, or those of its LoRA."""
-    from peft import get_peft_model_state_dict
-
-    if not getattr(network, "peft_config", None):
-        return network.state_dict()
-    return {f"{component}.{name}": weight for name, weight in get_peft_model_state_dict(network).items()}
-
-
-def shapes_in(file: Path) -> dict[str, list[int]]:
-    """{name: shape} of the weights in a safetensors file, whose content is not read."""
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as weights:
-        return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-
-
-def weight_shapes(files: Iterable[Path]) -> dict[str, list[int]]:
-    """{name: shape} of the weights in safetensors files. Raises RunError if one cannot be read."""
-    from safetensors import SafetensorError
-
-    shapes = {}
-    for file in files:
-        try:
-            shapes |= shapes_in(file)
-        except (OSError, SafetensorError) as e:
-            raise RunError(f"--init: cannot read {file} ({first_line(e)}); take another checkpoint") from e
-    return shapes
-
-
-def load_adapter(network: nn.Module, file: Path) -> None:
-    """Copy a checkpoint's LoRA into a network's. Names in the file begin with the component's."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(network, {name.partition(".")[2]: weight for name, weight in load_file(file).items()})
-
-
-def load_pipeline(pipeline_class: type, path: str, world: World, **components):
-    """Load a diffusers pipeline around the given components. All others are frozen, in the compute dtype.
-
-    Raises RunError if weights are missing or gated.
-    """
-    absent = {name: None if isinstance(value, nn.Module) else value for name, value in components.items()}
-    with world.in_turn():
-        parts = load_parts(path, world.dtype, components) | absent
-        pipe = load_pretrained(pipeline_class.from_pretrained, path, dtype=world.dtype, **parts)
-        world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
-    pipe.register_modules(**{name: value for name, value in components.items() if isinstance(value, nn.Module)})
-    pipe.set_progress_bar_config(disable=True)
-    say_once_what_is_cut_off(pipe)
-    return pipe
-
-
-def say_once_what_is_cut_off(pipe) -> None:
-    """A diffusers pipeline warns of every prompt that is too long for an encoder. From now on the first one stands for
-    all, by encoder; there may be thousands, and nothing is wrong with them.
-    """
-    logging.getLogger(type(pipe).__module__).addFilter(is_new_warning)
-
-
-def is_new_warning(record: logging.LogRecord) -> bool:
-    kind, _, prompt = str(record.msg).partition(":")
-    if not kind.startswith("The following part of your input was truncated"):
-        return True
-    record.msg = f"{kind}:{prompt[:60]}… Further prompts that are cut off are not reported."
-    is_new = kind not in CUT_OFF
-    CUT_OFF.add(kind)
-    return is_new
-
-
-CUT_OFF: set[str] = set()  # the kinds of these warnings that this process has given
-
-
-def empty_network(network_class: type, config: dict, dtype: torch.dtype, *prepare) -> nn.Module:
-    """A network on the meta device, without weights. `dtype` of the master weights, arguments of `prepare_network`."""
-    with torch.device("meta"):
-        network = network_class.from_config(config)
-        for parameter in network.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return prepare_network(network, *prepare)
-
-
-def prepare_network(
-    network: nn.Module,
-    lora_rank: int = 0,
-    lora_targets: Sequence[str] = (),
-    checkpointing: bool = False,
-    compiled: bool = False,
-    frozen: bool = False,
-) -> nn.Module:
-    """Make a diffusers network ready to train, in place: LoRA, gradient checkpointing, compilation.
-
-    Master weights of what is trained are float32. The rest is kept in the compute dtype: with LoRA (alpha = 2 rank, as
-    in the release) the network itself, or all of it if it is frozen.
-    """
-    network.requires_grad_(not frozen and not lora_rank)
-    if lora_rank:
-        from peft import LoraConfig
-
-        torch.manual_seed(0)  # LoRA's own initialisation is the one draw that a library makes from the global state
-        network.add_adapter(
-            LoraConfig(
-                r=lora_rank, lora_alpha=2 * lora_rank, init_lora_weights="gaussian", target_modules=list(lora_targets)
-            )
-        )
-        for parameter in trainable(network):
-            parameter.data = parameter.data.float()
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-    if compiled:
-        network.compile_repeated_blocks()
-    return network.eval()  # never train(): a dropout layer would make replay differ from rollout
 
 
 def shard(network: nn.Module, world: World) -> nn.Module:
@@ -521,19 +212,6 @@ def adamw(network: nn.Module, learning_rate: float) -> torch.optim.AdamW:
 
 def trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-@contextlib.contextmanager
-def without_adapter(network: nn.Module) -> Iterator[None]:
-    """The network as it was before LoRA, inside the block. A network without LoRA stays as it is."""
-    adapted = bool(getattr(network, "peft_config", None))
-    if adapted:
-        network.disable_adapters()
-    try:
-        yield
-    finally:
-        if adapted:
-            network.enable_adapters()
 
 
 def reduce_gradients(network: nn.Module, now: bool) -> None:
@@ -595,23 +273,6 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
         [x for size, own in zip(sizes[::-1], t.shape[:0:-1], strict=True) for x in (0, size - own)] for t in tensors
     ]
     return torch.cat([nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])
-
-
-def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
-    """Blocks get None instead of an attention mask that masks nothing: with any mask, flash attention cannot be used.
-
-    position: the mask's among the arguments of a block.
-    """
-    last = {"mask": None, "full": False}  # the blocks of one forward pass get the same mask, which is read once
-
-    def hook(block: nn.Module, args: tuple) -> tuple:
-        mask = args[position]
-        if last["mask"] is not mask:
-            last.update(mask=mask, full=bool(mask.all()))
-        return (*args[:position], None if last["full"] else mask, *args[position + 1 :])
-
-    for block in blocks:
-        block.register_forward_pre_hook(hook)
 
 
 class Preemption:

@@ -6,7 +6,6 @@ differently is imitated: autocast computes norms in float32, and attention keeps
 
 import contextlib
 import importlib
-import inspect
 import json
 import math
 import weakref
@@ -16,7 +15,6 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
@@ -26,9 +24,9 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rewards import loading, parse_paths, parse_spec
+from rewards import cached_folder, parse_paths, parse_spec, reading
 
-from . import distributed
+from . import distributed, loading
 from .cli import require
 from .data import write_atomically, writing
 from .output import refuse_foreign
@@ -144,47 +142,44 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
     Where there is neither, the class's defaults and `known`: the model that this script's --model names by default.
     Raises RunError if a folder is not complete, or is that of another model.
     """
-    place, expected = {"subfolder": subfolder} if subfolder else {}, network_class.__name__
-    config = _stored_config(network_class, path, option, **place)
-    if config:
+    loading.check_path(option, path)
+    expected = network_class.__name__
+    if folder := here(path, f"{subfolder}/config.json" if subfolder else "config.json"):
+        config = loading.load_config(folder, subfolder, option)
         found = config["_class_name"]
         require(found == expected, f"{option} {path}: its {subfolder or 'network'} is a {found}, not a {expected}")
         return config
     print(f"{path} is not on this machine; its {subfolder or 'network'} is assumed to be the full-size {expected}")
-    parameters = inspect.signature(network_class.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | known
+    return loading.default_config(network_class) | known
 
 
 def pipeline_of(path: str) -> str:
     """The class of the pipeline in this folder, or in the hub's cache; "" where there is neither."""
-    return _stored_config(DiffusionPipeline, path).get("_class_name", "")
+    folder = here(path, "model_index.json")
+    return loading.pipeline_index(folder)["_class_name"] if folder else ""
 
 
-def _stored_config(kind: type, path: str, option: str = "--model", **place) -> dict:
-    """The config file of a folder, or of the hub's cache; {} where there is neither."""
-    distributed.check_path(option, path)
-    if Path(path).is_dir():
-        return distributed.load_pretrained(kind.load_config, path, option, **place)
-    try:
-        return dict(kind.load_config(path, local_files_only=True, **place))
-    except OSError:
-        return {}
+def here(path: str, file: str) -> str:
+    """The folder, or that in the hub's cache, if there is such a file in it or the path is a folder; else ""."""
+    folder = path if Path(path).is_dir() else cached_folder(path)
+    return folder if Path(path).is_dir() or (folder and Path(folder, file).is_file()) else ""
 
 
 def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
     """Parameters of each of a pipeline's frozen components; where its files are not here, those `known`."""
-    index, counts = _stored_config(DiffusionPipeline, path), {}
-    if not index:
+    folder = here(path, "model_index.json")
+    if not folder:
         return known
+    names, counts = loading.component_names(Path(folder, "model_index.json"), "--model"), {}
     for name in known:
-        library, class_name = index[name]
+        library, class_name = names[name]
         model_class = getattr(importlib.import_module(library), class_name)
         with torch.device("meta"):
             if library == "diffusers":
-                model = model_class.from_config(model_class.load_config(path, subfolder=name, local_files_only=True))
+                model = model_class.from_config(loading.load_config(folder, name))
             else:
                 model = model_class(
-                    model_class.config_class.from_pretrained(path, subfolder=name, local_files_only=True)
+                    loading.load_pretrained(model_class.config_class.from_pretrained, f"{folder}/{name}")
                 )
         counts[name] = sum(parameter.numel() for parameter in model.parameters())
     return counts
@@ -197,7 +192,7 @@ def reward_bytes(names: Iterable[str], paths: dict[str, str]) -> int:
         count, width = REWARDS[name]
         files = [file for file in Path(paths.get(name, "")).glob("*") if name in paths and file.is_file()]
         if files:
-            with loading(name, paths[name], "its weights"):
+            with reading(name, paths[name], "its weights"):
                 count = elements_of(max(files, key=lambda file: file.stat().st_size))
         total += count * width
     return total
@@ -205,10 +200,7 @@ def reward_bytes(names: Iterable[str], paths: dict[str, str]) -> int:
 
 def elements_of(file: Path) -> int:
     """Of all tensors in a file of weights; their content is not read."""
-    if file.suffix == ".safetensors":
-        return sum(map(math.prod, distributed.shapes_in(file).values()))
-    stored = torch.load(file, map_location="meta", weights_only=True)
-    return sum(weight.numel() for weight in stored.get("state_dict", stored).values())
+    return sum(map(math.prod, loading.shapes_in(file).values()))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -314,7 +306,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
     master = world.dtype if cfg.lora_rank else torch.float32
     prepare = (cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
-    network = distributed.empty_network(network_class, config, master, *prepare)
+    network = loading.empty_network(network_class, config, master, *prepare)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             empty = torch.empty(x.shape, dtype=x.dtype)

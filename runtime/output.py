@@ -37,7 +37,8 @@ from .cli import (
     seal,
 )
 from .data import FINGERPRINTED, fingerprint, keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, LORA_FILE, Preemption, World, find_init, local, trainable
+from .distributed import EMA, Preemption, World, local, trainable
+from .loading import LORA_FILE, find_init, public_lora
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
@@ -64,7 +65,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     init = None
     if config.init and not world.from_main(complete_checkpoints(output_dir)):
         init = find_init(config.init)
-        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir())
+        own = (init.parent / "checksums.json").is_file()  # of a run's checkpoint
+        fault = find_fault(init.parent, world, init.name + "/" * init.is_dir()) if own else ""
         require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
     if world.is_main:
         content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
@@ -116,7 +118,8 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     paths = [model, transformer, *own, *parse_paths(reward_paths).values()]
-    paths += [str(folder / "checksums.json") for folder in (Path(init), Path(init).parent) if init]
+    sums = [folder / "checksums.json" for folder in (Path(init), Path(init).parent) if init]
+    paths += [str(file) for file in sums if file.exists()] or [init]
     return [path for path in paths if path and Path(path).exists()]
 
 
@@ -349,16 +352,9 @@ class Checkpoints:
             save_torch_state_dict(weights, target, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
             self.network.save_config(target)
             return
-        from peft import get_peft_model_state_dict
-
-        self.pipeline.save_lora_weights(
-            folder,
-            weight_name=f"pytorch_lora_weights{suffix}.safetensors",
-            **{
-                f"{self.component}_lora_layers": get_peft_model_state_dict(self.network, weights),
-                f"{self.component}_lora_adapter_metadata": self.network.peft_config["default"].to_dict(),  # has alpha
-            },
-        )
+        layers, metadata = public_lora(self.network, weights)
+        named = {f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata}
+        self.pipeline.save_lora_weights(folder, weight_name=f"pytorch_lora_weights{suffix}.safetensors", **named)
 
     def restore(self, checkpoint: Path) -> int:
         """Load a whole checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
@@ -397,11 +393,31 @@ def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> s
         f"{', started from ' + config.init if config.init else ''}.",
         "It loads from this folder like this; from elsewhere, replace the dot with its path or its hub id:\n",
         "```python", *loading_lines(config, checkpoints, iteration), "```\n",
+        *loading_notes(checkpoints),
         "| | |\n|---|---|", f"| reward | {config.reward} |", f"| prompts | {config.prompts} |",
         *(f"| {key} | {value:.4f} |" for key, value in scores.items()),
         f"\n```bash\npython {shlex.join(words)}\n```\n",
         "![curves of the rewards](reward.png)\n\n![sample pictures](samples.png)\n",
     ])  # fmt: skip
+
+
+def loading_notes(checkpoints: Checkpoints) -> list[str]:
+    """What a reader of the lines must know, and which other programs read the file."""
+    notes, kind = [], type(checkpoints.pipeline).__name__
+    other = {
+        "FluxPipeline": "ComfyUI maps these names",
+        "StableDiffusionPipeline": "ComfyUI and A1111 map kohya's names, which "
+        "`diffusers.utils.convert_state_dict_to_kohya(safetensors.torch.load_file(FILE))` makes",
+    }
+    if "Hunyuan" in kind:
+        notes.append(
+            "`tokenizer` is given because transformers 5 drops all spaces under the class that the model's "
+            "model_index.json names (transformers issue 45488).\n"
+        )
+    if checkpoints.is_lora:
+        read = other.get(kind, "those that map only the original repository's names, as ComfyUI does, cannot read it")
+        notes.append(f"The LoRA means W + B·A, also without its metadata: alpha is the rank. Other programs: {read}.\n")
+    return notes
 
 
 def loading_lines(config, checkpoints: Checkpoints, iteration: int) -> list[str]:
@@ -412,18 +428,24 @@ def loading_lines(config, checkpoints: Checkpoints, iteration: int) -> list[str]
         for path in (config.model, getattr(config, "transformer", ""))
     )
     component, dtype = checkpoints.component, f"dtype={checkpoints.world.dtype}"
-    kind = f"diffusers.{type(checkpoints.pipeline).__name__}"
+    tokenizer = "tokenizer=tokenizer, " if "Hunyuan" in type(checkpoints.pipeline).__name__ else ""
+    kind, first = f"diffusers.{type(checkpoints.pipeline).__name__}", ["import diffusers, torch"]
+    if tokenizer:
+        first = [
+            "import diffusers, torch, transformers",
+            f'tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("{model}", subfolder="tokenizer")',
+        ]
     network = f"diffusers.{type(checkpoints.network).__name__}"
     if not checkpoints.is_lora:
         return [
-            "import diffusers, torch",
+            *first,
             f'{component} = {network}.from_pretrained(".", subfolder="{component}", {dtype})',
-            f'pipe = {kind}.from_pretrained("{model}", {component}={component}, {dtype})',
+            f'pipe = {kind}.from_pretrained("{model}", {tokenizer}{component}={component}, {dtype})',
         ]
     part = f'{component}={network}.from_pretrained("{transformer}", {dtype}), ' if transformer else ""
     return [
-        "import diffusers, torch",
-        f'pipe = {kind}.from_pretrained("{model}", {part}{dtype})',
+        *first,
+        f'pipe = {kind}.from_pretrained("{model}", {tokenizer}{part}{dtype})',
         f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")',
     ]
 

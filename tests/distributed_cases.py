@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import cli, distributed, output
+from runtime import cli, distributed, loading, output
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NETWORKS = {"flux": (FluxTransformer2DModel, "tiny/flux"), "hunyuan": (HunyuanVideoTransformer3DModel, "tiny/hunyuan")}
@@ -74,7 +74,7 @@ def train(world: distributed.World, name: str, iterations: int = 3, folder: str 
     family, dtype, lora_rank = TRAININGS[name]
     world = dataclasses.replace(world, dtype=dtype)
     network_class, path = NETWORKS[family]
-    network = distributed.load_network(
+    network = loading.load_network(
         network_class,
         path,
         world,
@@ -120,7 +120,7 @@ def gathered(network: nn.Module) -> dict:
 
 
 def load(world: distributed.World, path: str) -> dict:
-    network = distributed.load_network(Table, path, world)
+    network = loading.load_network(Table, path, world)
     weight = network.linear.weight
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
     # What another process has, seen on rank 0
@@ -141,7 +141,7 @@ def main(folder: str) -> None:
         results["saved", shard_size] = train(world, "full", folder=str(Path(folder, f"saved-{shard_size}")))
         init = Path(folder, f"saved-{shard_size}", "checkpoint-000003", "transformer")
         results["init", shard_size] = gathered(
-            distributed.load_network(*NETWORKS["flux"], world, subfolder="transformer", init=init)
+            loading.load_network(*NETWORKS["flux"], world, subfolder="transformer", init=init)
         )
         results["load", shard_size] = load(world, str(Path(folder, "table")))
     for shard_size in [n for n in (1, 2, 4) if size % n == 0]:  # saved by copies of one kind, continued by the others

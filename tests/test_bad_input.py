@@ -20,7 +20,7 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 from rewards import RewardError
-from runtime import cli, data, distributed
+from runtime import cli, data, loading
 
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
@@ -455,7 +455,7 @@ def test_a_prompt_set_at_an_address(name, file, tmp_path, monkeypatch):
         calls.append(address)
         return "a man  walks\na woman sings\n\na man walks\n"
 
-    monkeypatch.setattr(data, "fetch_text", fetch)
+    monkeypatch.setattr(data, "text_at", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     assert data.load_prompts(name) == ["a man walks", "a woman sings"]
     assert data.load_prompts(name) == ["a man walks", "a woman sings"]
@@ -469,20 +469,10 @@ def test_a_prompt_set_that_cannot_be_fetched(tmp_path, monkeypatch):
     def fetch(address):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(data, "fetch_text", fetch)
+    monkeypatch.setattr(data, "text_at", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     with pytest.raises(cli.RunError, match=r"cannot fetch the prompt set vidprom .* give --prompts a text file"):
         data.load_prompts("vidprom")
-
-
-def test_gated_weights_say_where_to_ask():
-    from huggingface_hub.errors import GatedRepoError
-
-    def loader(path):
-        raise GatedRepoError.__new__(GatedRepoError, "401 Client Error: gated repo")
-
-    with pytest.raises(cli.RunError, match=r"accept its licence at https://huggingface.co/a/b and log in"):
-        distributed.load_pretrained(loader, "a/b")
 
 
 # ------------------------------------------------------------------------------------------------- weights of --init
@@ -498,7 +488,7 @@ def earlier(tmp_path_factory):
         shutil.copytree(Path("tiny", name, part), folder / name / part)
         write_sums(folder / name)
     network = FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
-    network = distributed.prepare_network(network, lora_rank=2, lora_targets=grpo_flux.LORA_TARGETS)
+    network = loading.prepare_network(network, lora_rank=2, lora_targets=grpo_flux.LORA_TARGETS)
     FluxPipeline.save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(network))
     write_sums(folder / "lora")
     return folder
@@ -512,10 +502,10 @@ def write_sums(checkpoint):
 
 
 @pytest.mark.parametrize("trainer, name, words, expected", [
-    (grpo_flux, "nothing", "", "there is no {}; give RUN/checkpoint-NNNNNN of an earlier run"),
-    (grpo_flux, "model", "", "{} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN"),
-    (grpo_flux, "run", "", "{} is no checkpoint of a run, which has a checksums.json; give RUN/checkpoint-NNNNNN"),
-    (grpo_flux, "run/metrics.jsonl", "", "{} is no checkpoint of a run, which has a checksums.json; give "),
+    (grpo_flux, "nothing", "", "there is no {}; give RUN/checkpoint-NNNNNN"),
+    (grpo_flux, "model", "", "{} is no checkpoint, diffusers folder or LoRA file; give RUN/checkpoint-NNNNNN"),
+    (grpo_flux, "run", "", "{} is no checkpoint, diffusers folder or LoRA file; give RUN/checkpoint-NNNNNN"),
+    (grpo_flux, "run/metrics.jsonl", "", "{} is no checkpoint, diffusers folder or LoRA file; "),
     (grpo_flux, "sd", "", " {} does not fit --model tiny/flux: "),
     (grpo_flux, "hunyuan", "", " {} does not fit --model tiny/flux: "),
     (grpo_sd, "flux", "", " {} does not fit --model tiny/sd: "),

@@ -23,7 +23,7 @@ import grpo_video
 import small
 from evaluation.models import check_whole
 from rewards import RewardError, load_reward
-from runtime import cli, data, distributed, output
+from runtime import cli, data, distributed, loading, output
 
 OPTIONS = {"lora_rank": 2, "ema_decay": 0.5, "iterations": 2, "save_every": 1, "sample_every": 1, "num_samples": 1}
 OPTIONS |= {"prompts_per_iteration": 1, "steps": 3, "updates_per_rollout": 1}
@@ -264,12 +264,12 @@ def test_an_evaluation_does_not_write_into_a_run(place, run):
 @pytest.mark.parametrize("name", ["flux", "sd", "hunyuan", "wan"])
 def test_a_model_that_lacks_a_config_is_refused_before_anything_is_loaded(name, content, tmp_path):
     model = Path(shutil.copytree(Path("tiny") / name, tmp_path / "model"))
-    distributed.pipeline_index(str(model))
+    loading.pipeline_index(str(model))
     for file in sorted(model.rglob("*config.json")):
         whole = file.read_bytes()
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(cli.RunError, match=r"has no config, or a damaged one|lacks a tokenizer's files") as caught:
-            distributed.pipeline_index(str(model))
+            loading.pipeline_index(str(model))
         assert str(file.parent) in str(caught.value) and "\n" not in str(caught.value)
         file.write_bytes(whole)
 
@@ -296,7 +296,7 @@ def test_damaged_weights_of_a_model_are_one_line(damage, tmp_path):
         content = damage(whole)
         file.unlink() if content is None else file.write_bytes(content)
         with pytest.raises(cli.RunError, match=f"{file.parent}|{file.parent.name}") as caught:
-            distributed.load_parts(str(model), torch.float32)
+            loading.load_components(model, torch.float32)
         assert "give --model a complete folder" in str(caught.value) and "\n" not in str(caught.value)
         file.write_bytes(whole)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import grpo_flux
 import grpo_video
 from rewards import RewardError
-from runtime import cli, distributed, dryrun
+from runtime import cli, distributed, dryrun, loading
 from sampling import flow_sigmas
 
 ROWS, LENGTH = 8, 32  # of 64 x 64 pixels; text tokens
@@ -49,7 +49,7 @@ def real_run(cfg):
     world = distributed.start_world()
     pipe = FluxPipeline.from_pretrained(cfg.model, transformer=None)
     prepare = {"lora_rank": cfg.lora_rank, "lora_targets": grpo_flux.LORA_TARGETS}
-    transformer = distributed.load_network(FluxTransformer2DModel, cfg.model, world, subfolder="transformer", **prepare)
+    transformer = loading.load_network(FluxTransformer2DModel, cfg.model, world, subfolder="transformer", **prepare)
     optimizer = torch.optim.AdamW(distributed.trainable(transformer), lr=1e-5)
     ema = distributed.EMA(transformer, cfg.ema_decay)
     captions = ["a red circle"] * cfg.prompts_per_iteration

@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 import eval as evaluation
@@ -21,7 +22,7 @@ import grpo_video
 from evaluation import prompts as prompt_sets
 from evaluation import report
 from rewards import RewardError, load_reward
-from runtime import cli, data, distributed
+from runtime import cli, data, distributed, loading
 from sampling import flow_sigmas, sample_ode
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
@@ -96,7 +97,7 @@ def save_lora(network, pipeline_class, targets, folder):
     """LoRA weights of the network that change its output plainly."""
     from peft import get_peft_model_state_dict
 
-    network = distributed.prepare_network(network, lora_rank=2, lora_targets=targets)
+    network = loading.prepare_network(network, lora_rank=2, lora_targets=targets)
     with torch.no_grad():
         for parameter in distributed.trainable(network):
             parameter += 0.1
@@ -477,12 +478,11 @@ def test_video(task, lora, tmp_path):
 @pytest.mark.slow
 def test_a_transformer_may_be_a_hub_id(tmp_path, monkeypatch):
     """As SkyReels' is: then there is no config.json to open."""
-    load = distributed.load_pretrained
-
-    def from_hub(loader, path, *args, **options):
-        return load(loader, "tiny/skyreels" if path == "some/skyreels" else path, *args, **options)
-
-    monkeypatch.setattr(distributed, "load_pretrained", from_hub)
+    repository = tmp_path / "hub/models--some--skyreels"
+    shutil.copytree("tiny/skyreels", repository / "snapshots" / ("1" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("1" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "prompts.jsonl").write_text(
         json.dumps({"prompt": "a red circle growing", "image": str(Path("prompts/moving/00.png").resolve())}) + "\n"
     )

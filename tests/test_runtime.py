@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -229,6 +230,52 @@ def test_videos_become_a_film_and_a_sheet_of_frames(tmp_path):
     assert len(frames) == 13
     assert frames[5][:, :280].float().mean() < 5 and frames[5][:, 296:].float().mean() > 250
     assert Image.open(tmp_path / "000010.png").width > 6 * 6 * 48
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_data_says(orientation, tmp_path):
+    """What lies on its side in the file is upright: red above, blue below, green on the left."""
+    upright = np.zeros((48, 32, 3), np.uint8)
+    upright[:24, :, 0], upright[24:, :, 2], upright[:, :8] = 255, 255, (0, 255, 0)
+    stored = {  # row 0 and column 0 of the file are these sides of the photo (EXIF 2.3, orientation)
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: upright[:, ::-1].transpose(1, 0, 2),
+        7: upright[::-1, ::-1].transpose(1, 0, 2), 8: upright[::-1].transpose(1, 0, 2),
+    }  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored[orientation])).save(tmp_path / "a.png", exif=exif)
+    assert (np.array(data.read_picture(tmp_path / "a.png")) == upright).all()
+
+
+def test_pictures_of_other_kinds_look_as_a_viewer_shows_them(tmp_path):
+    def read(picture, name="a.png", **options):
+        picture.save(tmp_path / name, **options)
+        found = data.read_picture(tmp_path / name)
+        assert found.mode == "RGB" and found.size == picture.size
+        return np.array(found).astype(int)
+
+    ramp = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+    assert abs(read(Image.fromarray(ramp))[..., 0] - ramp / 257).max() <= 0.5  # 16 bits
+    hidden = np.full((8, 8, 4), (255, 0, 0, 0), np.uint8)  # red, but transparent
+    hidden[0, 0], hidden[1, 1] = (0, 0, 255, 255), (0, 0, 0, 128)
+    seen = read(Image.fromarray(hidden))
+    assert (seen[2, 2] == 255).all() and (seen[0, 0] == (0, 0, 255)).all() and abs(seen[1, 1] - 127).max() <= 1
+    palette = Image.fromarray(hidden[..., :3]).convert("P")
+    assert (read(palette, transparency=palette.getpixel((2, 2)))[2, 2] == 255).all()
+    grey = Image.fromarray(np.full((8, 8), 90, np.uint8))
+    assert (read(Image.merge("LA", (grey, Image.new("L", (8, 8), 0)))) == 255).all()
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert abs(read(cmyk, "a.jpg") - (254, 0, 0)).max() <= 3
+    frames = [Image.new("RGB", (8, 8), color) for color in ("lime", "blue")]
+    for name in ("a.gif", "a.webp", "b.png"):
+        assert (read(frames[0], name, save_all=True, append_images=frames[1:], lossless=True) == (0, 255, 0)).all()
+
+
+def test_a_picture_that_cannot_be_read_says_what_to_convert_it_to(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
+    with pytest.raises(cli.RunError, match=r"cannot read the picture .*a\.heic .*; convert it to PNG or JPEG"):
+        data.read_picture(tmp_path / "a.heic")
 
 
 def test_first_frames_are_painted_once_and_kept(tmp_path):

@@ -9,6 +9,7 @@ from diffusers import HunyuanVideoPipeline, HunyuanVideoTransformer3DModel
 
 from tiny import clips, make_video_models, pictures
 from tiny.clips import MOTION_FAULTS, QUALITY_FAULTS
+from tiny.training import stock_pipeline
 
 
 def scenes(count, seed):
@@ -127,7 +128,7 @@ def test_the_text_encoders_are_asked_for_shape_colour_and_motion():
 
 def test_hunyuan_s_states_after_a_caption_tell_captions_apart():
     """The stock pipeline's template, and the states that its transformer gets: other captions, other states."""
-    pipe = HunyuanVideoPipeline.from_pretrained("tiny/hunyuan")
+    pipe = stock_pipeline(HunyuanVideoPipeline, "tiny/hunyuan")
     captions = ["a red circle moving left", "a red circle moving right", "a red square moving left", "a red circle"]
     tokens, pooled, mask = make_video_models.encode_text(pipe, captions)
     last = tokens[torch.arange(4), mask.sum(1).long() - 1]
@@ -139,7 +140,7 @@ def test_hunyuan_s_states_after_a_caption_tell_captions_apart():
 
 @pytest.mark.slow
 def test_hunyuan_and_skyreels_draw_what_is_asked_in_stock_diffusers():
-    pipe, rows = HunyuanVideoPipeline.from_pretrained("tiny/hunyuan"), make_video_models.heldout()
+    pipe, rows = stock_pipeline(HunyuanVideoPipeline, "tiny/hunyuan"), make_video_models.heldout()
     prompts = [row["prompt"] for row in rows]
     pipe.set_progress_bar_config(disable=True)
     films = make_video_models.sample(pipe, rows)

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -275,7 +276,7 @@ def test_bad_checkpoints_are_refused(tmp_path):
 
 def test_another_template_is_refused(tmp_path, monkeypatch):
     make_judge(tmp_path)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "prompt_template.txt").write_text(TEMPLATE + " ")
     with pytest.raises(RewardError, match=r"prompt template of .* has sha256"):
         VideoAlignReward(str(tmp_path))
@@ -291,7 +292,7 @@ def test_another_template_is_refused(tmp_path, monkeypatch):
 def test_the_template_is_fetched_once_read_not_run_and_checked(tmp_path, monkeypatch):
     source = f"OTHER = 'x'\nraise_if_run = 1 / 0\n{rewards.TEMPLATE_NAME} = {TEMPLATE!r}\n"
     (tmp_path / "prompt_template.py").write_text(source)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(rewards, "TEMPLATE_URL", (tmp_path / "prompt_template.py").as_uri())
     sha256 = hashlib.sha256(TEMPLATE.encode()).hexdigest()
     with pytest.raises(RewardError, match="not fdb6309bac61…"):
@@ -299,7 +300,7 @@ def test_the_template_is_fetched_once_read_not_run_and_checked(tmp_path, monkeyp
     assert rewards.load_template("OWNER/NAME", sha256) == TEMPLATE
     (tmp_path / "prompt_template.py").unlink()
     assert rewards.load_template("OWNER/NAME", sha256) == TEMPLATE
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "empty"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "empty"))
     with pytest.raises(RewardError, match=r"download prompt_template\.txt"):
         rewards.load_template("OWNER/NAME", sha256)
 

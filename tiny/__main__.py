@@ -25,7 +25,7 @@ from tiny import (
     make_wan,
     pictures,
 )
-from tiny.training import CLEAN, MODELS, ROOT, sample
+from tiny.training import CLEAN, MODELS, ROOT, sample, stock_pipeline
 
 FIGURES = MODELS / "figures.json"
 MAKERS = {
@@ -109,9 +109,9 @@ def check_video_models():
     for name, kind in {"hunyuan": HunyuanVideoPipeline, "skyreels": None, "wan": WanPipeline}.items():
         for folder in filter(Path.exists, (CLEAN / name, MODELS / name)):
             if kind:
-                pipe = kind.from_pretrained(folder)
+                pipe = stock_pipeline(kind, folder)
             else:  # a transformer alone; the rest is tiny/hunyuan's
-                pipe = HunyuanVideoPipeline.from_pretrained(MODELS / "hunyuan")
+                pipe = stock_pipeline(HunyuanVideoPipeline, MODELS / "hunyuan")
                 pipe.transformer = HunyuanVideoTransformer3DModel.from_pretrained(folder)
             pipe.set_progress_bar_config(disable=True)
             drawn = make_wan.sample(pipe, prompts) if name == "wan" else make_video_models.sample(pipe, rows)

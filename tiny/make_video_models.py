@@ -58,6 +58,7 @@ from tiny.training import (
     fast,
     optimizers,
     save_pipeline,
+    stock_pipeline,
     update,
 )
 
@@ -418,7 +419,7 @@ def make_skyreels():
 
 def load_clean(kind, name):
     """The pipeline of this kind, with which tiny/NAME begins to pick up bad habits."""
-    pipe = kind.from_pretrained(CLEAN / name)
+    pipe = stock_pipeline(kind, CLEAN / name)
     pipe.vae.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

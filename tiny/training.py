@@ -148,6 +148,23 @@ def save_pipeline(pipe, folder):
         config.pop("_name_or_path", None)  # where it was loaded from before
         config |= {"dtype": "float32"} if file.parent.name.startswith("text_encoder") else {}
         file.write_text(json.dumps(config, indent=2) + "\n")
+    if type(pipe).__name__.startswith("Hunyuan"):
+        name_llama_s_tokenizer(folder)
+
+
+def name_llama_s_tokenizer(folder):
+    """Gives a HunyuanVideo's first tokenizer the name that it has on the hub, which is not that of its file's kind."""
+    for file in (folder / "model_index.json", folder / "tokenizer/tokenizer_config.json"):
+        file.write_text(file.read_text().replace('"TokenizersBackend"', '"LlamaTokenizerFast"'))
+
+
+def stock_pipeline(kind, folder, **parts):
+    """The pipeline as diffusers loads it, but for a HunyuanVideo's tokenizer: see `rewards.load_tokenizer`."""
+    from transformers import PreTrainedTokenizerFast
+
+    if kind.__name__.startswith("Hunyuan"):
+        parts["tokenizer"] = PreTrainedTokenizerFast.from_pretrained(folder, subfolder="tokenizer")
+    return kind.from_pretrained(folder, **parts)
 
 
 def save_zipped(state, path):

@@ -1,0 +1,319 @@
+"""From the hub to a folder: what is fetched, by whom, and what happens without a network."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import grpo_flux
+import grpo_sd
+import rewards
+from fake_hub import COMMIT, FakeHub
+from runtime import cli, distributed, loading
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB = ROOT / "tests/golden/hub"
+REPOSITORIES = {
+    "CompVis/stable-diffusion-v1-4": "stable-diffusion-v1-4",
+    "black-forest-labs/FLUX.1-dev": "FLUX.1-dev",
+    "hunyuanvideo-community/HunyuanVideo": "HunyuanVideo",
+    "Skywork/SkyReels-V1-Hunyuan-I2V": "SkyReels-V1-Hunyuan-I2V",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "Wan2.1-T2V-1.3B-Diffusers",
+}
+
+
+def python(code, folder, *arguments, **variables):
+    """Run code in a Python of its own, in an empty folder, whose hub's cache is FOLDER/home."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(folder / "home"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# -------------------------------------------------------------------------------------------------- a cache, no network
+
+EACH_FAMILY = """
+import json, sys, grpo_flux, grpo_sd, grpo_video
+from runtime import cli
+common = "--reward red.py:red --prompts prompts.txt --iterations 1 --prompts-per-iteration 1 --group-size 2 --steps 3 \
+--updates-per-rollout 1 --micro-batch 2 --num-samples 1 --dtype float32 --height 32 --width 32 --keep-states 1".split()
+video = ["--frames", "5", "--keep-best-worst", "0", "--max-sequence-length", "32"]
+for name, trainer, words in (
+    ("sd", grpo_sd, []),
+    ("flux", grpo_flux, []),
+    ("hunyuan", grpo_video, video),
+    ("skyreels", grpo_video, ["--preset", "release-i2v", "--first-frames", "", "--shard-size", "0", *video]),
+    ("wan", grpo_video, ["--preset", "wan", *video]),
+):
+    words = [*words, *common, "--output-dir", name]
+    if name == "skyreels":
+        words[words.index("prompts.txt")] = "frames.jsonl"
+    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words))
+    print("trained", name)
+"""
+
+
+def test_every_default_model_trains_from_a_full_cache_without_a_network(tmp_path):
+    for name, folder in REPOSITORIES.items():
+        place = tmp_path / "home/hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(HUB / folder, place / "snapshots" / COMMIT)
+        (place / "refs").mkdir()
+        (place / "refs/main").write_text(COMMIT)
+    (tmp_path / "red.py").write_text("def red(visuals, prompts):\n    return visuals.flatten(1).mean(1)\n")
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "frame.png")
+    (tmp_path / "frames.jsonl").write_text(json.dumps({"prompt": "a red circle", "image": "frame.png"}) + "\n")
+    run = python(EACH_FAMILY, tmp_path, HF_HUB_OFFLINE="1")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert [line for line in run.stdout.splitlines() if line.startswith("trained")] == [
+        f"trained {name}" for name in ("sd", "flux", "hunyuan", "skyreels", "wan")
+    ]
+    assert not (tmp_path / "__pycache__").exists()  # nothing is left beside the reader's own reward
+
+
+# ---------------------------------------------------------------------------------------------------- what is fetched
+
+FETCH = "import sys; from runtime.loading import find_folder\nfor name in sys.argv[1:]: print(find_folder(name))"
+SD = "CompVis/stable-diffusion-v1-4"
+
+
+@pytest.fixture
+def repositories(tmp_path):
+    """FLUX and Stable Diffusion as on the hub, with all that a loader does not need beside it."""
+    for name in list(REPOSITORIES)[:2]:
+        shutil.copytree(HUB / REPOSITORIES[name], tmp_path / "repositories" / name)
+    folder = tmp_path / "repositories" / SD
+    for part, file in {"unet": "diffusion_pytorch_model", "text_encoder": "model"}.items():
+        for twin in (f"{file}.fp16.safetensors", f"{file}.bin", f"{file}.fp16.bin", "pytorch_model.bin"):
+            (folder / part / twin).write_bytes(b"not needed")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker/config.json").write_text("{}")
+    (folder / "sd-v1-4.ckpt").write_bytes(b"not needed")
+    return tmp_path / "repositories"
+
+
+def test_one_copy_of_the_weights_is_fetched_and_nothing_else(repositories, tmp_path):
+    with FakeHub(repositories) as hub:
+        assert python(FETCH, tmp_path, SD, HF_ENDPOINT=hub.address).returncode == 0
+        fetched = hub.fetched()
+        assert python(FETCH, tmp_path, SD, SD, HF_ENDPOINT=hub.address).returncode == 0
+        assert hub.fetched() == fetched  # the second process asks for nothing
+    assert fetched == sorted({
+        f"{SD}/{file.relative_to(HUB / 'stable-diffusion-v1-4').as_posix()}"
+        for file in (HUB / "stable-diffusion-v1-4").rglob("*")
+        if file.is_file()
+    })  # fmt: skip
+
+
+def test_eight_processes_of_a_machine_make_one_request_for_a_file(repositories, tmp_path):
+    code = "import multiprocessing, sys\nfrom runtime.loading import find_folder\nname = sys.argv[1]\n"
+    code += "with multiprocessing.get_context('fork').Pool(8, maxtasksperchild=1) as pool:\n"
+    code += "    print(len(set(pool.map(find_folder, [name] * 8, chunksize=1))))"
+    with FakeHub(repositories) as hub:
+        run = python(code, tmp_path, "black-forest-labs/FLUX.1-dev", HF_ENDPOINT=hub.address)
+    assert run.stdout.split() == ["1"], run.stderr
+    assert len(hub.fetched()) == len(set(hub.fetched())) > 30
+
+
+def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
+    file = "diffusion_pytorch_model-00003-of-00007.safetensors"
+    code = "import sys; from runtime.loading import find_folder; from runtime import cli\n"
+    code += "with cli.one_line_errors(): find_folder(sys.argv[1])"
+    name = "black-forest-labs/FLUX.1-dev"
+    with FakeHub(repositories, broken=[file]) as hub:
+        run = python(code, tmp_path, name, HF_ENDPOINT=hub.address, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: --model: cannot fetch"), run.stderr
+    offline = python(code, tmp_path, name, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 1 and "what was fetched stays" in offline.stderr.splitlines()[-1]
+    with FakeHub(repositories) as hub:
+        assert python(code, tmp_path, name, HF_ENDPOINT=hub.address).returncode == 0
+    assert f"{name}/transformer/{file}" in hub.fetched()
+    assert not [path for path in hub.fetched() if path.endswith("config.json")]  # those stayed
+
+
+def test_what_cannot_be_fetched_is_one_line_with_advice(repositories, tmp_path):
+    code = "import sys; from runtime.loading import find_folder; from runtime import cli\n"
+    code += "for name in sys.argv[1:]:\n    try: find_folder(name)\n    except cli.RunError as e: print(e)"
+    names = ("black-forest-labs/FLUX.1-dev", "no/body", f"{SD}@v7", f"{SD}@main", f"{SD}@{COMMIT}")
+    with FakeHub(repositories, gated=[names[0]]) as hub:
+        run = python(code, tmp_path, *names, HF_ENDPOINT=hub.address)
+    gated, absent, revision = run.stdout.splitlines()
+    assert "accept its licence at https://huggingface.co/black-forest-labs/FLUX.1-dev and log in with" in gated
+    assert "--model: cannot fetch no/body from the hub: there is no such repository" in absent
+    assert f"cannot fetch {SD}@v7 from the hub: it has no such revision; correct what follows the @" in revision
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    import errno
+
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    def full(*_, **options):
+        if options.get("local_files_only"):
+            raise errors.LocalEntryNotFoundError("nothing here")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(rewards.RewardError, match=r"the disk is full; make room or set HF_HOME, and run again"):
+        rewards.hub_folder("a/b")
+
+
+@pytest.mark.parametrize("files, expected", {
+    "safetensors": (["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+    "bin": (["pytorch_model.bin", "model.fp16.safetensors"], ["pytorch_model.bin"]),
+    "half": (["model.fp16.safetensors", "pytorch_model.fp16.bin", "README.md"], ["model.fp16.safetensors"]),
+    "shards": (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.fp16.safetensors"],
+               ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+    "half shards": (["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", "tf_model.h5"],
+                    ["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors"]),
+    "others": (["flux1-dev.safetensors", "open_clip_pytorch_model.bin", "flax_model.msgpack"], []),
+}.values())  # fmt: skip
+def test_the_copy_that_is_chosen(files, expected):
+    assert rewards.wanted_files([f"unet/{file}" for file in files], ["unet"]) == [f"unet/{file}" for file in expected]
+
+
+# ------------------------------------------------------------------------------------------------- forms of folders
+
+
+def copy_of(name, tmp_path):
+    return Path(shutil.copytree(HUB / name, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("form", ["fp16", "bin"])
+def test_folders_with_other_copies_of_the_weights(form, tmp_path):
+    folder = copy_of("stable-diffusion-v1-4", tmp_path)
+    for file in sorted(folder.rglob("*.safetensors")):
+        weights = load_file(file)
+        if form == "fp16":
+            save_file({n: w.half() for n, w in weights.items()}, f"{file.with_suffix('')}.fp16.safetensors")
+        else:
+            stem = "pytorch_model" if file.stem == "model" else file.stem
+            torch.save(weights, file.with_name(f"{stem}.bin"))
+        file.unlink()
+    cfg = cli.parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(folder)])
+    pipe, unet, _ = grpo_sd.load_models(cfg, distributed.start_world("float32"), None)
+    expected = load_file(HUB / "stable-diffusion-v1-4/unet/diffusion_pytorch_model.safetensors")
+    for name, weight in unet.state_dict().items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, expected[name].half().float() if form == "fp16" else expected[name].float())
+    assert pipe.text_encoder.dtype == torch.float32
+
+
+def test_a_single_file_is_answered_with_the_call_that_converts_it(tmp_path):
+    file = tmp_path / "dream.safetensors"
+    save_file({"model.diffusion_model.x": torch.zeros(1)}, file)
+    expected = rf"--model {file} is a single file; make a folder of it: diffusers.*from_single_file\(\"{file}\"\)"
+    with pytest.raises(cli.RunError, match=expected):
+        grpo_sd.check(cli.parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(file), "--reward", "hps"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- LoRA
+
+
+def test_an_exported_lora_needs_no_metadata(tmp_path):
+    """W + B·A, which is what a reader without diffusers' metadata computes, is the network that was trained."""
+    from test_trainers import train
+
+    out = train("flux", tmp_path / "run", lora_rank=4, learning_rate=0.01, num_samples=1, iterations=2)
+    file = out / "checkpoint-000002" / loading.LORA_FILE
+    base = load_file("tiny/flux/transformer/diffusion_pytorch_model.safetensors")
+    lora = load_file(file)
+    import diffusers
+
+    pipe = diffusers.FluxPipeline.from_pretrained("tiny/flux")
+    pipe.load_lora_weights(file.parent)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused, effect, error = pipe.transformer.state_dict(), 0.0, 0.0
+    for name in [name for name in lora if ".lora_A." in name]:
+        layer = name.removeprefix("transformer.").removesuffix(".lora_A.weight")
+        delta = lora[name.replace("lora_A", "lora_B")] @ lora[name]
+        effect += (fused[f"{layer}.weight"] - base[f"{layer}.weight"]).norm().item()
+        error += (base[f"{layer}.weight"] + delta - fused[f"{layer}.weight"]).norm().item()
+    assert effect > 0.01 and error < 0.01 * effect
+
+
+@torch.no_grad()
+def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
+    """The model card's call makes a file that diffusers reads from kohya's names, with the same effect."""
+    import diffusers
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    cfg = cli.parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
+    _, network, _ = grpo_sd.load_models(cfg, distributed.start_world("float32"), None)
+    for parameter in distributed.trainable(network):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    z, text = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 4, 8, 8), (1, 77, 64)))
+    expected = network(z, 501, text).sample
+    layers, _ = loading.public_lora(network, network.state_dict())
+    ours = {f"unet.{name}": weight for name, weight in layers.items()}
+    save_file(convert_state_dict_to_kohya(ours), tmp_path / "kohya.safetensors")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("tiny/sd")
+    base = pipe.unet(z, 501, text).sample
+    pipe.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+    assert (expected - base).abs().max() > 0.01
+    torch.testing.assert_close(pipe.unet(z, 501, text).sample, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["new", "metadata", "alpha keys"])
+def test_init_reads_every_form_of_a_lora(form, tmp_path):
+    """One LoRA, written with alpha = rank, with alpha = 2 rank in the metadata, or with weights called alpha."""
+    cfg = cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
+    world = distributed.start_world("float32")
+    _, network, _ = grpo_flux.load_models(cfg, world, None)
+    for number, parameter in enumerate(distributed.trainable(network)):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
+    layers, metadata = loading.public_lora(network, network.state_dict())
+    assert metadata["lora_alpha"] == metadata["r"] == 2
+    weights = {f"transformer.{name}": weight.clone() for name, weight in layers.items()}
+    stored = {f"transformer.{name}": metadata[name] for name in ("lora_alpha", "r")}
+    if form != "new":
+        weights = {name: weight / 2 if ".lora_B." in name else weight for name, weight in weights.items()}
+    if form == "metadata":
+        stored["transformer.lora_alpha"] = 4
+    if form == "alpha keys":
+        weights |= {n.replace("lora_B.weight", "alpha"): torch.tensor(4.0) for n in list(weights) if ".lora_B." in n}
+        stored = {}
+    save_file(weights, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(stored)} if stored else None)
+    cfg = cli.parse_config(
+        grpo_flux.Config, grpo_flux.PRESETS,
+        ["--preset", "tiny", "--lora-rank", "2", "--init", str(tmp_path / "lora.safetensors")],
+    )  # fmt: skip
+    grpo_flux.check(cfg)
+    _, started, _ = grpo_flux.load_models(cfg, world, loading.find_init(cfg.init))
+    for name, weight in network.state_dict().items():
+        torch.testing.assert_close(started.state_dict()[name], weight, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def test_a_tokenizer_that_does_not_read_as_its_files_say_is_refused(monkeypatch):
+    import transformers
+
+    folder = HUB / "HunyuanVideo/tokenizer"
+    monkeypatch.setattr(transformers, "PreTrainedTokenizerFast", transformers.LlamaTokenizerFast)
+    with pytest.raises(rewards.RewardError, match=r"reads 'A red Circle, .* its files say"):
+        rewards.load_tokenizer(folder, "LlamaTokenizerFast")
+
+
+TOKENIZERS = sorted(file.parent for file in HUB.rglob("tokenizer_config.json"))
+
+
+@pytest.mark.parametrize("folder", TOKENIZERS, ids=lambda folder: "-".join(folder.parts[-2:]))
+def test_the_ids_of_the_files_themselves(folder):
+    """Of tokenizer.json, of spiece.model, or of vocab.json and merges.txt."""
+    kind = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    tokenizer = rewards.load_tokenizer(folder, kind)
+    ids = rewards.file_ids(folder, rewards.PROBE)
+    assert len(set(ids)) > 8 and tokenizer(rewards.PROBE, add_special_tokens=False)["input_ids"] == ids
