@@ -35,11 +35,25 @@ from evaluation import geneval, report, vote
 from evaluation.models import FAMILIES, Model, check_whole, component_config, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
-from runtime import cli, data, distributed, loading, output
-from runtime.cli import Count, Natural, NonNegative, Seed
+from runtime import data, loading, output, processes
+from runtime.options import (
+    Count,
+    Lazy,
+    Natural,
+    NonNegative,
+    RunError,
+    Seed,
+    check_ranges,
+    check_size,
+    one_line_errors,
+    parse_config,
+    read_sealed,
+    require,
+    seal,
+)
 from sampling import flow_sigmas
 
-diffusers = cli.Lazy("diffusers")
+diffusers = Lazy("diffusers")
 
 
 @dataclass(frozen=True)
@@ -99,23 +113,21 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
 
     Returns the options with every 0 replaced, the pipeline's class, the models, and a row for each prompt.
     """
-    cli.check_ranges(cfg)
+    check_ranges(cfg)
     plain = all(spec.endswith(name) for name, spec in metric_specs(cfg.metrics).items())
-    cli.require(plain, f"--metrics takes names only, without threshold or weight: {cfg.metrics}")
-    cli.require(
-        "geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector"
-    )
+    require(plain, f"--metrics takes names only, without threshold or weight: {cfg.metrics}")
+    require("geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector")
     runs = [run_options(checkpoint) for checkpoint in cfg.checkpoint]
     base = cfg.model or next((run["model"] for run in runs if run), "")
     network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
-    cli.require(bool(base), "--model is needed: no --checkpoint is in a run's folder, whose config.json would name it")
+    require(bool(base), "--model is needed: no --checkpoint is in a run's folder, whose config.json would name it")
     index = loading.pipeline_index(base)
     family = index["_class_name"]
-    cli.require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
+    require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component = FAMILIES[family][0]
     original = component_config(network, None, "--transformer") if network else component_config(base, component)
     found, expected = original["_class_name"], index[component][1]
-    cli.require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
+    require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer gets the first frame as well
     paths = cfg.reward_paths or find_reward_paths(cfg.metrics, runs)
@@ -124,7 +136,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
 
     detector = None
     if "geneval" in metric_specs(cfg.metrics):
-        cli.require(cfg.frames == 1, "--metrics geneval judges pictures, not video")
+        require(cfg.frames == 1, "--metrics geneval judges pictures, not video")
         detector = geneval.find_detector(cfg.detector, cfg.detector_clip)
     if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
         check_reward(rewards, cfg.reward_paths, cfg.frames > 1)
@@ -135,7 +147,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
         kind, weights = find_weights(checkpoint, family, component, base, original)
         name = name if names.count(name) == 1 else checkpoint
         models.append(Model(name, kind, weights, cfg.output_dir))
-    cli.require(len({m.folder for m in models}) == len(models), "--checkpoint names the same weights twice")
+    require(len({m.folder for m in models}) == len(models), "--checkpoint names the same weights twice")
     return cfg, family, models, load_rows(cfg.prompts, detector, "ImageToVideo" in family)
 
 
@@ -156,7 +168,7 @@ def find_settings(cfg: Config, family: str, runs: list[dict]) -> dict:
         two_passes = family == "WanPipeline" or "ImageToVideo" in family
         key = "true_guidance" if name == "guidance" and two_passes else name
         given = {run[key] for run in runs if key in run}
-        cli.require(
+        require(
             bool(getattr(cfg, name)) or len(given) <= 1,
             f"the checkpoints' runs differ in {name}: {', '.join(map(str, sorted(given)))}; "
             f"give --{name.replace('_', '-')}, with which all are to be drawn",
@@ -169,7 +181,7 @@ def find_reward_paths(metrics: str, runs: list[dict]) -> str:
     """--reward-paths of the checkpoints' runs, as far as these metrics need them."""
     needed, paths = {term.model for term in parse_spec(metrics)} - {"geneval"}, {}
     for name, path in [item for run in runs for item in run.get("reward_paths", {}).items() if item[0] in needed]:
-        cli.require(
+        require(
             paths.setdefault(name, path) == path,
             f"the checkpoints' runs take the reward model {name} from {paths[name]} and {path}; give --reward-paths",
         )
@@ -184,15 +196,11 @@ def check_sizes(cfg: Config, component: str) -> None:
     scale = vae.get("spatial_compression_ratio") or 2 ** (len(vae["block_out_channels"]) - 1)
     scale *= 1 if component == "unet" else 2  # a token of a transformer is a patch of 2 x 2 latents
     makes_video = "temporal_compression_ratio" in vae
-    cli.check_size(cfg, math.lcm(16, scale) if makes_video else scale)  # 16: those pipelines' own rule
+    check_size(cfg, math.lcm(16, scale) if makes_video else scale)  # 16: those pipelines' own rule
     stride = vae.get("temporal_compression_ratio", 1)
-    cli.require(makes_video or cfg.frames == 1, f"--frames {cfg.frames}: {cfg.model} draws pictures, leave it out")
-    cli.require(
-        (cfg.frames - 1) % stride == 0, f"--frames must be 1 more than a multiple of {stride}, got {cfg.frames}"
-    )
-    cli.require(
-        cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model"
-    )
+    require(makes_video or cfg.frames == 1, f"--frames {cfg.frames}: {cfg.model} draws pictures, leave it out")
+    require((cfg.frames - 1) % stride == 0, f"--frames must be 1 more than a multiple of {stride}, got {cfg.frames}")
+    require(cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model")
 
 
 def fetch(cfg: Config) -> None:
@@ -206,7 +214,7 @@ def fetch(cfg: Config) -> None:
         geneval.fetch(cfg.detector, cfg.detector_clip)
 
 
-def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distributed.World) -> None:
+def open_output(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:
     """Lock the folder and write config.json; refuse one with pictures or scores of other settings, prompts, weights or
     functions, and one that is no evaluation's. Refuse weights that are not as a training run saved them.
     """
@@ -223,12 +231,12 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distr
         if any(path.with_name(name).exists() for name in ("config.json", "metrics.jsonl")):
             advice = "is damaged, or is not an evaluation's; take another --output-dir"
             try:
-                stored = cli.read_sealed(path)
+                stored = read_sealed(path)
             except (OSError, ValueError) as e:
-                raise cli.RunError(f"{path} {advice} ({e})") from e
-            cli.require(stored.get("script") == "eval.py", f"{path} {advice}")
+                raise RunError(f"{path} {advice} ({e})") from e
+            require(stored.get("script") == "eval.py", f"{path} {advice}")
         for name in new.keys() - FREE:
-            cli.require(
+            require(
                 stored.get(name) == new[name],
                 f"{cfg.output_dir} has results of {name} = {stored.get(name)!r}, not {new[name]!r}; take another "
                 "--output-dir",
@@ -238,20 +246,20 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: distr
         sources = {m.folder.name: m.weights for m in models} | functions | parse_paths(cfg.reward_paths)
         for name, source in (sources | {"model": cfg.model}).items():
             found = data.fingerprint(source)
-            cli.require(
+            require(
                 weights.setdefault(name, found) == found,
                 f"{source} has changed since its results in {cfg.output_dir} were made; take another --output-dir",
             )
         packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
         new |= {"versions": {name: importlib.metadata.version(name) for name in packages}, "weights": weights}
-        data.write_atomically(path, json.dumps(cli.seal(new), indent=2) + "\n")
+        data.write_atomically(path, json.dumps(seal(new), indent=2) + "\n")
     world.barrier()
 
 
 # --------------------------------------------------------------------------------------------------- drawing pictures
 
 
-def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], world: distributed.World) -> None:
+def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], world: processes.World) -> None:
     """Draw the pictures that are missing or damaged. A batch is drawn as a whole, so that it comes out the same."""
     for model in models:
         todo = [b for b in batches(cfg, rows, world) if not all(is_whole(p, cfg) for p in pictures_of(model, b))]
@@ -267,7 +275,7 @@ def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], wo
                     save_picture(path, picture)
 
 
-def batches(cfg: Config, rows: list[dict], world: distributed.World) -> list[list[tuple[int, int]]]:
+def batches(cfg: Config, rows: list[dict], world: processes.World) -> list[list[tuple[int, int]]]:
     """This process's batches of (prompt, number of its picture). They are the same on any number of processes."""
     items = [(prompt, number) for prompt in range(len(rows)) for number in range(cfg.images_per_prompt)]
     return [items[i : i + cfg.batch_size] for i in range(0, len(items), cfg.batch_size)][world.rank :: world.size]
@@ -332,7 +340,7 @@ def is_whole(path: Path, cfg: Config) -> bool:
     """Whether `save_picture` wrote it with these settings, and it is as it was written."""
     try:
         return data.verify_picture(path) == (cfg.width, cfg.frames * cfg.height)
-    except cli.RunError:
+    except RunError:
         return False
 
 
@@ -344,7 +352,7 @@ def read_frames(path: Path, cfg: Config) -> np.ndarray:
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
-def score(cfg: Config, models: list[Model], rows: list[dict], world: distributed.World) -> None:
+def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:
     """Compute the missing scores. Those of 00012-0.png stand in 00012-0.json."""
     work, metrics = [], metric_specs(cfg.metrics).keys()
     for batch, model in [(b, m) for m in models for b in batches(cfg, rows, world)]:
@@ -375,13 +383,13 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: distributed
                 correct, own["wrong"] = geneval.judge_picture(detector, picture, rows[p])
                 own["geneval"] = float(correct)
         for path, old, own in zip(paths, stored, new, strict=True):
-            data.write_atomically(path.with_suffix(".json"), json.dumps(cli.seal(old | own)) + "\n")
+            data.write_atomically(path.with_suffix(".json"), json.dumps(seal(old | own)) + "\n")
 
 
 def read_scores(path: Path) -> dict:
     """The scores of a picture, {} if their file is missing or damaged."""
     try:
-        scores = cli.read_sealed(path.with_suffix(".json"))
+        scores = read_sealed(path.with_suffix(".json"))
     except (OSError, ValueError):
         return {}
     return {name: value for name, value in scores.items() if name != "sha256"}
@@ -403,7 +411,7 @@ def collect(cfg: Config, models: list[Model], rows: list[dict]) -> report.Result
                 model: np.array([[s[name] for s in of_prompt] for of_prompt in own]) for model, own in scores.items()
             }
             summary[name] = {model: compare(values["base"], own, groups) for model, own in values.items()}
-    stored = cli.read_sealed(Path(cfg.output_dir, "config.json"))
+    stored = read_sealed(Path(cfg.output_dir, "config.json"))
     other = ("output_dir", "batch_size", "weights", "versions", "sha256")
     settings = {k: v for k, v in stored.items() if k not in other}
     entries = {m.name: {"weights": m.weights, "pictures": m.folder.name} for m in models}
@@ -448,7 +456,7 @@ def remarks(cfg: Config, rows: list[dict]) -> list[str]:
 def main(cfg: Config) -> None:
     cfg, family, models, rows = plan(cfg)
     fetch(cfg)
-    world = distributed.start_world()
+    world = processes.start_world()
     open_output(cfg, models, rows, world)
     generate(cfg, family, models, rows, world)
     score(cfg, models, rows, world)
@@ -461,5 +469,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors(RewardError):
-        main(cli.parse_config(Config, PRESETS))
+    with one_line_errors(RewardError):
+        main(parse_config(Config, PRESETS))

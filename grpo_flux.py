@@ -30,11 +30,28 @@ from einops import rearrange
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, loading, output
-from runtime.cli import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
+from runtime import data, loading, output, processes
+from runtime.options import (
+    Count,
+    Decay,
+    Lazy,
+    Natural,
+    NonNegative,
+    Open01,
+    Positive,
+    Rank,
+    Seed,
+    Several,
+    Share,
+    check_options,
+    check_size,
+    one_line_errors,
+    parse_config,
+    require,
+)
 from sampling import SDE, flow_sigmas, gaussian_kl, rollout, sample_ode
 
-diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
+diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 RATIOS = ("plain", "guard", "dppo")  # of --ratio
@@ -216,7 +233,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 # ---------------------------------------------------------------------------------------------------- FLUX, as a policy
 
 
-def load_models(cfg: Config, world: distributed.World, init: Path | None):
+def load_models(cfg: Config, world: processes.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     kind = diffusers.FluxTransformer2DModel
     load = partial(loading.load_network, kind, cfg.model, world, subfolder="transformer")
@@ -296,16 +313,16 @@ def sample_groups(
 
 def check(cfg: Config) -> list[str]:
     """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
-    cli.check_options(cfg)
-    cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
-    cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
-    cli.require(cfg.ratio in RATIOS, f"--ratio must be one of {', '.join(RATIOS)}, got {cfg.ratio!r}")
+    check_options(cfg)
+    require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
+    require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
+    require(cfg.ratio in RATIOS, f"--ratio must be one of {', '.join(RATIOS)}, got {cfg.ratio!r}")
     plain = cfg.ratio == "plain" or cfg.sde != "cps"
-    cli.require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
+    require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
     check_reward(cfg.reward, cfg.reward_paths)
     loading.check_family(cfg.model, "FluxPipeline")
     vae = loading.load_config(cfg.model, "vae")
-    cli.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
+    check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
     loading.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
@@ -314,13 +331,13 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    cli.check_options(cfg)
+    check_options(cfg)
     config = dryrun.config_of(diffusers.FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
     vae = dryrun.config_of(
         diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE, latent_channels=16, shift_factor=0.1159
     )
     rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
-    dtype, length = distributed.compute_dtype(cfg.dtype, cuda=True), cfg.max_sequence_length
+    dtype, length = processes.compute_dtype(cfg.dtype, cuda=True), cfg.max_sequence_length
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
     return dryrun.run(
         cfg, diffusers.FluxTransformer2DModel, config,
@@ -339,13 +356,13 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     loading.fetch_all(cfg)
-    world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
+    world = processes.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     folder = output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world, folder.init)
-    optimizer = distributed.adamw(transformer, cfg.learning_rate)
-    ema = distributed.EMA(transformer, cfg.ema_decay)
+    optimizer = processes.adamw(transformer, cfg.learning_rate)
+    ema = processes.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
     step, log_prob_of = SDE[cfg.sde]
@@ -356,7 +373,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, max_length=cfg.max_sequence_length, device=world.device)
-    encode = distributed.PromptCache(encode, world, transformer, pipe.text_encoder, pipe.text_encoder_2)
+    encode = processes.PromptCache(encode, world, transformer, pipe.text_encoder, pipe.text_encoder_2)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)
@@ -397,7 +414,7 @@ def main(cfg: Config) -> None:
         for pairs in updates:
             ratios.append([])
             for part in world.chunks(pairs, cfg.micro_batch, f"update {len(ratios)}"):
-                distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])  # now: in the last micro-batch
+                processes.reduce_gradients(transformer, now=part[-1] == pairs[-1])  # now: in the last micro-batch
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, of_prompt = trajectories[s, t], trajectories[s, t + 1], tuple(x[s // G] for x in text)
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
@@ -417,7 +434,7 @@ def main(cfg: Config) -> None:
                 (loss * weight).backward()
                 losses.append(loss.detach() * weight / len(updates))
                 ratios[-1].append(rho)
-            grad_norms.append(distributed.clip_gradients(transformer, cfg.max_grad_norm, iteration))
+            grad_norms.append(processes.clip_gradients(transformer, cfg.max_grad_norm, iteration))
             optimizer.step()
             optimizer.zero_grad()
         ema.update()
@@ -429,6 +446,6 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors(RewardError):
-        config = cli.parse_config(Config, PRESETS)
+    with one_line_errors(RewardError):
+        config = parse_config(Config, PRESETS)
         dry_run(config) if config.dry_run else main(config)

@@ -32,11 +32,28 @@ import torch
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, loading, output
-from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
+from runtime import data, loading, output, processes
+from runtime.options import (
+    AtLeast1,
+    Count,
+    Decay,
+    Lazy,
+    Natural,
+    NonNegative,
+    Open01,
+    Positive,
+    Rank,
+    Seed,
+    Several,
+    Share,
+    check_options,
+    check_size,
+    one_line_errors,
+    parse_config,
+)
 from sampling import ddim_sde_step, gaussian_log_prob, sample_ode
 
-diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
+diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
 
@@ -196,7 +213,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 # ----------------------------------------------------------------------------------- Stable Diffusion, as a policy
 
 
-def load_models(cfg: Config, world: distributed.World, init: Path | None):
+def load_models(cfg: Config, world: processes.World, init: Path | None):
     """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
     load = partial(loading.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
@@ -281,11 +298,11 @@ def sample_groups(
 
 def check(cfg: Config) -> list[str]:
     """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
-    cli.check_options(cfg)
+    check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
     loading.check_family(cfg.model, "StableDiffusionPipeline")
     vae = loading.load_config(cfg.model, "vae")
-    cli.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
+    check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
     loading.check_init(cfg, diffusers.UNet2DConditionModel, "unet", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
@@ -294,12 +311,12 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    cli.check_options(cfg)
+    check_options(cfg)
     kind = diffusers.UNet2DConditionModel
     config = dryrun.config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE)
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
-    dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
+    dtype = processes.compute_dtype(cfg.dtype, cuda=True)
     return dryrun.run(
         cfg, kind, config,
         predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),
@@ -314,13 +331,13 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     loading.fetch_all(cfg)
-    world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
+    world = processes.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
     folder = output.open_folder(cfg, world, prompts)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, unet, reference = load_models(cfg, world, folder.init)
-    optimizer = distributed.adamw(unet, cfg.learning_rate)
-    ema = distributed.EMA(unet, cfg.ema_decay)
+    optimizer = processes.adamw(unet, cfg.learning_rate)
+    ema = processes.EMA(unet, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world, cfg.keep_states)
 
     timesteps, alpha_bars, step = schedule = ddim_schedule(pipe.scheduler.config, cfg.steps, world.device)
@@ -330,7 +347,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
-    encode = distributed.PromptCache(encode, world, unet, pipe.text_encoder)
+    encode = processes.PromptCache(encode, world, unet, pipe.text_encoder)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by deterministic DDIM
         text = encode(captions)
@@ -371,7 +388,7 @@ def main(cfg: Config) -> None:
         for pairs in updates:
             ratios.append([])
             for part in world.chunks(pairs, cfg.micro_batch, f"update {len(ratios)}"):
-                distributed.reduce_gradients(unet, now=part[-1] == pairs[-1])  # now: in the last micro-batch
+                processes.reduce_gradients(unet, now=part[-1] == pairs[-1])  # now: in the last micro-batch
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[s, t], trajectories[s, t + 1]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
@@ -387,7 +404,7 @@ def main(cfg: Config) -> None:
                 (loss * weight).backward()
                 losses.append(loss.detach() * weight / len(updates))
                 ratios[-1].append(rho)
-            grad_norms.append(distributed.clip_gradients(unet, cfg.max_grad_norm, iteration))
+            grad_norms.append(processes.clip_gradients(unet, cfg.max_grad_norm, iteration))
             optimizer.step()
             optimizer.zero_grad()
         ema.update()
@@ -399,6 +416,6 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors(RewardError):
-        config = cli.parse_config(Config, PRESETS)
+    with one_line_errors(RewardError):
+        config = parse_config(Config, PRESETS)
         dry_run(config) if config.dry_run else main(config)

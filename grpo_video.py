@@ -33,11 +33,29 @@ from einops import rearrange
 from torch import Tensor
 
 from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import cli, data, distributed, loading, output
-from runtime.cli import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
+from runtime import data, loading, output, processes
+from runtime.options import (
+    AtLeast1,
+    Count,
+    Decay,
+    Lazy,
+    Natural,
+    NonNegative,
+    Open01,
+    Positive,
+    Rank,
+    Seed,
+    Several,
+    Share,
+    check_options,
+    check_size,
+    one_line_errors,
+    parse_config,
+    require,
+)
 from sampling import SDE, flow_sigmas, gaussian_kl, rollout, sample_ode
 
-diffusers, dryrun = cli.Lazy("diffusers"), cli.Lazy("runtime.dryrun")
+diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
 RATIOS = ("plain", "guard", "dppo")  # of --ratio
@@ -326,7 +344,7 @@ def transformer_config(cfg: Config) -> dict:
     expected = PIPELINES[loading.check_family(cfg.model, *PIPELINES)].transformer
     config = loading.load_config(**transformer_source(cfg))
     found = config["_class_name"]
-    cli.require(found == expected, f"--transformer {cfg.transformer} is a {found}, not a {expected}")
+    require(found == expected, f"--transformer {cfg.transformer} is a {found}, not a {expected}")
     return config
 
 
@@ -340,7 +358,7 @@ def latent_shape(cfg: Config, config: dict, stride: int, side: int) -> tuple[int
     return (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
 
 
-def load_models(cfg: Config, world: distributed.World, init: Path | None):
+def load_models(cfg: Config, world: processes.World, init: Path | None):
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     family = FAMILIES[transformer_config(cfg)["_class_name"]]
     kind = getattr(diffusers, family.transformer)
@@ -441,23 +459,23 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
 
 def check(cfg: Config) -> list[str]:
     """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
-    cli.check_options(cfg)
-    cli.require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
-    cli.require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
-    cli.require(cfg.ratio in RATIOS, f"--ratio must be one of {', '.join(RATIOS)}, got {cfg.ratio!r}")
+    check_options(cfg)
+    require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
+    require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
+    require(cfg.ratio in RATIOS, f"--ratio must be one of {', '.join(RATIOS)}, got {cfg.ratio!r}")
     plain = cfg.ratio == "plain" or cfg.sde != "cps"
-    cli.require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
+    require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1)
     network = transformer_config(cfg)
     family = FAMILIES[network["_class_name"]]
     vae = loading.load_config(cfg.model, "vae")
     (stride, side), patch = (vae[name] for name in family.strides), network["patch_size"]
-    cli.check_size(cfg, side * (patch if isinstance(patch, int) else patch[-1]))
+    check_size(cfg, side * (patch if isinstance(patch, int) else patch[-1]))
     least = 2 if takes_first_frame(network) else 1
     message = f"--frames must be one more than a multiple of {stride}, and at least {least} here, got {cfg.frames}"
-    cli.require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
+    require(cfg.frames >= least and cfg.frames % stride == 1 % stride, message)
     message = f"--guidance is embedded guidance, which {cfg.model} lacks; give --guidance 1, and --true-guidance"
-    cli.require(family is not Wan or cfg.guidance == 1, message)
+    require(family is not Wan or cfg.guidance == 1, message)
     kind = getattr(diffusers, family.transformer)
     loading.check_init(cfg, kind, "transformer", LORA_TARGETS, transformer_source(cfg))
     prompts = data.load_prompts(cfg.prompts)
@@ -467,14 +485,14 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    cli.check_options(cfg)
+    check_options(cfg)
     default = Wan if cfg.model.startswith("Wan-AI/") else HunyuanVideo  # if its files are not here
     family = PIPELINES.get(dryrun.pipeline_of(cfg.model), default)
     kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
     config = dryrun.config_of(kind, **transformer_source(cfg), **family.full_size(cfg))
     vae = dryrun.config_of(vae_kind, cfg.model, "vae")
     shape = latent_shape(cfg, config, *(vae[name] for name in family.strides))
-    dtype, n = distributed.compute_dtype(cfg.dtype, cuda=True), 1 if cfg.true_guidance == 1 else 2
+    dtype, n = processes.compute_dtype(cfg.dtype, cuda=True), 1 if cfg.true_guidance == 1 else 2
     return dryrun.run(
         cfg, kind, config,
         predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
@@ -490,15 +508,15 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     loading.fetch_all(cfg)
-    world = distributed.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
+    world = processes.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
     pictures = data.first_frames(cfg, prompts, world) if takes_first_frame(transformer_config(cfg)) else {}
     folder = output.open_folder(cfg, world, prompts)
     data.paint_first_frames(cfg, pictures, world)
     reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
     world.freeze(*reward.models)
     pipe, transformer, reference = load_models(cfg, world, folder.init)
-    optimizer = distributed.adamw(transformer, cfg.learning_rate)
-    ema = distributed.EMA(transformer, cfg.ema_decay)
+    optimizer = processes.adamw(transformer, cfg.learning_rate)
+    ema = processes.EMA(transformer, cfg.ema_decay)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
 
     step, log_prob_of = SDE[cfg.sde]
@@ -508,7 +526,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
-    embed = distributed.PromptCache(embed, world, transformer, *map(pipe.components.get, family_of(transformer).frozen))
+    embed = processes.PromptCache(embed, world, transformer, *map(pipe.components.get, family_of(transformer).frozen))
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)
@@ -549,7 +567,7 @@ def main(cfg: Config) -> None:
         for pairs in updates:
             ratios.append([])
             for part in world.chunks(pairs, cfg.micro_batch, f"update {len(ratios)}"):
-                distributed.reduce_gradients(transformer, now=part[-1] == pairs[-1])  # now: in the last micro-batch
+                processes.reduce_gradients(transformer, now=part[-1] == pairs[-1])  # now: in the last micro-batch
                 s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, condition = trajectories[s, t], trajectories[s, t + 1], [x[s // G] for x in conditions]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
@@ -569,7 +587,7 @@ def main(cfg: Config) -> None:
                 (loss * weight).backward()
                 losses.append(loss.detach() * weight / len(updates))
                 ratios[-1].append(rho)
-            grad_norms.append(distributed.clip_gradients(transformer, cfg.max_grad_norm, iteration))
+            grad_norms.append(processes.clip_gradients(transformer, cfg.max_grad_norm, iteration))
             optimizer.step()
             optimizer.zero_grad()
         ema.update()
@@ -581,6 +599,6 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors(RewardError):
-        config = cli.parse_config(Config, PRESETS)
+    with one_line_errors(RewardError):
+        config = parse_config(Config, PRESETS)
         dry_run(config) if config.dry_run else main(config)

@@ -8,7 +8,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from runtime import cli
+from runtime.options import one_line_errors, parse_config
 
 FILE = Path(__file__).resolve().parent / "results/full_size.json"
 COMMANDS = (  # most are the README's; and the number of processes
@@ -32,10 +32,10 @@ def predict(script: str, options: str, processes: int) -> dict:
     trainer = importlib.import_module(script)
     with tempfile.TemporaryDirectory() as folder:
         words = [*options.split(), "--dry-run", "--processes", str(processes), "--output-dir", folder]
-        result = trainer.dry_run(cli.parse_config(trainer.Config, trainer.PRESETS, words))
+        result = trainer.dry_run(parse_config(trainer.Config, trainer.PRESETS, words))
     return {"command": f"{script}.py {options}".strip()} | result
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors():
+    with one_line_errors():
         FILE.write_text(json.dumps([predict(*command) for command in COMMANDS], indent=1) + "\n")

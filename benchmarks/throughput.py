@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from runtime import cli, output
+from runtime import output
+from runtime.options import RunError, command_words, one_line_errors, parse_config
 
 from .commands import metrics
 
@@ -118,7 +119,7 @@ def run(trainer, words: list[str], rounds: int = ROUNDS) -> dict:
     """Medians over the measured iterations of a run with these options: seconds of each part, and the efficiency."""
     with tempfile.TemporaryDirectory() as folder:
         extra = ["--output-dir", f"{folder}/run", "--iterations", str(WARM_UP + rounds), "--num-samples", "1"]
-        rows = measure(trainer, cli.parse_config(trainer.Config, trainer.PRESETS, words + extra))
+        rows = measure(trainer, parse_config(trainer.Config, trainer.PRESETS, words + extra))
     row = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     return row | {"efficiency": statistics.median(row["necessary"] / row["seconds"] for row in rows)}
 
@@ -127,7 +128,7 @@ def fastest(trainer, words: list[str]) -> float:
     """Seconds of the fastest of three iterations, after one to warm up."""
     with tempfile.TemporaryDirectory() as folder:
         extra = ["--output-dir", f"{folder}/run", "--iterations", "4", "--num-samples", "1"]
-        trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words + extra))
+        trainer.main(parse_config(trainer.Config, trainer.PRESETS, words + extra))
         return min(row["seconds"] for row in metrics(Path(folder, "run"))[1:])
 
 
@@ -137,10 +138,10 @@ def scaling(trainer, words: list[str], rounds: int = 3) -> dict:
     With the steps the window grows, so that as large a share of them is trained. The settings take turns, and the
     fastest iteration of each counts, since other work on the machine can only slow it.
     """
-    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, words)
+    cfg = parse_config(trainer.Config, trainer.PRESETS, words)
     grows = {"samples": ["group_size"], "steps": ["steps", "sde_window"], "pixels": ["height"]}
     settings = {(what, k): {name: k * getattr(cfg, name) for name in grows[what]} for what in grows for k in (2, 4)}
-    extra = {"as it is": []} | {setting: cli.command_words(options) for setting, options in settings.items()}
+    extra = {"as it is": []} | {setting: command_words(options) for setting, options in settings.items()}
     seconds = [{setting: fastest(trainer, words + more) for setting, more in extra.items()} for _ in range(rounds)]
     best = {setting: min(row[setting] for row in seconds) for setting in extra}
     return {what: [(1, best["as it is"]), *((k, best[what, k]) for k in (2, 4))] for what in grows}
@@ -164,7 +165,7 @@ def plot(curves: dict, path: Path) -> None:
 def main() -> None:
     """Measures what the command line names, prints it and writes it."""
     if len(sys.argv) < 2 or sys.argv[1] not in ("grpo_sd", "grpo_flux", "grpo_video"):
-        raise cli.RunError("name the trainer first: python -m benchmarks.throughput grpo_flux --preset tiny")
+        raise RunError("name the trainer first: python -m benchmarks.throughput grpo_flux --preset tiny")
     words = [word for word in sys.argv[2:] if word != "--scaling"]
     trainer, command = importlib.import_module(sys.argv[1]), [sys.argv[1], *words]
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
@@ -185,5 +186,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors():
+    with one_line_errors():
         main()

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import RewardError
-from runtime import cli, data
-from runtime.cli import Natural
+from runtime import data
+from runtime.options import Natural, check_ranges, one_line_errors, parse_config, require
 
 from . import (
     baselines,
@@ -47,8 +47,8 @@ class Config:
 
 
 def main(name: str, cfg: Config) -> None:
-    cli.require(name in NAMES, f"unknown claim {name!r}; known: {', '.join(NAMES)}")
-    cli.check_ranges(cfg)
+    require(name in NAMES, f"unknown claim {name!r}; known: {', '.join(NAMES)}")
+    check_ranges(cfg)
     folder = Path(cfg.output_dir)
     needed = 3 if name == "one-form" else EXPERIMENTS[name].seeds
     seeds = cfg.seeds or needed
@@ -66,10 +66,10 @@ def main(name: str, cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with cli.one_line_errors(RewardError):
+    with one_line_errors(RewardError):
         words = sys.argv[1:]
         asked = words.pop(0) if words and not words[0].startswith("-") else ""
-        cfg = cli.parse_config(Config, {"full": {}}, words)
+        cfg = parse_config(Config, {"full": {}}, words)
         if asked == "table":
             tables.write(NAMES)
         elif asked:

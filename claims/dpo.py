@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import grpo_sd
-from runtime import cli, data, output
+from runtime import data, output
+from runtime.options import require
 
 from .policy import Policy
 
@@ -23,7 +24,7 @@ def dpo_loss(error, reference_error, beta: float):
 
 
 def main(cfg) -> None:
-    cli.require(isinstance(cfg, grpo_sd.Config), "online DPO is here for diffusion only; take grpo_sd")
+    require(isinstance(cfg, grpo_sd.Config), "online DPO is here for diffusion only; take grpo_sd")
     policy, P, G = Policy(cfg), cfg.prompts_per_iteration, cfg.group_size
     alpha_bars = policy.levels
     for iteration in policy.run.iterations():

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from runtime import cli, data, output
+from runtime import data, output
+from runtime.options import command_words, latest_checkpoint, parse_config
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this size"
 SAMPLERS = ("steps", "guidance", "true_guidance", "shift", "height", "width", "frames")  # what eval.py takes from a run
@@ -136,7 +137,7 @@ def files_of(options: dict) -> dict[str, str]:
 
 def parse(trainer, options: dict):
     """The trainer's Config with these options."""
-    return cli.parse_config(trainer.Config, trainer.PRESETS, cli.command_words(options))
+    return parse_config(trainer.Config, trainer.PRESETS, command_words(options))
 
 
 def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
@@ -150,7 +151,7 @@ def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
     key = digest(name, loop, asdict(config), files_of(asdict(config)))
     run = folder / f"{loop.split('.')[-1].replace(':', '-')}-{key}"
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
-        begun = (run / "metrics.jsonl").exists() or cli.latest_checkpoint(run)
+        begun = (run / "metrics.jsonl").exists() or latest_checkpoint(run)
         options |= {"output_dir": str(run)} | ({"resume": True} if begun else {})
         module, _, function = loop.partition(":")
         getattr(importlib.import_module(module), function or "main")(parse(trainer, options))
@@ -164,10 +165,10 @@ def evaluate(runs: list[Path], options: dict, folder: Path) -> list[tuple]:
     sampler = {name: stored[name] for name in SAMPLERS if name in stored}
     known = asdict(parse(evaluation, options))
     where = folder / f"{stored['script'][:-3]}-{digest(sampler, options, files_of(stored), files_of(known))}"
-    checkpoints = [str(cli.latest_checkpoint(run)) for run in runs]
+    checkpoints = [str(latest_checkpoint(run)) for run in runs]
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its table
-        given = [*cli.command_words(options), "--output-dir", str(where), "--checkpoint", *checkpoints]
-        evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, given))
+        given = [*command_words(options), "--output-dir", str(where), "--checkpoint", *checkpoints]
+        evaluation.main(parse_config(evaluation.Config, evaluation.PRESETS, given))
     results = json.loads((where / "results.json").read_text(encoding="utf-8"))
     names = [row["picture"] for row in results["pictures"]]
     found = []

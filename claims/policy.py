@@ -15,7 +15,7 @@ from torchvision.transforms import functional as TF
 import grpo_flux
 import grpo_sd
 from rewards import load_reward, parse_paths, resize
-from runtime import data, distributed, output
+from runtime import data, output, processes
 from sampling import SDE, Step, flow_sigmas, gaussian_log_prob, sample_ode
 
 
@@ -30,13 +30,13 @@ class Policy:
         self.cfg, self.is_flow = cfg, isinstance(cfg, grpo_flux.Config)
         trainer, component = (grpo_flux, "transformer") if self.is_flow else (grpo_sd, "unet")
         self.prompts = trainer.check(cfg)
-        self.world = world = distributed.start_world(cfg.dtype)
+        self.world = world = processes.start_world(cfg.dtype)
         folder = output.open_folder(cfg, world, self.prompts)
         self.reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
         world.freeze(*self.reward.models)
         pipe, self.network, _ = trainer.load_models(cfg, world, folder.init)
-        self.vae, self.optimizer = pipe.vae, distributed.adamw(self.network, cfg.learning_rate)
-        self.ema = distributed.EMA(self.network, cfg.ema_decay)
+        self.vae, self.optimizer = pipe.vae, processes.adamw(self.network, cfg.learning_rate)
+        self.ema = processes.EMA(self.network, cfg.ema_decay)
         checkpoints = output.Checkpoints(pipe, component, self.optimizer, self.ema, world, cfg.keep_states)
         self.reference = copy.deepcopy(self.network).requires_grad_(False)
         side = pipe.vae_scale_factor
@@ -55,7 +55,7 @@ class Policy:
             shape = (self.network.config.in_channels, cfg.height // side, cfg.width // side)
             encode = partial(grpo_sd.encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
             encoders = (pipe.text_encoder,)
-        self.shape, self.encode = shape, distributed.PromptCache(encode, world, self.network, *encoders)
+        self.shape, self.encode = shape, processes.PromptCache(encode, world, self.network, *encoders)
 
         def draw(captions: list[str], z: Tensor) -> Tensor:
             text = self.encode(captions)
@@ -93,7 +93,7 @@ class Policy:
 
     def update(self, iteration: int) -> float:
         """An optimizer step. Returns the norm of the gradient."""
-        norm = distributed.clip_gradients(self.network, self.cfg.max_grad_norm, iteration)
+        norm = processes.clip_gradients(self.network, self.cfg.max_grad_norm, iteration)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm

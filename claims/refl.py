@@ -8,14 +8,15 @@ rewards.py's cosines (hps, clip, pickscore).
 import torch
 
 import grpo_sd
-from runtime import cli, data, output
+from runtime import data, output
+from runtime.options import require
 
 from .policy import Policy, differentiable_score, take
 
 
 def main(cfg) -> None:
-    cli.require(isinstance(cfg, grpo_sd.Config), "ReFL is here for diffusion only; take grpo_sd")
-    cli.require(cfg.reward in ("hps", "clip", "pickscore"), f"ReFL needs one differentiable reward, not {cfg.reward}")
+    require(isinstance(cfg, grpo_sd.Config), "ReFL is here for diffusion only; take grpo_sd")
+    require(cfg.reward in ("hps", "clip", "pickscore"), f"ReFL needs one differentiable reward, not {cfg.reward}")
     policy, B = Policy(cfg), cfg.prompts_per_iteration * cfg.group_size
     (scorer,) = policy.reward.scorers.values()
     for iteration in policy.run.iterations():

@@ -39,9 +39,9 @@ from rewards import (
     load_tokenizer,
     resize,
 )
-from runtime import cli
+from runtime.options import Lazy, RunError, require
 
-TF = cli.Lazy("torchvision.transforms.functional")
+TF = Lazy("torchvision.transforms.functional")
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -128,7 +128,7 @@ class GenEvalReward:
 
 def check(path: str | None, video: bool, prompts: Sequence[str], metadata: Mapping[str, dict] | None) -> None:
     """Raise an error of one line if GenEvalReward(path, …, metadata) could not score these prompts."""
-    cli.require(not video, "reward geneval judges images; for video take vq, mq or ta")
+    require(not video, "reward geneval judges images; for video take vq, mq or ta")
     detector = find_detector(path or MASK2FORMER)
     for prompt in prompts:
         find_metadata(prompt, (metadata or {}).get(prompt, {}), detector)
@@ -147,7 +147,7 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
         try:
             row = detector.metadata(prompt)
         except ValueError as e:
-            raise cli.RunError(f"{where}: {first_line(e)}") from e
+            raise RunError(f"{where}: {first_line(e)}") from e
     try:
         things = [*row["include"], *row.get("exclude", ())]
         fine = isinstance(row["tag"], str) and len(row["include"]) > 0 and all(x["count"] >= 1 for x in things)
@@ -157,8 +157,8 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
         unknown = {x["class"] for x in things} - detector.classes
     except (KeyError, TypeError, ValueError, AttributeError):
         fine, unknown = False, ()
-    cli.require(fine, f"{where}: it lacks GenEval's tag, include and exclude; take a JSONL file that has them")
-    cli.require(not unknown, f"{where}: the detector does not know {', '.join(map(str, unknown))}")
+    require(fine, f"{where}: it lacks GenEval's tag, include and exclude; take a JSONL file that has them")
+    require(not unknown, f"{where}: the detector does not know {', '.join(map(str, unknown))}")
     return row
 
 
@@ -175,11 +175,11 @@ def find_detector(name: str, clip: str = CLIP):
     if re.search(r"\.py(:|$)", name):
         detector = load_object(name)()
         lacks = [part for part in ("classes", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
-        cli.require(not lacks, f"{name} is no detector: it lacks {', '.join(lacks)}")
+        require(not lacks, f"{name} is no detector: it lacks {', '.join(lacks)}")
         return detector
     for option, path in (("--detector", name), ("--detector-clip", clip)):
         advice = "give a local folder, a hub id (OWNER/NAME)" + " or FILE.py:CLASS" * (path == name)
-        cli.require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; {advice}")
+        require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; {advice}")
     return Mask2FormerDetector(name, clip)
 
 
@@ -228,7 +228,7 @@ class Mask2FormerDetector:
             self.clip = CLIPModel.from_pretrained(clip_path).to(device).eval()
             self.tokenizer = load_tokenizer(clip_path, "CLIPTokenizer")
         except FILE_ERRORS as e:
-            raise cli.RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {first_line(e)}") from e
+            raise RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {first_line(e)}") from e
 
     @torch.no_grad()
     def __call__(self, picture: Tensor) -> dict[str, list[Found]]:
@@ -274,6 +274,6 @@ def coco_labels(path: str) -> list[str]:
     try:
         names = Mask2FormerConfig.from_pretrained(hub_folder(path, weights=False)).id2label
     except FILE_ERRORS as e:
-        raise cli.RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
+        raise RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
     other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
     return [other.get(names[i], names[i]) for i in range(len(names))]

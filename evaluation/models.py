@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
-from runtime import cli, distributed, loading, output
+from runtime import loading, output, processes
+from runtime.options import Lazy, RunError, is_sealed, require
 
-diffusers = cli.Lazy("diffusers")
+diffusers = Lazy("diffusers")
 
 # Class in model_index.json → the network that is trained, and the model's usual settings. Shift 0 leaves the noise
 # levels to the model's own scheduler, max_sequence_length 0 the length of the text to the pipeline.
@@ -49,16 +50,14 @@ def run_options(checkpoint: str) -> dict:
     Models are found from the directory where the run was started, too. Raises RunError if there is no such checkpoint,
     or if the file is not as the run wrote it.
     """
-    cli.require(
+    require(
         Path(checkpoint).exists(),
         f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder",
     )
     for folder in list(Path(checkpoint).parents)[:3]:
         stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if "script" in stored or "sha256" in stored:
-            cli.require(
-                cli.is_sealed(stored), f"{folder / 'config.json'} was changed by hand or is damaged; restore it"
-            )
+            require(is_sealed(stored), f"{folder / 'config.json'} was changed by hand or is damaged; restore it")
             for name in {"model", "transformer"} & stored.keys():
                 stored[name] = from_directory(stored["directory"], stored[name])
             paths = split_paths(stored.get("reward_paths", ""))
@@ -77,8 +76,8 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise cli.RunError(f"{file} cannot be read ({e}); restore it") from e
-    cli.require(isinstance(content, dict), f"{file} is no config file; restore it")
+        raise RunError(f"{file} cannot be read ({e}); restore it") from e
+    require(isinstance(content, dict), f"{file} is no config file; restore it")
     return content
 
 
@@ -96,14 +95,14 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
     path, network_class = Path(checkpoint), original["_class_name"]
     if (path / "model_index.json").is_file():
         found = loading.pipeline_index(checkpoint, "--checkpoint")["_class_name"]
-        cli.require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
+        require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
         return "pipeline", checkpoint
     for folder in (path / component, path):
         own = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         if found := own.get("_class_name"):
-            cli.require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
+            require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
             for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
-                raise cli.RunError(
+                raise RunError(
                     f"--checkpoint {folder} was not trained from {base}: its {key} is {own[key]}, the base's is "
                     f"{original[key]}; name the right --model"
                 )
@@ -116,27 +115,27 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
             with safe_open(lora, "pt") as file:
                 keys = list(file.keys())
         except (OSError, SafetensorError) as e:
-            raise cli.RunError(f"--checkpoint: cannot read {lora}: {e}") from e
-        cli.require(bool(keys), f"--checkpoint {lora} holds no weights")
+            raise RunError(f"--checkpoint: cannot read {lora}: {e}") from e
+        require(bool(keys), f"--checkpoint {lora} holds no weights")
         fits = all(key.startswith(f"{component}.") for key in keys)
-        cli.require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
+        require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
         return "lora", str(lora)
-    raise cli.RunError(
+    raise RunError(
         f"--checkpoint {checkpoint} has neither a {component} folder, nor pytorch_lora_weights.safetensors, nor "
         f"model_index.json; {base}, a {family}, needs one of these"
     )
 
 
-def check_whole(models: list[Model], world: distributed.World) -> None:
+def check_whole(models: list[Model], world: processes.World) -> None:
     """Raise RunError if weights in a training run's checkpoint are not as the run saved them. A collective."""
     for model in models:
         weights = Path(model.weights)
         if (weights.parent / "checksums.json").is_file():
             fault = output.find_fault(weights.parent, world, weights.name + "/" * weights.is_dir())
-            cli.require(not fault, f"--checkpoint {weights.parent} is damaged: {fault}; take another checkpoint")
+            require(not fault, f"--checkpoint {weights.parent} is damaged: {fault}; take another checkpoint")
 
 
-def load_pipeline(model: Model, family: str, base: str, network: str, world: distributed.World):
+def load_pipeline(model: Model, family: str, base: str, network: str, world: processes.World):
     """The stock pipeline of class `family` with the model's weights, on the world's device.
 
     base: the pipeline without them, hub id or folder; network: where the base's transformer is, if it is not in there.
@@ -158,6 +157,6 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: dis
         try:
             pipe.load_lora_weights(str(file.parent), weight_name=file.name)
         except FILE_ERRORS as e:  # sizes or names that the network does not have
-            raise cli.RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
+            raise RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
     loading.say_once_what_is_cut_off(pipe)
     return pipe.to(world.device)

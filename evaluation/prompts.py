@@ -6,7 +6,8 @@ from pathlib import Path
 
 from evaluation import geneval
 from rewards import fetched_once, text_at, text_on_hub
-from runtime import cli, data
+from runtime import data
+from runtime.options import RunError, require
 
 HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
 GENEVAL_URL = (
@@ -24,17 +25,17 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
     if source == "hpsv2":
         rows = [{"prompt": prompt, "style": style} for style in HPS_STYLES for prompt in fetch_hps_prompts(style)]
     else:
-        cli.require(file.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: hpsv2, geneval")
+        require(file.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: hpsv2, geneval")
         rows = [{"prompt": prompt} for prompt in data.load_prompts(str(file))]
     if file.suffix.lower() == ".jsonl":
         rows = [json.loads(line) | row for line, row in zip(data.read_lines(file), rows, strict=True)]
     for number, row in enumerate(rows, 1):
         for name in {"style", "tag"} & row.keys():
-            cli.require(isinstance(row[name], str), f"{source} line {number}: the {name} must be a string")
+            require(isinstance(row[name], str), f"{source} line {number}: the {name} must be a string")
         if detector:
             row |= geneval.find_metadata(row["prompt"], row, detector)
         if needs_image:
-            cli.require("image" in row, f'{source} line {number} has no "image", which the video is to start from')
+            require("image" in row, f'{source} line {number} has no "image", which the video is to start from')
             row["image"] = str(file.parent / str(row["image"]))
             data.read_picture(row["image"])
     return rows
@@ -46,7 +47,7 @@ def fetch_hps_prompts(style: str) -> list[str]:
     try:
         return json.loads(fetched_once(f"hpsv2-{style}.json", partial(text_on_hub, HPS_REPO, file)).read_text("utf-8"))
     except OSError as e:  # every error of the hub's own is one
-        raise cli.RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
+        raise RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
 
 
 def fetch_geneval_prompts() -> Path:
@@ -54,4 +55,4 @@ def fetch_geneval_prompts() -> Path:
     try:
         return fetched_once("geneval.jsonl", partial(text_at, GENEVAL_URL))
     except OSError as e:
-        raise cli.RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e
+        raise RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e

@@ -14,7 +14,8 @@ import math
 import sys
 from pathlib import Path
 
-from runtime import cli, data
+from runtime import data
+from runtime.options import RunError, one_line_errors, require
 
 from .report import Results, data_uri, spread
 
@@ -83,17 +84,17 @@ def read_export(path: str) -> dict:
         whole = whole and all(isinstance(name, str) for name in names)
     except (OSError, ValueError, KeyError, TypeError) as e:
         what = f"{path} cannot be read as votes ({type(e).__name__})"
-        raise cli.RunError(f"{what}; give files that vote.html saved") from e
-    cli.require(whole, f"{path} is damaged or was changed by hand; export the votes again")
+        raise RunError(f"{what}; give files that vote.html saved") from e
+    require(whole, f"{path} is damaged or was changed by hand; export the votes again")
     return export
 
 
 def main(paths: list[str]) -> None:
     """Print a table: for each model the votes for it and for the base, and the share with its interval."""
-    cli.require(bool(paths), "name the files that vote.html saved: python -m evaluation.vote votes-*.json")
+    require(bool(paths), "name the files that vote.html saved: python -m evaluation.vote votes-*.json")
     exports = [read_export(path) for path in paths]
     pages = sorted({export["page"] for export in exports})
-    cli.require(len(pages) == 1, f"the files are votes on different pages, {', '.join(pages)}; add up those of one")
+    require(len(pages) == 1, f"the files are votes on different pages, {', '.join(pages)}; add up those of one")
     print("| model | for it | for the base | ties | share for it, 95 % |\n|---|---|---|---|---|")
     for model, n in add_up(exports).items():
         votes = n["wins"] + n["losses"]
@@ -192,5 +193,5 @@ show();
 """
 
 if __name__ == "__main__":
-    with cli.one_line_errors():
+    with one_line_errors():
         main(sys.argv[1:])

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from rewards import fetched_once, first_line, text_at, text_on_hub
 
-from .cli import Lazy, RunError, require
-from .distributed import World
+from .options import Lazy, RunError, require
+from .processes import World
 
 dcp = Lazy("torch.distributed.checkpoint")
 

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from rewards import cached_folder, parse_paths, parse_spec, reading
 
-from . import distributed, loading
-from .cli import require
+from . import loading, processes
 from .data import write_atomically, writing
+from .options import require
 from .output import refuse_foreign
 
 GIB = 2**30
@@ -56,7 +56,7 @@ FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors on this process: of a sharded tensor its own part."""
-    return sum(distributed.local(tensor).nbytes for tensor in tensors)
+    return sum(processes.local(tensor).nbytes for tensor in tensors)
 
 
 class Counter(TorchDispatchMode):
@@ -75,7 +75,7 @@ class Counter(TorchDispatchMode):
             self.flops += FLOPS[function._overloadpacket](*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._add(distributed.local(tensor).untyped_storage())
+                self._add(processes.local(tensor).untyped_storage())
         if self.tensors + self.buffers > self.peak:
             self.peak, self.peak_buffers = self.tensors + self.buffers, self.buffers
         return out
@@ -225,18 +225,18 @@ def run(
     condition     M → text embeddings and the like of M samples, in the compute dtype
     frozen        parameters of each frozen component
     vae, decode   the VAE's class and configuration, and (VAE, z (M, *shape)) → images or videos, the trainer's own
-    fits_whole    what --shard-size 0 means, as for `distributed.start_world`
+    fits_whole    what --shard-size 0 means, as for `processes.start_world`
     """
     refuse_foreign(Path(cfg.output_dir))
     node = min(cfg.processes, NODE)
-    shard_size = distributed.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
-    dtype = distributed.compute_dtype(cfg.dtype, cuda=True)
+    shard_size = processes.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
+    dtype = processes.compute_dtype(cfg.dtype, cuda=True)
     with contextlib.ExitStack() as stack:
         if cfg.processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cfg.processes)
             stack.callback(dist.destroy_process_group)
-        mesh = distributed.shard_mesh("cpu", cfg.processes, shard_size)
-        world = distributed.World(0, cfg.processes, torch.device("cpu"), dtype, shard_size, cfg.offload, mesh)
+        mesh = processes.shard_mesh("cpu", cfg.processes, shard_size)
+        world = processes.World(0, cfg.processes, torch.device("cpu"), dtype, shard_size, cfg.offload, mesh)
         counter = Counter()
         for context in (FakeTensorMode(), counter, counter.watching_fsdp(), autocast_as_on_cuda()):
             stack.enter_context(context)
@@ -275,7 +275,7 @@ def run(
     host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
-    beside = CUDA_CONTEXT + distributed.PromptCache.SIZE * measured["condition_bytes"] / GIB
+    beside = CUDA_CONTEXT + processes.PromptCache.SIZE * measured["condition_bytes"] / GIB
     gpu["buffers"] += beside
     peak = peak / GIB + beside
     result = {
@@ -311,8 +311,8 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             empty = torch.empty(x.shape, dtype=x.dtype)
             setattr(module, name, nn.Parameter(empty, x.requires_grad) if isinstance(x, nn.Parameter) else empty)
-    network = distributed.shard(network, world)
-    trained = distributed.trainable(network)
+    network = processes.shard(network, world)
+    trained = processes.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
     parts = {"parameters": nbytes(network.parameters())}
     elements, trainable_elements = (sum(p.numel() for p in ps) for ps in (network.parameters(), trained))
@@ -322,22 +322,22 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     forward = counter.flops - start
     counter.reset_peak()
     for last in (False, True):
-        distributed.reduce_gradients(network, now=last)
+        processes.reduce_gradients(network, now=last)
         start = counter.flops
         torch.autograd.backward((predict(network, z, of_sample) ** 2).mean())
-    gradients = [p.grad for p in distributed.trainable(network) if p.grad is not None]
+    gradients = [p.grad for p in processes.trainable(network) if p.grad is not None]
     parts["gradients"] = nbytes(gradients)
     sharded = isinstance(network, FSDPModule)
     parts["buffers"] = max(0, counter.peak_buffers - (parts["gradients"] if sharded else 0))
     parts["activations"] = counter.peak - held - parts["gradients"] - parts["buffers"]
     # AdamW is elementwise: it treats a shard like a whole parameter.
-    shards = [nn.Parameter(distributed.local(p).detach()) for p in distributed.trainable(network)]
+    shards = [nn.Parameter(processes.local(p).detach()) for p in processes.trainable(network)]
     for parameter in shards:
         parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(shards, lr=cfg.learning_rate)
     optimizer.step()
     parts["optimizer"] = sum(nbytes(state.values()) for state in optimizer.state.values())
-    parts["ema"] = nbytes(distributed.EMA(network, cfg.ema_decay).average)
+    parts["ema"] = nbytes(processes.EMA(network, cfg.ema_decay).average)
     return {
         "bytes": parts,
         "elements": elements,

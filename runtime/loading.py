@@ -28,8 +28,8 @@ from rewards import (
     wanted_files,
 )
 
-from .cli import Lazy, RunError, complete_checkpoints, require
-from .distributed import World, shard, trainable
+from .options import Lazy, RunError, complete_checkpoints, require
+from .processes import World, shard, trainable
 
 diffusers, state_dict = Lazy("diffusers"), Lazy("torch.distributed.checkpoint.state_dict")
 

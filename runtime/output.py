@@ -25,7 +25,9 @@ from torch import Tensor
 
 from rewards import MODEL_OF, first_line, parse_paths, parse_spec
 
-from .cli import (
+from .data import FINGERPRINTED, fingerprint, keyed_noise, save_image, write_atomically, writing
+from .loading import LORA_FILE, find_init, public_lora
+from .options import (
     FREE_ON_RESUME,
     Lazy,
     RunError,
@@ -36,9 +38,7 @@ from .cli import (
     require,
     seal,
 )
-from .data import FINGERPRINTED, fingerprint, keyed_noise, save_image, write_atomically, writing
-from .distributed import EMA, Preemption, World, local, trainable
-from .loading import LORA_FILE, find_init, public_lora
+from .processes import EMA, Preemption, World, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import cli, distributed, loading, output
+from runtime import loading, output, processes
+from runtime.options import latest_checkpoint
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NETWORKS = {"flux": (FluxTransformer2DModel, "tiny/flux"), "hunyuan": (HunyuanVideoTransformer3DModel, "tiny/hunyuan")}
@@ -42,7 +43,7 @@ class Table(ModelMixin, ConfigMixin):
         self.register_buffer("computed", torch.arange(width).float().cos(), persistent=False)
 
 
-def predict(network: nn.Module, world: distributed.World, samples: list[int]) -> torch.Tensor:
+def predict(network: nn.Module, world: processes.World, samples: list[int]) -> torch.Tensor:
     """One prediction of each of the samples, whose inputs are functions of their numbers; (B, d) float32."""
 
     def draw(*shape):
@@ -66,7 +67,7 @@ def predict(network: nn.Module, world: distributed.World, samples: list[int]) ->
     return out[0].float().flatten(1)
 
 
-def train(world: distributed.World, name: str, iterations: int = 3, folder: str = "") -> dict:
+def train(world: processes.World, name: str, iterations: int = 3, folder: str = "") -> dict:
     """A few updates on all the samples, each process on its share → predictions before, norms, weights after.
 
     With a folder the end is saved there as checkpoint-000003, unless one is there: then it is the start.
@@ -83,10 +84,10 @@ def train(world: distributed.World, name: str, iterations: int = 3, folder: str 
         lora_targets=TARGETS,
         checkpointing=True,
     )
-    optimizer = torch.optim.AdamW(distributed.trainable(network), lr=1e-3, eps=1e-3)
-    pipe, ema = SimpleNamespace(transformer=network), distributed.EMA(network, 0.5)
+    optimizer = torch.optim.AdamW(processes.trainable(network), lr=1e-3, eps=1e-3)
+    pipe, ema = SimpleNamespace(transformer=network), processes.EMA(network, 0.5)
     checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
-    resumed = bool(folder) and cli.latest_checkpoint(folder) is not None
+    resumed = bool(folder) and latest_checkpoint(folder) is not None
     if resumed:
         checkpoints.restore(output.newest_whole_checkpoint(Path(folder), world, {}))
     share = SAMPLES // world.size
@@ -97,11 +98,11 @@ def train(world: distributed.World, name: str, iterations: int = 3, folder: str 
     for iteration in range(iterations):
         optimizer.zero_grad()
         for start in range(0, share, MICRO_BATCH):
-            distributed.reduce_gradients(network, now=start + MICRO_BATCH == share)
+            processes.reduce_gradients(network, now=start + MICRO_BATCH == share)
             out = predict(network, world, mine[start : start + MICRO_BATCH])
             ((out**2).mean() * MICRO_BATCH / share).backward()
-            held = [p.grad for p in distributed.trainable(network) if p.grad is not None]
-        norms.append(distributed.clip_gradients(network, 1.0, iteration))
+            held = [p.grad for p in processes.trainable(network) if p.grad is not None]
+        norms.append(processes.clip_gradients(network, 1.0, iteration))
         optimizer.step()
         ema.update()
     if folder and not resumed:
@@ -110,7 +111,7 @@ def train(world: distributed.World, name: str, iterations: int = 3, folder: str 
         "predictions": world.gather(before),
         "norms": norms,
         "weights": gathered(network),
-        "elements": sum(p.numel() for p in distributed.trainable(network)),
+        "elements": sum(p.numel() for p in processes.trainable(network)),
         "gradient_elements": sum((g.to_local() if isinstance(g, DTensor) else g).numel() for g in held),
     }
 
@@ -119,7 +120,7 @@ def gathered(network: nn.Module) -> dict:
     return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in network.state_dict().items()}
 
 
-def load(world: distributed.World, path: str) -> dict:
+def load(world: processes.World, path: str) -> dict:
     network = loading.load_network(Table, path, world)
     weight = network.linear.weight
     weight = weight.full_tensor() if isinstance(weight, DTensor) else weight.detach()
@@ -132,9 +133,9 @@ def load(world: distributed.World, path: str) -> dict:
 
 def main(folder: str) -> None:
     size, results = int(os.environ["WORLD_SIZE"]), {}
-    first = distributed.start_world(shard_size=1)
+    first = processes.start_world(shard_size=1)
     for shard_size in [n for n in (1, 2, 4) if size % n == 0]:
-        mesh = distributed.shard_mesh("cpu", size, shard_size)
+        mesh = processes.shard_mesh("cpu", size, shard_size)
         world = dataclasses.replace(first, shard_size=shard_size, mesh=mesh)
         for name in TRAININGS:
             results[name, shard_size] = train(world, name)
@@ -145,7 +146,7 @@ def main(folder: str) -> None:
         )
         results["load", shard_size] = load(world, str(Path(folder, "table")))
     for shard_size in [n for n in (1, 2, 4) if size % n == 0]:  # saved by copies of one kind, continued by the others
-        world = dataclasses.replace(first, shard_size=shard_size, mesh=distributed.shard_mesh("cpu", size, shard_size))
+        world = dataclasses.replace(first, shard_size=shard_size, mesh=processes.shard_mesh("cpu", size, shard_size))
         results["continued", shard_size] = train(world, "full", folder=str(Path(folder, f"saved-{size // shard_size}")))
     if world.is_main:
         torch.save(results, Path(folder, "results.pt"))

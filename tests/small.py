@@ -3,7 +3,7 @@
 import grpo_flux
 import grpo_sd
 import grpo_video
-from runtime import cli
+from runtime.options import command_words, parse_config
 
 TRAINERS = {"flux": grpo_flux, "sd": grpo_sd, "t2v": grpo_video, "i2v": grpo_video, "t2i": grpo_video}
 TRAINERS |= {"wan": grpo_video}
@@ -29,7 +29,7 @@ def options(case: str) -> dict:
 def config(case: str, **changes):
     """The options of a small run, as the trainer's command line reads them."""
     trainer = TRAINERS[case]
-    return cli.parse_config(trainer.Config, trainer.PRESETS, cli.command_words(options(case) | changes))
+    return parse_config(trainer.Config, trainer.PRESETS, command_words(options(case) | changes))
 
 
 def train(case: str, output_dir, **changes):

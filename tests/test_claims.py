@@ -18,7 +18,8 @@ import grpo_sd
 from claims import diversity, dpo, experiment, one_form, policy, tables
 from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
 from rewards import load_reward
-from runtime import cli, output
+from runtime import output
+from runtime.options import RunError, check_options, seal
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def main(cfg):
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"script": "test_claims.py", "directory": ".", "versions": {}} | cfg.__dict__ | {"resume": False}
-    (folder / "config.json").write_text(json.dumps(cli.seal(content)))
+    (folder / "config.json").write_text(json.dumps(seal(content)))
     (folder / "metrics.jsonl").write_text("".join(f'{{"iteration": {i + 1}}}\n' for i in range(cfg.iterations)))
     if cfg.eta == 13 and not cfg.resume:
         raise KeyboardInterrupt
@@ -221,7 +222,7 @@ def test_a_claim_asks_for_runs_that_are_possible(name):
     for options in claim.arms.values():
         trainer = importlib.import_module(claim.trainer)
         chosen = {"preset": claim.preset} | {key: value for key, value in options.items() if key != "loop"}
-        cli.check_options(experiment.parse(trainer, chosen))
+        check_options(experiment.parse(trainer, chosen))
         module, _, function = options.get("loop", claim.trainer).partition(":")
         assert callable(getattr(importlib.import_module(module), function or "main"))
     for part in claim.compares:
@@ -285,7 +286,7 @@ def test_a_table_takes_its_place_and_leaves_the_rest(tmp_path, monkeypatch):
 
 
 def test_an_unknown_claim_is_one_line():
-    with pytest.raises(cli.RunError, match=r"^unknown claim 'noise'; known: quick-start-sd, quick-start-flux, "):
+    with pytest.raises(RunError, match=r"^unknown claim 'noise'; known: quick-start-sd, quick-start-flux, "):
         command.main("noise", command.Config())
 
 
@@ -359,7 +360,7 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
 
 @pytest.mark.parametrize("loop", ["claims.refl", "claims.dpo"])
 def test_baselines_for_diffusion_refuse_rectified_flow_before_anything_is_written(loop, tmp_path):
-    with pytest.raises(cli.RunError, match=r"is here for diffusion only; take grpo_sd$"):
+    with pytest.raises(RunError, match=r"is here for diffusion only; take grpo_sd$"):
         experiment.train("grpo_flux", FAST, tmp_path, loop)
     assert not any(tmp_path.iterdir())
 

@@ -23,7 +23,8 @@ import grpo_video
 import small
 from evaluation.models import check_whole
 from rewards import RewardError, load_reward
-from runtime import cli, data, distributed, loading, output
+from runtime import data, loading, output, processes
+from runtime.options import RunError, one_line_errors, parse_config, seal
 
 OPTIONS = {"lora_rank": 2, "ema_decay": 0.5, "iterations": 2, "save_every": 1, "sample_every": 1, "num_samples": 1}
 OPTIONS |= {"prompts_per_iteration": 1, "steps": 3, "updates_per_rollout": 1}
@@ -52,7 +53,7 @@ def tree(folder):
 def outcome(action, *arguments):
     """What the action returns, or the one line that it ends in as a script does."""
     try:
-        with cli.one_line_errors(RewardError):
+        with one_line_errors(RewardError):
             return action(*arguments)
     except SystemExit as e:
         assert e.code.startswith("error: ") and "\n" not in e.code
@@ -61,16 +62,16 @@ def outcome(action, *arguments):
 
 def resume(folder, trainer=grpo_flux):
     """The checkpoint from which `--resume` would continue, by all checks of a run; no model is loaded."""
-    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(folder), "--resume"])
-    checkpoint = output.open_folder(cfg, distributed.start_world(), trainer.check(cfg)).checkpoint
+    cfg = parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(folder), "--resume"])
+    checkpoint = output.open_folder(cfg, processes.start_world(), trainer.check(cfg)).checkpoint
     return checkpoint.name if checkpoint else "the start"
 
 
 def evaluate(checkpoint, *options):
     """The weights that `eval.py --checkpoint` would draw with, by all its checks; no model is loaded."""
     words = ["--preset", "tiny", "--metrics", "hps", "--checkpoint", str(checkpoint), *options]
-    models = evaluation.plan(cli.parse_config(evaluation.Config, evaluation.PRESETS, words))[2]
-    check_whole(models, distributed.start_world())
+    models = evaluation.plan(parse_config(evaluation.Config, evaluation.PRESETS, words))[2]
+    check_whole(models, processes.start_world())
     return models[1].weights
 
 
@@ -143,9 +144,9 @@ def test_what_a_checkpoint_does_not_need_may_be_damaged(name, damage, run, capsy
 @EACH
 def test_the_metrics_of_a_resumed_run_are_those_of_its_checkpoint(damage, finished, run):
     DAMAGE[damage](run / "metrics.jsonl")
-    world = distributed.start_world()
+    world = processes.start_world()
     if damage == "a folder":
-        with pytest.raises(cli.RunError, match=r"could not write .*metrics\.jsonl: .*Is a directory"):
+        with pytest.raises(RunError, match=r"could not write .*metrics\.jsonl: .*Is a directory"):
             output.Metrics(run, world, run / NEWEST)
         return
     output.Metrics(run, world, run / NEWEST)
@@ -169,13 +170,13 @@ def of_another_run(run):
     """A whole checkpoint of a run with another seed."""
     shutil.rmtree(run / NEWEST)
     config = json.loads((run / OLDER / "state" / "config.json").read_text()) | {"seed": 8}
-    config = cli.seal({name: value for name, value in config.items() if name != "sha256"})
+    config = seal({name: value for name, value in config.items() if name != "sha256"})
     shutil.copytree(run / OLDER, run / NEWEST)
     (run / NEWEST / "state" / "config.json").write_text(json.dumps(config))
     names = [str(path.relative_to(run / NEWEST)) for path in (run / NEWEST).rglob("*") if path.is_file()]
     names.remove("checksums.json")
-    sums = output.sha256_of(run / NEWEST, names, distributed.start_world())
-    (run / NEWEST / "checksums.json").write_text(json.dumps(cli.seal({"iteration": 2, "files": sums})))
+    sums = output.sha256_of(run / NEWEST, names, processes.start_world())
+    (run / NEWEST / "checksums.json").write_text(json.dumps(seal({"iteration": 2, "files": sums})))
 
 
 def change(**values):
@@ -252,7 +253,7 @@ def test_an_evaluation_does_not_write_into_a_run(place, run):
         str(run / place),
     ]
     before = tree(run)
-    line = outcome(lambda: evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, words)))
+    line = outcome(lambda: evaluation.main(parse_config(evaluation.Config, evaluation.PRESETS, words)))
     assert line.endswith("; take another --output-dir")
     assert tree(run) == before
 
@@ -268,7 +269,7 @@ def test_a_model_that_lacks_a_config_is_refused_before_anything_is_loaded(name, 
     for file in sorted(model.rglob("*config.json")):
         whole = file.read_bytes()
         file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(cli.RunError, match=r"has no config, or a damaged one|lacks a tokenizer's files") as caught:
+        with pytest.raises(RunError, match=r"has no config, or a damaged one|lacks a tokenizer's files") as caught:
             loading.pipeline_index(str(model))
         assert str(file.parent) in str(caught.value) and "\n" not in str(caught.value)
         file.write_bytes(whole)
@@ -295,7 +296,7 @@ def test_damaged_weights_of_a_model_are_one_line(damage, tmp_path):
         whole = file.read_bytes()
         content = damage(whole)
         file.unlink() if content is None else file.write_bytes(content)
-        with pytest.raises(cli.RunError, match=f"{file.parent}|{file.parent.name}") as caught:
+        with pytest.raises(RunError, match=f"{file.parent}|{file.parent.name}") as caught:
             loading.load_components(model, torch.float32)
         assert "give --model a complete folder" in str(caught.value) and "\n" not in str(caught.value)
         file.write_bytes(whole)
@@ -338,7 +339,7 @@ def test_a_run_says_what_it_trains_and_how_to_go_on(finished):
     assert start.startswith("tiny/flux, transformer: LoRA of rank 2, ")
     assert f"; reward hps; iterations 1 to 2; in {folder}: reward.png and samples/ show" in start
     command = re.search(r"to evaluate it: python eval\.py (.*); to load it: pipeline\.load_lora_weights\('(.*)'\)", end)
-    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, shlex.split(command[1]))
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, shlex.split(command[1]))
     _, family, models, rows = evaluation.plan(cfg)  # the command is one that works
     assert (family, models[1].weights, len(rows)) == ("FluxPipeline", str(folder / NEWEST / IN_CHECKPOINT[1]), 204)
     assert (cfg.metrics, cfg.reward_paths) == ("hps,clip", "hps=tiny/hps,clip=tiny/clip")
@@ -375,7 +376,7 @@ def test_a_run_that_lost_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(nam
     if name:
         DAMAGE["one wrong bit"](run / NEWEST / name)
     words = ["--output-dir", str(run), "--resume"]
-    assert outcome(lambda: grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))) is None
+    assert outcome(lambda: grpo_flux.main(parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))) is None
     todo = f"iterations 2 to 2, after {OLDER}" if name else "all 2 iterations are done; raise --iterations to go on"
     assert todo in capsys.readouterr().out
     for name in IN_CHECKPOINT[1:3]:
@@ -452,7 +453,7 @@ def test_300_random_command_lines_start_or_end_in_one_line(tmp_path, monkeypatch
         out = tmp_path / str(number)
         words = random_words(rng, script, out)
         try:
-            line = outcome(lambda: script.main(cli.parse_config(script.Config, script.PRESETS, words)))  # noqa: B023
+            line = outcome(lambda: script.main(parse_config(script.Config, script.PRESETS, words)))  # noqa: B023
         except Started:
             started += 1
         except Exception as e:

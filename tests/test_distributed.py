@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import distributed_cases
 import launch
 import small
-from runtime import cli, data, distributed, loading, output
+from runtime import data, loading, output, processes
+from runtime.options import RunError, latest_checkpoint
 
 
 def distance(a: dict, b: dict) -> float:
@@ -29,7 +30,7 @@ def distance(a: dict, b: dict) -> float:
 
 @pytest.fixture(scope="module")
 def one():
-    world = distributed.start_world()
+    world = processes.start_world()
     results = {name: distributed_cases.train(world, name) for name in distributed_cases.TRAININGS}
     return results | {"six iterations": distributed_cases.train(world, "full", iterations=6)}
 
@@ -80,7 +81,7 @@ def test_full_fine_tuning_in_bfloat16_is_as_exact_on_two_processes_as_on_one(one
     assert whole["norms"][0] == pytest.approx(a["norms"][0], rel=1e-5)
     assert whole["norms"] == pytest.approx(a["norms"], rel=2**-8)  # later ones to bfloat16's rounding
     # FSDP rounds the weights of norms, which one process keeps in float32: no more than bfloat16 does elsewhere.
-    world = distributed.start_world()
+    world = processes.start_world()
     network_class, path = distributed_cases.NETWORKS["hunyuan"]
     network = loading.load_network(network_class, path, world, subfolder="transformer")
     with torch.no_grad():
@@ -122,25 +123,25 @@ def test_a_checkpoint_holds_the_whole_network_and_continues_on_copies_of_another
 
 
 def test_options_that_do_not_fit_are_refused(monkeypatch):
-    with pytest.raises(cli.RunError, match="--dtype must be one of auto, bfloat16, float32, got 'half'"):
-        distributed.start_world("half")
+    with pytest.raises(RunError, match="--dtype must be one of auto, bfloat16, float32, got 'half'"):
+        processes.start_world("half")
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(cli.RunError, match="--shard-size must divide the 8 processes, got 3"):
-        distributed.start_world(shard_size=3)
-    with pytest.raises(cli.RunError, match="got -1"):
-        distributed.start_world(shard_size=-1)
+    with pytest.raises(RunError, match="--shard-size must divide the 8 processes, got 3"):
+        processes.start_world(shard_size=3)
+    with pytest.raises(RunError, match="got -1"):
+        processes.start_world(shard_size=-1)
 
 
 def test_a_copy_of_the_network_is_shared_by_the_processes_of_a_node_if_it_does_not_fit_whole():
-    assert distributed.choose_shard_size(0, size=16, local_size=8, fits_whole=False) == 8
-    assert distributed.choose_shard_size(0, size=16, local_size=8, fits_whole=True) == 1
-    assert distributed.choose_shard_size(4, size=16, local_size=8, fits_whole=True) == 4
+    assert processes.choose_shard_size(0, size=16, local_size=8, fits_whole=False) == 8
+    assert processes.choose_shard_size(0, size=16, local_size=8, fits_whole=True) == 1
+    assert processes.choose_shard_size(4, size=16, local_size=8, fits_whole=True) == 4
 
 
 def test_the_compute_dtype_is_an_option(monkeypatch):
-    assert distributed.start_world().dtype == torch.float32
-    world = distributed.start_world("bfloat16")
+    assert processes.start_world().dtype == torch.float32
+    world = processes.start_world("bfloat16")
     with world.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
@@ -149,11 +150,11 @@ def small_checkpoints(world, **options):
     network = distributed_cases.Table()
     optimizer = torch.optim.AdamW(network.parameters())
     pipe = SimpleNamespace(network=network)
-    return output.Checkpoints(pipe, "network", optimizer, distributed.EMA(network, 0.5), world, **options)
+    return output.Checkpoints(pipe, "network", optimizer, processes.EMA(network, 0.5), world, **options)
 
 
 def test_only_the_newest_checkpoints_keep_their_state(tmp_path, capsys):
-    world = distributed.start_world()
+    world = processes.start_world()
     checkpoints = small_checkpoints(world, keep_states=2)
     for iteration in (1, 2, 3, 4):
         checkpoints.save(tmp_path, iteration)
@@ -165,13 +166,13 @@ def test_only_the_newest_checkpoints_keep_their_state(tmp_path, capsys):
     assert checkpoints.restore(output.newest_whole_checkpoint(tmp_path, world, {})) == 3
     (tmp_path / "checkpoint-000003").rename(tmp_path / "also")
     capsys.readouterr()
-    with pytest.raises(cli.RunError, match=r"has no whole checkpoint"):
+    with pytest.raises(RunError, match=r"has no whole checkpoint"):
         output.newest_whole_checkpoint(tmp_path, world, {})
     assert "checkpoint-000002 is skipped: it keeps no state" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
-    world = distributed.start_world()
+    world = processes.start_world()
     checkpoints = small_checkpoints(world, keep_states=1)
     checkpoints.save(tmp_path, 9)
     (tmp_path / "checkpoint-000009" / "checksums.json").unlink()
@@ -180,18 +181,18 @@ def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    checkpoints = small_checkpoints(distributed.start_world())
+    checkpoints = small_checkpoints(processes.start_world())
     for tensor in (checkpoints.ema.average[-1], checkpoints.network.linear.weight):
         kept = tensor.detach().clone()
         tensor.data.view(-1)[-1] = math.inf
-        with pytest.raises(cli.RunError, match=r"infinite or NaN in iteration 3 .* lower --learning-rate"):
+        with pytest.raises(RunError, match=r"infinite or NaN in iteration 3 .* lower --learning-rate"):
             checkpoints.save(tmp_path, 3)
         tensor.data.copy_(kept)
     assert not list(tmp_path.iterdir())
 
 
 def test_public_weights_have_the_compute_dtype_and_the_state_the_master_weights(tmp_path):
-    checkpoints = small_checkpoints(distributed.start_world("bfloat16"))
+    checkpoints = small_checkpoints(processes.start_world("bfloat16"))
     master = checkpoints.network.linear.weight.detach().clone()
     checkpoints.save(tmp_path, 1)
     saved = load_file(tmp_path / "checkpoint-000001" / "network" / "diffusion_pytorch_model.safetensors")
@@ -205,7 +206,7 @@ def test_public_weights_have_the_compute_dtype_and_the_state_the_master_weights(
 def test_sigterm_is_noted_and_does_not_end_the_process():
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        preempted = distributed.Preemption(distributed.start_world())
+        preempted = processes.Preemption(processes.start_world())
         assert not preempted()
         os.kill(os.getpid(), signal.SIGTERM)
         assert preempted()
@@ -226,7 +227,7 @@ def test_frozen_models_are_on_the_device_when_used_and_the_network_may_make_room
         return tensor, SimpleNamespace(parameters=lambda: [tensor], buffers=lambda: [])
 
     for offload in (True, False):
-        world = distributed.World(0, 1, torch.device("cuda"), torch.float32, offload=offload)
+        world = processes.World(0, 1, torch.device("cuda"), torch.float32, offload=offload)
         (frozen, model), (trained, network) = module("host"), module("cuda")
         kept = frozen.data
         with pytest.raises(ValueError), world.on_device(model, instead_of=network):
@@ -239,10 +240,10 @@ def test_frozen_models_are_on_the_device_when_used_and_the_network_may_make_room
 
 def test_frozen_models_are_not_trained():
     model = torch.nn.Linear(2, 2)
-    distributed.World(0, 1, torch.device("meta"), torch.float32).freeze(model)
+    processes.World(0, 1, torch.device("meta"), torch.float32).freeze(model)
     assert not model.weight.requires_grad and not model.training and model.weight.device.type == "meta"
     model = torch.nn.Linear(2, 2)
-    distributed.World(0, 1, torch.device("meta"), torch.float32, offload=True).freeze(model)
+    processes.World(0, 1, torch.device("meta"), torch.float32, offload=True).freeze(model)
     assert not model.weight.requires_grad and model.weight.device.type == "cpu"
 
 
@@ -294,7 +295,7 @@ def test_a_run_that_gets_sigterm_saves_and_ends_well(tmp_path):
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=120) == 0
     done = lines(out)[-1]["iteration"]
-    assert done < 1000 and cli.latest_checkpoint(out).name == f"checkpoint-{done:06d}"
+    assert done < 1000 and latest_checkpoint(out).name == f"checkpoint-{done:06d}"
     again = command(out, iterations=done + 1, save_every=1000)
     subprocess.run([*again, "--resume"], check=True, timeout=600)
     assert lines(out)[-1]["iteration"] == done + 1

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 import grpo_flux
 import grpo_video
 from rewards import RewardError
-from runtime import cli, distributed, dryrun, loading
+from runtime import dryrun, loading, processes
+from runtime.options import RunError
 from sampling import flow_sigmas
 
 ROWS, LENGTH = 8, 32  # of 64 x 64 pixels; text tokens
@@ -46,12 +47,12 @@ def options(output_dir, **changes):
 
 def real_run(cfg):
     """Bytes that one process allocates, by the code of a run."""
-    world = distributed.start_world()
+    world = processes.start_world()
     pipe = FluxPipeline.from_pretrained(cfg.model, transformer=None)
     prepare = {"lora_rank": cfg.lora_rank, "lora_targets": grpo_flux.LORA_TARGETS}
     transformer = loading.load_network(FluxTransformer2DModel, cfg.model, world, subfolder="transformer", **prepare)
-    optimizer = torch.optim.AdamW(distributed.trainable(transformer), lr=1e-5)
-    ema = distributed.EMA(transformer, cfg.ema_decay)
+    optimizer = torch.optim.AdamW(processes.trainable(transformer), lr=1e-5)
+    ema = processes.EMA(transformer, cfg.ema_decay)
     captions = ["a red circle"] * cfg.prompts_per_iteration
     text = grpo_flux.encode_prompts(pipe, captions, LENGTH, world.device)
     keys = [(0, 0, p, g) for p in range(cfg.prompts_per_iteration) for g in range(cfg.group_size)]
@@ -129,9 +130,9 @@ def test_the_result_is_written_and_says_whether_it_fits(tmp_path, capsys):
 
 
 def test_processes_that_do_not_divide_the_prompts_are_refused(tmp_path):
-    with pytest.raises(cli.RunError, match="--prompts-per-iteration 4 must be a multiple of the 3 processes"):
+    with pytest.raises(RunError, match="--prompts-per-iteration 4 must be a multiple of the 3 processes"):
         grpo_flux.dry_run(options(tmp_path, processes=3))
-    with pytest.raises(cli.RunError, match="--shard-size must divide the 4 processes, got 3"):
+    with pytest.raises(RunError, match="--shard-size must divide the 4 processes, got 3"):
         grpo_flux.dry_run(options(tmp_path, processes=4, shard_size=3))
 
 
@@ -148,7 +149,7 @@ def test_without_the_hub_the_full_size_configurations_are_known(network_class, e
     with torch.device("meta"):
         network = network_class.from_config(config)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(elements, rel=0.01)
-    with pytest.raises(cli.RunError, match="no folder 'nowhere/at/all'"):
+    with pytest.raises(RunError, match="no folder 'nowhere/at/all'"):
         dryrun.config_of(network_class, "nowhere/at/all")
 
 

@@ -22,7 +22,8 @@ import grpo_video
 from evaluation import prompts as prompt_sets
 from evaluation import report
 from rewards import RewardError, load_reward
-from runtime import cli, data, distributed, loading
+from runtime import data, loading, processes
+from runtime.options import RunError, parse_config, seal
 from sampling import flow_sigmas, sample_ode
 
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip"}
@@ -39,7 +40,7 @@ def words(options):
 def evaluate(output_dir, **options):
     """Run it in this process, as its command line would. Returns results.json."""
     options = {"preset": "tiny", "output_dir": output_dir} | options
-    evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, words(options)))
+    evaluation.main(parse_config(evaluation.Config, evaluation.PRESETS, words(options)))
     return json.loads((Path(output_dir) / "results.json").read_text())
 
 
@@ -90,7 +91,7 @@ def run(tmp_path_factory):
 def write_config(folder, script, config):
     """config.json of a training run."""
     content = {"script": script, "directory": os.getcwd()} | dataclasses.asdict(config)
-    (folder / "config.json").write_text(json.dumps(cli.seal(content)))
+    (folder / "config.json").write_text(json.dumps(seal(content)))
 
 
 def save_lora(network, pipeline_class, targets, folder):
@@ -99,7 +100,7 @@ def save_lora(network, pipeline_class, targets, folder):
 
     network = loading.prepare_network(network, lora_rank=2, lora_targets=targets)
     with torch.no_grad():
-        for parameter in distributed.trainable(network):
+        for parameter in processes.trainable(network):
             parameter += 0.1
     pipeline_class.save_lora_weights(
         folder,
@@ -234,11 +235,11 @@ def test_settings_come_from_the_run_and_can_be_overridden(finished, run, prompts
     _, results = finished
     assert {name: results["settings"][name] for name in SMALL} == SMALL
     options = dict(checkpoint=run / "checkpoint-000002", prompts=prompts, output_dir=tmp_path, steps=7)
-    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny"} | options))
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny"} | options))
     cfg, family, contestants, rows = evaluation.plan(cfg)
     assert (cfg.steps, cfg.guidance, cfg.model, family) == (7, 3.5, "tiny/flux", "FluxPipeline")
     assert [c.kind for c in contestants] == ["base", "network"] and len(rows) == 5
-    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny", "model": "tiny/flux"}))
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, words({"preset": "tiny", "model": "tiny/flux"}))
     assert evaluation.plan(cfg)[0].steps == 28
 
 
@@ -267,14 +268,14 @@ def test_reward_paths_of_a_run_are_found_from_its_directory_or_named(run, prompt
     options = dict(preset="paper", checkpoint=moved / "checkpoint-000002", prompts=prompts.resolve(), metrics="hps")
     repository = os.getcwd()
     monkeypatch.chdir(tmp_path)
-    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words(options))
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, words(options))
     assert evaluation.plan(cfg)[0].reward_paths == f"hps={repository}/tiny/hps"
     monkeypatch.chdir(repository)
     other = grpo_flux.PRESETS["tiny"] | SMALL | {"reward_paths": "hps=a/b"}
     write_config(moved, "grpo_flux.py", grpo_flux.Config(**other))
     options["checkpoint"] = [moved / "checkpoint-000002", run / "checkpoint-000002"]
-    cfg = cli.parse_config(evaluation.Config, evaluation.PRESETS, words(options))
-    with pytest.raises(cli.RunError, match=r"take the reward model hps from a/b and .*tiny/hps; give --reward-paths"):
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, words(options))
+    with pytest.raises(RunError, match=r"take the reward model hps from a/b and .*tiny/hps; give --reward-paths"):
         evaluation.plan(cfg)
 
 
@@ -610,7 +611,7 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
         else value
         for key, value in options.items()
     }
-    with pytest.raises((cli.RunError, RewardError)) as caught:
+    with pytest.raises((RunError, RewardError)) as caught:
         evaluate(**{"output_dir": tmp_path / "out"} | options)
     assert filled(expected) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
@@ -625,7 +626,7 @@ def test_an_output_folder_with_other_settings_is_refused(prompts, tmp_path):
         ({"prompts": "prompts/tiny.txt"}, "prompts_sha256"),
         ({"reward_paths": "hps=tiny/hps"}, "reward_paths"),
     ):
-        with pytest.raises(cli.RunError, match=expected):
+        with pytest.raises(RunError, match=expected):
             evaluate(tmp_path, **options | other)
 
 
@@ -640,7 +641,7 @@ def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
     os.utime(weights, ns=(1, 1))  # a copy of the same weights is no change
     evaluate(tmp_path / "out", **options)
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x42")
-    with pytest.raises(cli.RunError, match=r"transformer has changed since its results in .*out were made"):
+    with pytest.raises(RunError, match=r"transformer has changed since its results in .*out were made"):
         evaluate(tmp_path / "out", **options)
 
 
@@ -652,7 +653,7 @@ def test_a_function_that_changed_since_is_refused(prompts, tmp_path):
     results = evaluate(tmp_path / "out", metrics=f"{tmp_path}/own.py:size", **options)
     assert results["summary"]["size"]["base"]["overall"]["mean"] == 3 * 64 * 64
     (tmp_path / "own.py").write_text((tmp_path / "own.py").read_text() + " + 1")
-    with pytest.raises(cli.RunError, match=r"own\.py has changed since"):
+    with pytest.raises(RunError, match=r"own\.py has changed since"):
         evaluate(tmp_path / "out", metrics=f"{tmp_path}/own.py:size", **options)
     assert evaluate(tmp_path / "out", metrics="hps", **options)["summary"].keys() == {"hps"}
 
@@ -688,5 +689,5 @@ def test_a_first_frame_that_cannot_be_read_is_named(tmp_path):
     ):
         (tmp_path / "x.png").write_text("no picture")
         file.write_text(json.dumps(row) + "\n")
-        with pytest.raises(cli.RunError, match=expected):
+        with pytest.raises(RunError, match=expected):
             evaluate(tmp_path / "out", **options)

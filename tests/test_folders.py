@@ -11,8 +11,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from runtime import cli, data, distributed, loading, output
-from runtime.cli import Count, Decay, Open01, Positive, Rank, Seed, Share
+from runtime import data, loading, output, processes
+from runtime.options import (
+    Count,
+    Decay,
+    Open01,
+    Positive,
+    Rank,
+    RunError,
+    Seed,
+    Share,
+    check_ranges,
+    parse_config,
+    seal,
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ PRESETS = {"a": {}}
 
 
 def parse(*words):
-    return cli.parse_config(Config, PRESETS, words)
+    return parse_config(Config, PRESETS, words)
 
 
 def tree(folder: Path) -> dict:
@@ -49,7 +61,7 @@ def tree(folder: Path) -> dict:
 
 @pytest.fixture
 def world():
-    return distributed.World(0, 1, torch.device("cpu"), torch.float32)
+    return processes.World(0, 1, torch.device("cpu"), torch.float32)
 
 
 def a_run(folder: Path, world, **changes):
@@ -59,7 +71,7 @@ def a_run(folder: Path, world, **changes):
     (folder / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n')
     network = torch.nn.Linear(1, 1)
     network.save_config = lambda folder: None
-    optimizer, ema = torch.optim.AdamW(network.parameters()), distributed.EMA(network, 0.0)
+    optimizer, ema = torch.optim.AdamW(network.parameters()), processes.EMA(network, 0.0)
     checkpoints = output.Checkpoints(SimpleNamespace(network=network), "network", optimizer, ema, world)
     checkpoints.save(folder, 2)
     return cfg
@@ -68,7 +80,7 @@ def a_run(folder: Path, world, **changes):
 def start(cfg, world, prompts):
     """What a run writes before its first iteration."""
     content = output.open_folder(cfg, world, prompts).config
-    Path(cfg.output_dir, "config.json").write_text(json.dumps(cli.seal(content)))
+    Path(cfg.output_dir, "config.json").write_text(json.dumps(seal(content)))
 
 
 # ------------------------------------------------------------------------------------------------------------- ranges
@@ -82,8 +94,8 @@ def start(cfg, world, prompts):
     ("--seed -1", "--seed must be from 0"),
 ])  # fmt: skip
 def test_a_number_out_of_range(words, expected):
-    with pytest.raises(cli.RunError) as caught:
-        cli.check_ranges(parse(*words.split()))
+    with pytest.raises(RunError) as caught:
+        check_ranges(parse(*words.split()))
     assert str(caught.value).startswith(expected)
 
 
@@ -91,10 +103,10 @@ def test_a_number_out_of_range(words, expected):
     "clip": (0.0, 1.0, float("nan")), "share": (0.0, 1.1), "decay": (-0.1, 1.0), "rank": (-1, 100_000),
 }.items())  # fmt: skip
 def test_the_ends_of_a_range(name, values):
-    cli.check_ranges(Ranges())
+    check_ranges(Ranges())
     for value in values:
-        with pytest.raises(cli.RunError, match=f"--{name} must be"):
-            cli.check_ranges(replace(Ranges(), **{name: value}))
+        with pytest.raises(RunError, match=f"--{name} must be"):
+            check_ranges(replace(Ranges(), **{name: value}))
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -112,7 +124,7 @@ def test_prompts_are_split_at_line_feeds_only(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.CSV"])
 def test_files_that_are_neither_text_nor_jsonl_are_refused(name, tmp_path):
     (tmp_path / name).write_text('["a red circle"]')
-    with pytest.raises(cli.RunError, match="is neither text nor JSONL"):
+    with pytest.raises(RunError, match="is neither text nor JSONL"):
         data.load_prompts(str(tmp_path / name))
 
 
@@ -122,7 +134,7 @@ def test_files_that_are_neither_text_nor_jsonl_are_refused(name, tmp_path):
 def test_home_is_expanded_and_an_empty_folder_name_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse("--output-dir", "~/runs").output_dir == str(tmp_path / "runs")
-    with pytest.raises(cli.RunError, match="--output-dir is empty"):
+    with pytest.raises(RunError, match="--output-dir is empty"):
         parse("--output-dir", "")
 
 
@@ -138,7 +150,7 @@ def test_somebody_elses_folder_is_left_as_it_is(content, expected, tmp_path, wor
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     before = tree(tmp_path)
-    with pytest.raises(cli.RunError, match=expected):
+    with pytest.raises(RunError, match=expected):
         output.open_folder(Config(output_dir=str(tmp_path)), world, ["one"])
     assert tree(tmp_path) == before
 
@@ -157,7 +169,7 @@ def test_two_processes_cannot_work_in_one_folder(tmp_path):
     root = Path(__file__).resolve().parent.parent
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=root)
     assert other.stdout.readline() == b"locked\n"
-    with pytest.raises(cli.RunError, match="another process is working in"):
+    with pytest.raises(RunError, match="another process is working in"):
         output.lock_folder(tmp_path)
     other.kill()
     other.wait()
@@ -174,7 +186,7 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
     start(cfg, world, ["one", "two"])
     assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
     cfg = parse("--output-dir", str(tmp_path), "--resume", "--iterations", "1")
-    with pytest.raises(cli.RunError, match=r"^--iterations 1 is below the 2 that the run in .* has done; raise it$"):
+    with pytest.raises(RunError, match=r"^--iterations 1 is below the 2 that the run in .* has done; raise it$"):
         start(cfg, world, ["one", "two"])
 
 
@@ -182,13 +194,13 @@ def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(
     init, run = tmp_path / "gone" / "checkpoint-000001", tmp_path / "run"
     (init / "transformer").mkdir(parents=True)
     (init / "transformer" / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
-    (init / "checksums.json").write_text(json.dumps(cli.seal({"files": {}, "iteration": 1})))
+    (init / "checksums.json").write_text(json.dumps(seal({"files": {}, "iteration": 1})))
     cfg = replace(a_run(run, world, init=str(init)), resume=True)
     shutil.rmtree(init)
     folder = output.open_folder(cfg, world, ["one", "two"])
     assert folder.init is None and folder.checkpoint == run / "checkpoint-000002"
     folder.checkpoint.rename(tmp_path / "taken-away")
-    with pytest.raises(cli.RunError, match=r"--init: there is no .*gone/checkpoint-000001; give RUN/checkpoint-NNNNNN"):
+    with pytest.raises(RunError, match=r"--init: there is no .*gone/checkpoint-000001; give RUN/checkpoint-NNNNNN"):
         output.open_folder(cfg, world, ["one", "two"])
 
 
@@ -219,7 +231,7 @@ def test_resume_with_other_prompts_is_refused(tmp_path, world):
     a_run(tmp_path, world)
     before = tree(tmp_path)
     cfg = parse("--output-dir", str(tmp_path), "--resume")
-    with pytest.raises(cli.RunError, match=r"^x\.txt changed after the run in"):
+    with pytest.raises(RunError, match=r"^x\.txt changed after the run in"):
         output.open_folder(cfg, world, ["one", "three"])
     assert tree(tmp_path) == before
 
@@ -243,16 +255,14 @@ def test_resume_with_a_damaged_config(content, expected, tmp_path, world):
     else:
         file.write_text(content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content))
     before = tree(tmp_path)
-    with pytest.raises(cli.RunError) as caught:
+    with pytest.raises(RunError) as caught:
         parse("--output-dir", str(tmp_path), "--resume")
     assert expected in str(caught.value) and "\n" not in str(caught.value)
     assert tree(tmp_path) == before
 
 
 def test_a_model_of_another_family_is_refused():
-    with pytest.raises(
-        cli.RunError, match="--model tiny/sd is a StableDiffusionPipeline; this script trains a FluxPip"
-    ):
+    with pytest.raises(RunError, match="--model tiny/sd is a StableDiffusionPipeline; this script trains a FluxPip"):
         loading.check_family("tiny/sd", "FluxPipeline")
-    with pytest.raises(cli.RunError, match="cannot load tiny/flux/vae"):
+    with pytest.raises(RunError, match="cannot load tiny/flux/vae"):
         loading.check_family("tiny/flux/vae", "FluxPipeline")

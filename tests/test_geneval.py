@@ -22,7 +22,7 @@ from evaluation.geneval import (
     relations,
 )
 from rewards import RewardError
-from runtime.cli import RunError
+from runtime.options import RunError
 from tiny import pictures as tiny
 
 TINY = "tiny/pictures.py:Detector"

@@ -15,7 +15,8 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 from grpo_flux import group_advantages, grpo_loss, sde_window, statistics, training_pairs
-from runtime import cli, data, distributed, dryrun, output
+from runtime import data, dryrun, loading, output, processes
+from runtime.options import check_options, parse_config
 from sampling import gaussian_kl, gaussian_log_prob
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
@@ -59,12 +60,12 @@ def test_the_root_holds_the_six_scripts():
 
 @EVERY
 def test_every_option_of_the_contract_is_there_and_read(trainer):
-    """`cli` only checks ranges; an option counts as read where something else is done with it."""
+    """`options` only checks ranges; an option counts as read where something else is done with it."""
     names = [field.name for field in dataclasses.fields(trainer.Config)]
     expected = set(CONTRACT.split()) | ({"sde", "shift", "ratio"} if trainer is not grpo_sd else set())
     assert expected <= set(names)
     assert trainer is not grpo_sd or not {"sde", "shift", "ratio"} & set(names)
-    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, distributed, dryrun, output)))
+    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, dryrun, loading, output, processes)))
     unread = {name for name in names if not re.search(rf"\b(cfg|config|c)\.{name}\b", source)}
     assert unread <= {"preset"}  # which parse_config reads, before there is a config
     for preset in trainer.PRESETS.values():
@@ -142,9 +143,9 @@ RECIPES = [
     "trainer, preset, trained, recipe", RECIPES, ids=[f"{trainer.__name__}-{name}" for trainer, name, *_ in RECIPES]
 )
 def test_a_preset_is_its_published_recipe(trainer, preset, trained, recipe):
-    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, ["--preset", preset])
+    cfg = parse_config(trainer.Config, trainer.PRESETS, ["--preset", preset])
     assert {name: getattr(cfg, name) for name in recipe} == recipe
-    cli.check_options(cfg)
+    check_options(cfg)
     keys = [(0, 0, 0, g) for g in range(cfg.group_size)]
     window = sde_window(0, cfg.steps, cfg.sde_window, cfg.sde_window_every)
     more = 1.0 if cfg.sde_window else cfg.timestep_fraction, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout
@@ -155,7 +156,7 @@ def test_a_preset_is_its_published_recipe(trainer, preset, trained, recipe):
 
 @EVERY
 def test_the_release_is_the_default_and_every_recipe_is_tested(trainer):
-    assert cli.parse_config(trainer.Config, trainer.PRESETS, []) == trainer.Config()
+    assert parse_config(trainer.Config, trainer.PRESETS, []) == trainer.Config()
     assert trainer.Config().preset == "release" and trainer.PRESETS["release"] == {}
     tested = {preset for tested, preset, *_ in RECIPES if tested is trainer}
     assert tested == {preset for preset in trainer.PRESETS if not preset.startswith("tiny")}

@@ -16,7 +16,8 @@ import grpo_flux
 import grpo_sd
 import rewards
 from fake_hub import COMMIT, FakeHub
-from runtime import cli, distributed, loading
+from runtime import loading, processes
+from runtime.options import RunError, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = ROOT / "tests/golden/hub"
@@ -41,7 +42,7 @@ def python(code, folder, *arguments, **variables):
 
 EACH_FAMILY = """
 import json, sys, grpo_flux, grpo_sd, grpo_video
-from runtime import cli
+from runtime.options import parse_config
 common = "--reward red.py:red --prompts prompts.txt --iterations 1 --prompts-per-iteration 1 --group-size 2 --steps 3 \
 --updates-per-rollout 1 --micro-batch 2 --num-samples 1 --dtype float32 --height 32 --width 32 --keep-states 1".split()
 video = ["--frames", "5", "--keep-best-worst", "0", "--max-sequence-length", "32"]
@@ -55,7 +56,7 @@ for name, trainer, words in (
     words = [*words, *common, "--output-dir", name]
     if name == "skyreels":
         words[words.index("prompts.txt")] = "frames.jsonl"
-    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words))
+    trainer.main(parse_config(trainer.Config, trainer.PRESETS, words))
     print("trained", name)
 """
 
@@ -124,8 +125,8 @@ def test_eight_processes_of_a_machine_make_one_request_for_a_file(repositories, 
 
 def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
     file = "diffusion_pytorch_model-00003-of-00007.safetensors"
-    code = "import sys; from runtime.loading import find_folder; from runtime import cli\n"
-    code += "with cli.one_line_errors(): find_folder(sys.argv[1])"
+    code = "import sys; from runtime.loading import find_folder; from runtime.options import *\n"
+    code += "with one_line_errors(): find_folder(sys.argv[1])"
     name = "black-forest-labs/FLUX.1-dev"
     with FakeHub(repositories, broken=[file]) as hub:
         run = python(code, tmp_path, name, HF_ENDPOINT=hub.address, HF_HUB_DOWNLOAD_TIMEOUT="1")
@@ -139,8 +140,8 @@ def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
 
 
 def test_what_cannot_be_fetched_is_one_line_with_advice(repositories, tmp_path):
-    code = "import sys; from runtime.loading import find_folder; from runtime import cli\n"
-    code += "for name in sys.argv[1:]:\n    try: find_folder(name)\n    except cli.RunError as e: print(e)"
+    code = "import sys; from runtime.loading import find_folder; from runtime.options import *\n"
+    code += "for name in sys.argv[1:]:\n    try: find_folder(name)\n    except RunError as e: print(e)"
     names = ("black-forest-labs/FLUX.1-dev", "no/body", f"{SD}@v7", f"{SD}@main", f"{SD}@{COMMIT}")
     with FakeHub(repositories, gated=[names[0]]) as hub:
         run = python(code, tmp_path, *names, HF_ENDPOINT=hub.address)
@@ -200,8 +201,8 @@ def test_folders_with_other_copies_of_the_weights(form, tmp_path):
             stem = "pytorch_model" if file.stem == "model" else file.stem
             torch.save(weights, file.with_name(f"{stem}.bin"))
         file.unlink()
-    cfg = cli.parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(folder)])
-    pipe, unet, _ = grpo_sd.load_models(cfg, distributed.start_world("float32"), None)
+    cfg = parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(folder)])
+    pipe, unet, _ = grpo_sd.load_models(cfg, processes.start_world("float32"), None)
     expected = load_file(HUB / "stable-diffusion-v1-4/unet/diffusion_pytorch_model.safetensors")
     for name, weight in unet.state_dict().items():
         assert weight.dtype == torch.float32
@@ -213,8 +214,8 @@ def test_a_single_file_is_answered_with_the_call_that_converts_it(tmp_path):
     file = tmp_path / "dream.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, file)
     expected = rf"--model {file} is a single file; make a folder of it: diffusers.*from_single_file\(\"{file}\"\)"
-    with pytest.raises(cli.RunError, match=expected):
-        grpo_sd.check(cli.parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(file), "--reward", "hps"]))
+    with pytest.raises(RunError, match=expected):
+        grpo_sd.check(parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(file), "--reward", "hps"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
@@ -249,9 +250,9 @@ def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
     import diffusers
     from diffusers.utils import convert_state_dict_to_kohya
 
-    cfg = cli.parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
-    _, network, _ = grpo_sd.load_models(cfg, distributed.start_world("float32"), None)
-    for parameter in distributed.trainable(network):
+    cfg = parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
+    _, network, _ = grpo_sd.load_models(cfg, processes.start_world("float32"), None)
+    for parameter in processes.trainable(network):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     z, text = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 4, 8, 8), (1, 77, 64)))
     expected = network(z, 501, text).sample
@@ -268,10 +269,10 @@ def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
 @pytest.mark.parametrize("form", ["new", "metadata", "alpha keys"])
 def test_init_reads_every_form_of_a_lora(form, tmp_path):
     """One LoRA, written with alpha = rank, with alpha = 2 rank in the metadata, or with weights called alpha."""
-    cfg = cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
-    world = distributed.start_world("float32")
+    cfg = parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
+    world = processes.start_world("float32")
     _, network, _ = grpo_flux.load_models(cfg, world, None)
-    for number, parameter in enumerate(distributed.trainable(network)):
+    for number, parameter in enumerate(processes.trainable(network)):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
     layers, metadata = loading.public_lora(network, network.state_dict())
     assert metadata["lora_alpha"] == metadata["r"] == 2
@@ -285,7 +286,7 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
         weights |= {n.replace("lora_B.weight", "alpha"): torch.tensor(4.0) for n in list(weights) if ".lora_B." in n}
         stored = {}
     save_file(weights, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(stored)} if stored else None)
-    cfg = cli.parse_config(
+    cfg = parse_config(
         grpo_flux.Config, grpo_flux.PRESETS,
         ["--preset", "tiny", "--lora-rank", "2", "--init", str(tmp_path / "lora.safetensors")],
     )  # fmt: skip

@@ -14,7 +14,8 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 from rewards import PickScoreReward
-from runtime import cli, distributed
+from runtime import processes
+from runtime.options import parse_config
 
 HUB = Path(__file__).resolve().parent / "golden/hub"
 CASES = json.loads((HUB / "cases.json").read_text(encoding="utf-8"))
@@ -25,12 +26,12 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 
 @pytest.fixture(scope="module")
 def world():
-    return distributed.start_world("float32")
+    return processes.start_world("float32")
 
 
 def load(trainer, world, *words):
     """The pipeline and its trained network, loaded by the trainer."""
-    cfg = cli.parse_config(trainer.Config, trainer.PRESETS, list(words))
+    cfg = parse_config(trainer.Config, trainer.PRESETS, list(words))
     pipe, network, _ = trainer.load_models(cfg, world, None)
     return cfg, pipe, network
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import launch
-from runtime import cli
+from runtime.options import latest_checkpoint
 
 ITERATIONS = 12
 OPTIONS = {"iterations": ITERATIONS, "save_every": 1, "ema_decay": 0.5, "num_samples": 2, "sample_every": 4}
@@ -86,7 +86,7 @@ def is_time(kind, output_dir, before, started):
 
 def newest(output_dir):
     """Iterations done at the newest checkpoint."""
-    found = cli.latest_checkpoint(output_dir)
+    found = latest_checkpoint(output_dir)
     return int(found.name.removeprefix("checkpoint-")) if found else 0
 
 

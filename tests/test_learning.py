@@ -15,7 +15,7 @@ import eval as evaluation
 import grpo_flux
 import grpo_sd
 import grpo_video
-from runtime import cli
+from runtime.options import parse_config
 
 pytestmark = pytest.mark.slow
 # The moving world's checker: the share of right clips, how rough their motion is and how unclean their frames.
@@ -25,7 +25,7 @@ CHECKER = ",".join(f"tiny/clips.py:{name}" for name in ("right", "roughness", "u
 def learn(trainer, preset, out):
     """A run of the preset with seed 0. Returns the rows of its metrics."""
     words = ["--preset", preset, "--seed", "0", "--output-dir", str(out), "--num-samples", "8"]
-    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, words))
+    trainer.main(parse_config(trainer.Config, trainer.PRESETS, words))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert max(row["ratio_max_deviation_first_update"] for row in rows) <= 1e-6
     return rows
@@ -35,7 +35,7 @@ def compare(run, folder, *words):
     """eval.py's results.json of the run's last checkpoint beside its base, and {metric: its difference overall}."""
     checkpoint = max(run.glob("checkpoint-??????"))
     words = ["--checkpoint", str(checkpoint), "--output-dir", str(folder), *words]
-    evaluation.main(cli.parse_config(evaluation.Config, evaluation.PRESETS, words))
+    evaluation.main(parse_config(evaluation.Config, evaluation.PRESETS, words))
     results = json.loads((folder / "results.json").read_text())
     _, trained = results["models"]  # the base is first
     return results, {metric: models[trained]["overall"] for metric, models in results["summary"].items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import cli
+from runtime.options import check_ranges, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"\| `(?P<function>\w+)` \| \[`(?P<code>.+?)`\]\((?P<file>\w+\.py)#L(?P<line>\d+)\) \|")
@@ -100,7 +100,7 @@ def test_the_readme_names_every_script_and_the_presets_of_full_size():
 def test_a_command_of_the_readme_has_options_in_range(script, words):
     module = importlib.import_module(script)
     words = [word for word in words if word != "--resume"]  # needs the run that it continues
-    cli.check_ranges(cli.parse_config(module.Config, module.PRESETS, words))
+    check_ranges(parse_config(module.Config, module.PRESETS, words))
 
 
 @pytest.mark.slow

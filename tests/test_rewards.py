@@ -29,7 +29,7 @@ from rewards import (
     parse_paths,
     parse_spec,
 )
-from runtime.cli import RunError
+from runtime.options import RunError
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "hps"  # scores by the hpsv2 package, of a small random model
 TINY = {"hps": "tiny/hps", "clip": "tiny/clip"}

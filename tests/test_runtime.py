@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime import cli, data, distributed, output
+from runtime import data, output, processes
 from runtime.data import keyed_noise, prompt_batch
-from runtime.distributed import EMA
+from runtime.options import RunError, parse_config
+from runtime.processes import EMA
 
 
 def test_noise_is_a_function_of_its_key_alone():
@@ -64,14 +65,14 @@ class Options:
 
 def test_the_command_line_overrides_the_preset_and_the_preset_the_default():
     presets = {"a": {}, "b": {"size": 5, "on": False}}
-    assert cli.parse_config(Options, presets, []).size == 3
-    assert cli.parse_config(Options, presets, ["--preset", "b"]) == Options("b", 5, False)
-    assert cli.parse_config(Options, presets, ["--preset", "b", "--size", "7", "--on"]) == Options("b", 7, True)
+    assert parse_config(Options, presets, []).size == 3
+    assert parse_config(Options, presets, ["--preset", "b"]) == Options("b", 5, False)
+    assert parse_config(Options, presets, ["--preset", "b", "--size", "7", "--on"]) == Options("b", 7, True)
 
 
 def test_help_shows_each_option_with_its_comment_and_default(capsys):
     with pytest.raises(SystemExit):
-        cli.parse_config(Options, {"a": {}, "b": {"size": 5, "on": False}}, ["--help"])
+        parse_config(Options, {"a": {}, "b": {"size": 5, "on": False}}, ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert text.endswith("presets, and the options that they set: a: the defaults b: --size 5 --no-on")
     assert "--size SIZE of something, in pixels (default: 3)" in text
@@ -85,10 +86,10 @@ def test_help_shows_each_option_with_its_comment_and_default(capsys):
     "size, count, shares", [(1, 3, [[0, 1, 2]]), (2, 4, [[0, 2], [1, 3]]), (2, 3, [[0, 2], [1, 0]])]
 )
 def test_work_is_shared_out_in_equal_parts_and_collected_in_its_order(size, count, shares):
-    worlds = [distributed.World(rank, size, torch.device("cpu"), torch.float32) for rank in range(size)]
+    worlds = [processes.World(rank, size, torch.device("cpu"), torch.float32) for rank in range(size)]
     assert [world.share(count) for world in worlds] == shares
 
-    class Gathered(distributed.World):
+    class Gathered(processes.World):
         def gather(self, x):
             return torch.tensor(shares).flatten()
 
@@ -97,7 +98,7 @@ def test_work_is_shared_out_in_equal_parts_and_collected_in_its_order(size, coun
 
 
 def test_chunks_hold_every_item_once():
-    world = distributed.start_world()
+    world = processes.start_world()
     assert list(world.chunks([1, 2, 3, 4, 5], 2, "test")) == [[1, 2], [3, 4], [5]]
 
 
@@ -118,7 +119,7 @@ def sampler(tmp_path):
 
     reward.models = ()
     prompts = [str(i / 20) for i in range(20)]
-    return output.Samples(config, distributed.start_world(), prompts, draw, (2, 3), reward), drawn
+    return output.Samples(config, processes.start_world(), prompts, draw, (2, 3), reward), drawn
 
 
 def test_all_sample_pictures_are_scored_and_eight_are_shown(sampler, monkeypatch):
@@ -146,7 +147,7 @@ ROW = {"reward_mean": 0.1, "reward_std": 0.2, "reward_a": 0.1, "clip_fraction": 
 
 
 def test_metrics_are_written_as_they_come_and_the_first_line_has_the_scores_before(tmp_path):
-    writer = output.Metrics(tmp_path, distributed.start_world(), None)
+    writer = output.Metrics(tmp_path, processes.start_world(), None)
     writer.start({"sample_reward_a": 0.05})
     for iteration, more in [(1, {}), (2, {"sample_reward_a": 0.3})]:
         writer.write({"iteration": iteration} | ROW | more)
@@ -164,7 +165,7 @@ def test_a_resumed_run_has_the_lines_of_its_checkpoint(tmp_path):
     lines = [json.dumps({"iteration": i} | ROW) for i in (1, 2, 3)]
     (state / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines[1:]) + '\n{"iteration": 4, "rew')
-    writer = output.Metrics(tmp_path, distributed.start_world(), state.parent)
+    writer = output.Metrics(tmp_path, processes.start_world(), state.parent)
     writer.write({"iteration": 3, "again": 1} | ROW)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3] and "again" in rows[-1]
@@ -174,7 +175,7 @@ def test_curves_are_redrawn_when_some_time_has_passed_and_at_the_end(tmp_path, m
     now, drawn = [0.0], []
     monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(output.Metrics, "draw", lambda self: drawn.append(now[0]))
-    writer = output.Metrics(tmp_path, distributed.start_world(), None)
+    writer = output.Metrics(tmp_path, processes.start_world(), None)
     for second in range(0, 60, 6):
         now[0] = float(second)
         writer.write({"iteration": second} | ROW)
@@ -192,7 +193,7 @@ def test_the_picture_of_the_curves_holds_the_sample_scores(tmp_path, monkeypatch
         return plot(self, x, y, *rest, label=label, **options)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
-    writer = output.Metrics(tmp_path, distributed.start_world(), None)
+    writer = output.Metrics(tmp_path, processes.start_world(), None)
     writer.start({"sample_reward_a": 0.0})
     for i in range(1, 13):
         row = ROW | {"reward_a": float(i), "iteration": i}
@@ -274,7 +275,7 @@ def test_pictures_of_other_kinds_look_as_a_viewer_shows_them(tmp_path):
 
 def test_a_picture_that_cannot_be_read_says_what_to_convert_it_to(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
-    with pytest.raises(cli.RunError, match=r"cannot read the picture .*a\.heic .*; convert it to PNG or JPEG"):
+    with pytest.raises(RunError, match=r"cannot read the picture .*a\.heic .*; convert it to PNG or JPEG"):
         data.read_picture(tmp_path / "a.heic")
 
 
@@ -285,7 +286,7 @@ def test_first_frames_are_painted_once_and_kept(tmp_path):
         num_samples=2, iterations=2, prompts_per_iteration=1, seed=0,
     )  # fmt: skip
     prompts = ["a red circle", "a cross", "two squares"]
-    world = distributed.start_world()
+    world = processes.start_world()
     first = data.first_frames(config, prompts, world)
     assert not folder.exists()  # nothing is painted before the run has its folder
     data.paint_first_frames(config, first, world)
@@ -308,7 +309,7 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
         prompts=str(file), first_frames="", first_frame_model="", num_samples=1, iterations=1, prompts_per_iteration=1,
         seed=0,
     )  # fmt: skip
-    pictures = data.first_frames(config, data.load_prompts(str(file)), distributed.start_world())
+    pictures = data.first_frames(config, data.load_prompts(str(file)), processes.start_world())
     assert pictures == {"a red circle": tmp_path / "one.png"}
 
 
@@ -317,7 +318,7 @@ def test_signals_are_noted_during_a_run_only():
     import signal
 
     before = signal.getsignal(signal.SIGTERM)
-    preempted = distributed.Preemption(distributed.start_world())
+    preempted = processes.Preemption(processes.start_world())
     assert not preempted()
     os.kill(os.getpid(), signal.SIGTERM)
     assert preempted() and preempted.exit_code == 0
@@ -327,7 +328,7 @@ def test_signals_are_noted_during_a_run_only():
 
 def test_only_a_failed_write_is_reported_as_one(tmp_path):
     with (
-        pytest.raises(cli.RunError, match=r"could not write .*out: OSError; make room"),
+        pytest.raises(RunError, match=r"could not write .*out: OSError; make room"),
         data.writing(tmp_path / "out"),
     ):
         raise OSError

@@ -11,7 +11,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from runtime import cli, output
+from runtime import output
+from runtime.options import RunError
 from small import train
 
 
@@ -111,5 +112,5 @@ def test_a_tracker_that_cannot_start_is_told_before_models_are_loaded(kind, expe
 
     monkeypatch.setattr(wandb, "init", init)
     (tmp_path / "tensorboard").write_text("where its folder would be")
-    with pytest.raises(cli.RunError, match=expected):
+    with pytest.raises(RunError, match=expected):
         output.Tracker(kind, {"output_dir": str(tmp_path), "tracker_id": "x"}, None)

@@ -41,7 +41,8 @@ import grpo_video
 import launch
 import small
 from rewards import RewardError
-from runtime import cli, data, distributed, loading, output
+from runtime import data, loading, output, processes
+from runtime.options import RunError, parse_config
 from sampling import flow_sigmas, rollout, sample_ode
 from small import COMPONENTS, TRAINERS, train
 from tiny import training
@@ -208,20 +209,20 @@ def test_a_checkpoint_has_a_model_card_which_may_be_edited(small_run, tmp_path):
     assert f"| sample_reward_hps | {last['sample_reward_hps']:.4f} |" in card.text
     assert "| prompts | prompts/tiny.txt |" in card.text
     command = re.search(r"```bash\npython grpo_flux.py (.*)\n", card.text).group(1)
-    again = dataclasses.asdict(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, shlex.split(command)))
+    again = dataclasses.asdict(parse_config(grpo_flux.Config, grpo_flux.PRESETS, shlex.split(command)))
     assert again | {"preset": "", "output_dir": ""} == dataclasses.asdict(small.config("flux", **small.FINISHED)) | {
         "preset": "", "output_dir": "",
     }  # fmt: skip
     for name in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
         assert (checkpoint / name).is_file()
     assert (checkpoint / "samples.png").read_bytes() == (out / "samples" / "000003.png").read_bytes()
-    world = distributed.start_world()
+    world = processes.start_world()
     (checkpoint / "README.md").write_text("my own words")
     (checkpoint / "reward.png").unlink()
     content = json.loads((out / "config.json").read_text())
     assert output.newest_whole_checkpoint(out, world, content) == checkpoint  # --resume is content
     options = ["--preset", "tiny", "--checkpoint", str(checkpoint)]  # and so is eval.py, with the folder as it is
-    _, _, models, _ = evaluation.plan(cli.parse_config(evaluation.Config, evaluation.PRESETS, options))
+    _, _, models, _ = evaluation.plan(parse_config(evaluation.Config, evaluation.PRESETS, options))
     assert [model.kind for model in models] == ["base", "network"]
     evaluation.check_whole(models, world)
 
@@ -253,7 +254,7 @@ def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp
         file.write('{"iteration": 4, "rew')  # as if killed while writing a line
 
     trainer = TRAINERS[case]
-    trainer.main(cli.parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(broken), "--resume"]))
+    trainer.main(parse_config(trainer.Config, trainer.PRESETS, ["--output-dir", str(broken), "--resume"]))
     assert metrics(broken) == metrics(straight)
     assert {path.name for path in broken.iterdir()} == {path.name for path in straight.iterdir()} - {"reward.png"}
     for suffix in ("", "_ema"):
@@ -265,12 +266,12 @@ def test_the_learning_rate_may_be_changed_on_resume_and_that_is_written_down(sma
     out = copy_of(small_run("flux"), tmp_path)
     shutil.rmtree(out / "checkpoint-000003")
     words = ["--output-dir", str(out), "--resume"]
-    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, [*words, "--learning-rate", "1e-9"]))
+    grpo_flux.main(parse_config(grpo_flux.Config, grpo_flux.PRESETS, [*words, "--learning-rate", "1e-9"]))
     assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
     shutil.rmtree(out / "checkpoint-000003")
     (out / "samples" / "000004.png").write_text("later than the next checkpoint")
     assert "from iteration 3 on --learning-rate is 1e-09; it was 0.0001\n" in capsys.readouterr().err
-    grpo_flux.main(cli.parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))  # keeps it
+    grpo_flux.main(parse_config(grpo_flux.Config, grpo_flux.PRESETS, words))  # keeps it
     assert distance(weights("flux", out, 2), weights("flux", out, 3)) < 1e-6
     config = json.loads((out / "config.json").read_text())
     assert config["learning_rate"] == 1e-9
@@ -363,7 +364,7 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     a, b = (load_file(run / f"checkpoint-00000{i}" / loading.LORA_FILE) for run, i in ((out, 3), (second, 1)))
     assert distance(a, b) < 1e-6
     assert metrics(second)[0]["sample_reward_hps_before"] == metrics(out)[-1]["sample_reward_hps"]
-    with pytest.raises(cli.RunError, match=r"is a LoRA of rank 4, and --lora-rank is 0; give --lora-rank 4$"):
+    with pytest.raises(RunError, match=r"is a LoRA of rank 4, and --lora-rank is 0; give --lora-rank 4$"):
         train(case, tmp_path / "third", **options | dict(lora_rank=0))
 
 
@@ -376,7 +377,7 @@ def test_a_run_starts_from_the_weights_of_another(case, small_run, tmp_path):
     assert row["sample_reward_hps_before"] == pytest.approx(metrics(first)[-1]["sample_reward_hps"], abs=1e-6)
     assert distance(weights(case, first, 3), weights(case, second, 1)) < 1e-6
     average = loading.find_init(first / f"checkpoint-000003/{COMPONENTS[TRAINERS[case]]}_ema")
-    _, network, _ = TRAINERS[case].load_models(small.config(case), distributed.start_world(), average)
+    _, network, _ = TRAINERS[case].load_models(small.config(case), processes.start_world(), average)
     assert distance(weights(case, first, 3, "_ema"), network.state_dict()) == 0
 
 
@@ -518,7 +519,7 @@ def sd_pipeline():
 @pytest.mark.parametrize("window", [range(5), range(1, 3)], ids=str)
 def test_the_loop_of_stable_diffusion_is_the_rollout_of_sampling(window, sd_pipeline):
     """grpo_sd.py writes the rollout out, to be read; the result is exactly that of `sampling.rollout`."""
-    cfg, world, pipe = small.config("sd", steps=6), distributed.start_world(), sd_pipeline
+    cfg, world, pipe = small.config("sd", steps=6), processes.start_world(), sd_pipeline
     text = grpo_sd.encode_prompts(pipe, ["a red circle", "two blue squares"], cfg.guidance, "cpu")
     timesteps, alpha_bars, step = schedule = grpo_sd.ddim_schedule(pipe.scheduler.config, cfg.steps, "cpu")
     keys = [(0, 3, p, g) for p in range(2) for g in range(cfg.group_size)]
@@ -593,7 +594,7 @@ def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(case, guidanc
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
     side = pipe.vae_scale_factor_spatial
     prompt, shape = data.load_prompts(cfg.prompts)[0], (16, 1 if case == "t2i" else 2, 32 // side, 48 // side)
-    pictures = data.first_frames(cfg, [prompt], distributed.start_world()) if case == "i2v" else {}
+    pictures = data.first_frames(cfg, [prompt], processes.start_world()) if case == "i2v" else {}
     z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
     sigmas = flow_sigmas(6, cfg.shift)
     condition = grpo_video.encode(pipe, [prompt], pictures, shape, cfg, "cpu")
@@ -646,7 +647,7 @@ def test_prompts_that_are_too_long_are_reported_once(monkeypatch):
     from diffusers.utils import logging
 
     monkeypatch.setattr(loading, "CUT_OFF", set())
-    pipe, _, _ = grpo_sd.load_models(small.config("sd"), distributed.start_world(), None)
+    pipe, _, _ = grpo_sd.load_models(small.config("sd"), processes.start_world(), None)
     logger = logging.get_logger(type(pipe).__module__)
     with monkeypatch.context() as patch:
         written = []
@@ -661,9 +662,9 @@ def test_prompts_that_are_too_long_are_reported_once(monkeypatch):
 
 
 def test_prompts_of_different_lengths_are_padded_together():
-    cache = distributed.PromptCache(
+    cache = processes.PromptCache(
         lambda prompts: [torch.ones(1, 2, len(prompts[0]), 3), torch.ones(1, 2, len(prompts[0]))],
-        distributed.start_world(),
+        processes.start_world(),
         torch.nn.Linear(1, 1),
     )
     tokens, mask = cache(["four", "two", "four"])
@@ -686,7 +687,7 @@ def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(small_run
     before, limits = weights("flux", out, 3), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-        with pytest.raises(cli.RunError) as caught:
+        with pytest.raises(RunError) as caught:
             train("flux", out, resume=True, iterations=4, **small.FINISHED)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -780,7 +781,7 @@ def test_a_reward_of_ones_own_that_fails_later_names_its_line_and_nothing_is_los
 
 
 def test_a_loss_that_is_not_a_number_stops_before_it_touches_the_weights(tmp_path):
-    with pytest.raises(cli.RunError, match="lower --learning-rate"):
+    with pytest.raises(RunError, match="lower --learning-rate"):
         train("flux", tmp_path / "out", num_samples=1, learning_rate=1e30)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluation import vote
 from evaluation.report import Results
-from runtime import cli
+from runtime.options import RunError
 
 PROMPTS = ["a & b", "a </script> b", "a red circle", "two dogs"]
 MODELS = ["base", "run/checkpoint-000010", "run/checkpoint-000020"]
@@ -138,6 +138,6 @@ def test_votes_of_several_people_are_added(tmp_path, capsys):
 def test_files_that_are_no_votes_are_refused_in_one_line(name, text, expected, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(cli.RunError, match=expected) as error:
+    with pytest.raises(RunError, match=expected) as error:
         vote.main([export(tmp_path / "good.json", ("left", "left")), str(tmp_path / name)])
     assert "\n" not in str(error.value)

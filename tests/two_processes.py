@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import conftest  # noqa: F401  finds the repository
 import small
-from runtime import cli
-from runtime.distributed import World
+from runtime.options import one_line_errors
+from runtime.processes import World
 
 
 def run(case: str, folder: Path) -> None:
@@ -33,7 +33,7 @@ def run(case: str, folder: Path) -> None:
 
 def refused() -> str:
     try:
-        with cli.one_line_errors():
+        with one_line_errors():
             small.train("flux", "nowhere", prompts_per_iteration=3)
     except SystemExit as e:
         return e.code

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from rewards import first_line
 
-from .cli import Lazy, RunError, find_place, require
+from .options import Lazy, RunError, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
 state_dict = Lazy("torch.distributed.checkpoint.state_dict")
