@@ -35,7 +35,7 @@ from evaluation import geneval, report, vote
 from evaluation.models import FAMILIES, Model, check_whole, component_config, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
-from runtime import data, loading, output, processes
+from runtime import checkpoints, data, loading, processes
 from runtime.options import (
     Count,
     Lazy,
@@ -225,8 +225,8 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
         new = {"script": "eval.py"} | asdict(cfg) | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}
         with data.writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-        output.lock_folder(path.parent)
-        output.refuse_foreign(path.parent)
+        checkpoints.refuse_foreign(path.parent)
+        checkpoints.lock_folder(path.parent)
         stored = new
         if any(path.with_name(name).exists() for name in ("config.json", "metrics.jsonl")):
             advice = "is damaged, or is not an evaluation's; take another --output-dir"

@@ -24,90 +24,79 @@ a token, L text tokens, D width of the text embedding, M pairs (sample, step) in
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import data, loading, output, processes
-from runtime.options import (
-    Count,
-    Decay,
-    Lazy,
-    Natural,
-    NonNegative,
-    Open01,
-    Positive,
-    Rank,
-    Seed,
-    Several,
-    Share,
-    check_options,
-    check_size,
-    one_line_errors,
-    parse_config,
-    require,
-)
-from sampling import SDE, flow_sigmas, gaussian_kl, rollout, sample_ode
+import evaluation.geneval  # noqa: F401  adds the reward geneval
+import runtime
+from rewards import RewardError, check_reward
+from runtime import data, loading, options, processes
+from runtime.options import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
+from sampling import SDE, flow_sigmas, gaussian_kl, guarded_loss, sample_ode
 
-diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
+diffusers, dryrun = options.Lazy("diffusers"), options.Lazy("runtime.dryrun")
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
-RATIOS = ("plain", "guard", "dppo")  # of --ratio
 
 
 @dataclass(frozen=True)
 class Config:
+    # paper
     preset: str = "release"  # a named set of option values: release (16 GPUs), 8gpu, lora, lora-48gb, paper, fast, tiny
-    model: str = "black-forest-labs/FLUX.1-dev"  # hub id or folder in diffusers' FluxPipeline layout
+    model: str = "black-forest-labs/FLUX.1-dev"  # folder, OWNER/NAME or OWNER/NAME@REVISION; a FluxPipeline
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
-    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
-    output_dir: str = "runs/flux"  # everything the run leaves
-    init: str = ""  # RUN/checkpoint-000300 of an earlier run, from whose weights this one starts
-    resume: bool = False  # continue from the newest checkpoint in --output-dir
-    seed: Seed = 42  # of every random number (release)
     iterations: Count = 300  # rollouts (release)
     prompts_per_iteration: Count = 16  # over all processes (release: 1 for each of 16 GPUs)
     group_size: Several = 12  # G, images of one prompt that are compared (release)
     steps: Several = 16  # T, sampling steps in the rollout (release)
     eta: Positive = 0.3  # noise of the SDE, eq. 8 (paper, release); flow: a = 0.7, cps: 0.8 are usual
     shift: Positive = 3.0  # of the sigmas towards noise (release)
-    sde: str = "dance"  # stochastic step: dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
-    ratio: str = "plain"  # plain (paper); guard (GRPO-Guard) or dppo (Flow-DPPO), against over-optimisation
-    sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
-    sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release), not of a window
-    timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
-    micro_batch: Count = 4  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
-    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
-    keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release; 0.01 in the 8-GPU recipe)
-    lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
-    ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     guidance: Positive = 3.5  # embedded guidance scale (release)
     height: Count = 720  # pixels (release); train at the size you use
     width: Count = 720  # pixels (release)
     max_sequence_length: Count = 512  # text tokens of the T5 encoder (FluxPipeline's default)
+    # variants
+    sde: Literal["dance", "flow", "cps"] = "dance"  # dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
+    ratio: Literal["plain", "guard", "dppo"] = "plain"  # plain (paper), guard (GRPO-Guard) or dppo (Flow-DPPO)
+    sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
+    sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
+    timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
+    keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
+    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
+    lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
+    ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
+    # memory and speed
+    micro_batch: Count = 4  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
-    dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the transformer's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
-    track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
+    # bookkeeping
+    output_dir: str = "runs/flux"  # everything the run leaves
+    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
+    init: str = ""  # start from these weights: RUN/checkpoint-000300, a diffusers folder or a LoRA file
+    resume: bool = False  # continue from the newest checkpoint in --output-dir
+    seed: Seed = 42  # of every random number (release)
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
     num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
+    track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
 # In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
@@ -150,29 +139,38 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
-    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A). All (M,). Returns the loss and rho (M,)."""
+    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A). All (M,). Returns the loss and
+    rho (M,)."""
     rho = torch.exp(log_prob - old_log_prob)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_range, 1 + clip_range) * A)
     return -objective.mean(), rho.detach()
 
 
-def guarded_loss(ratio: str, log_ratio, kl, A, std, dsigma, epsilon: float):
-    """The objective with another trust region than eq. 9's. Returns the loss and rho (M,).
+def best_and_worst(A, group_size: int, keep: int) -> torch.Tensor:
+    """The samples of each group that are trained: all, or with keep > 0 the `keep` best and worst (paper: best-of-N).
 
-    log_ratio (M,): log p - log p_old; kl (M,): of the step, KL(N(mean_old, std²) || N(mean, std²)), the
-    mean over its elements; std (M, …); dsigma (M,): sigma - sigma_next, above 0; epsilon: --clip-range.
-    guard, GRPO-Guard (2510.22319): rho = exp(std (log p - log p_old + KL)) = exp(mean(noise (mean - mean_old))), whose
-    log has mean 0 at every step, where that of eq. 9 has -KL, so that clipping acts on both sides; and the weight
-    1 / dsigma, since the gradient of a step's mean with respect to v is about dsigma.
-    dppo, Flow-DPPO (2606.11025): rho A, not clipped. A pair is left out if its KL exceeds epsilon and it moves further
-    away: A > 0 with rho > 1, or A < 0 with rho < 1.
+    A (B,). Returns their indices (P, G), or (P, 2 keep).
     """
-    if ratio == "guard":
-        log_rho = std.flatten() * (log_ratio + kl)
-        return grpo_loss(log_rho, torch.zeros_like(log_rho), A / dsigma, epsilon)
-    rho = torch.exp(log_ratio)
-    kept = (kl <= epsilon) | (log_ratio * A <= 0)
-    return -(rho * A * kept).mean(), rho.detach()
+    samples = torch.arange(len(A), device=A.device).view(-1, group_size)
+    if keep == 0:
+        return samples
+    order = A.view(-1, group_size).argsort(dim=1, stable=True)
+    return samples.gather(1, torch.cat([order[:, :keep], order[:, -keep:]], 1))
+
+
+def deal(samples, updates: int, rng) -> list[list[int]]:
+    """Deal a group's samples, in random order, to so many updates. samples: indices; rng: numpy's."""
+    order = [int(b) for b in rng.permutation(samples)]
+    return [order[u::updates] for u in range(updates)]
+
+
+def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
+    """Algorithm 1, line 10: a share tau of the stochastic steps, in their order.
+
+    window: the stochastic steps; fraction: tau; timesteps: "random", "first" (the noisiest) or "last"; rng: numpy's.
+    """
+    steps = {"random": rng.permutation(window), "first": window, "last": window[::-1]}[timesteps]
+    return sorted(int(t) for t in steps[: int(len(window) * fraction)])
 
 
 def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
@@ -187,53 +185,35 @@ def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
     return range(start, start + size)
 
 
-def training_pairs(A, keys, group_size: int, window: range, fraction: float, timesteps: str, keep: int, updates: int):
-    """Algorithm 1, line 10: the pairs (sample, step) that are trained, for each of the rollout's updates.
-
-    Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
-    samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, so
-    that a costly rollout serves several optimizer steps. A (B,); keys (seed, iteration, prompt, sample).
-    """
-    pairs = [[] for _ in range(updates)]
-    for start in range(0, len(A), group_size):
-        samples = A[start : start + group_size].argsort(stable=True).tolist() if keep else list(range(group_size))
-        samples = samples[:keep] + samples[-keep:] if keep else samples
-        samples = data.keyed_rng("updates", *keys[start][:3]).permutation(samples)
-        for u in range(updates):
-            for b in (start + samples[u::updates]).tolist():
-                steps = window[::-1] if timesteps == "last" else window
-                if timesteps == "random":
-                    steps = data.keyed_rng("timesteps", *keys[b]).permutation(window).tolist()
-                pairs[u] += [(b, t) for t in sorted(steps[: int(len(window) * fraction)])]
-    return pairs
-
-
-def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, clip_range: float, gather):
+def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, kls: list, clip_range, gather):
     """The metrics of an iteration, over all processes, whose values `gather` puts side by side.
 
-    rewards {name: (B,)}, advantages A (B,); ratios: for each update the rho (M,) of its micro-batches.
+    rewards {name: (B,)}, advantages A (B,); ratios, kls: for each update rho and the step's KL (M,) of its
+    micro-batches.
     """
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
-    excess = [gather(torch.cat(rho)).double() - 1 for rho in ratios]
-    every = torch.cat(excess)
+    excess = [gather(torch.cat(rhos)).double() - 1 for rhos in ratios]
+    of_all = torch.cat(excess)
     return {
         "reward_mean": total.mean().item(),
-        "reward_std": total.std().item(),
+        "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
         **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
         "advantage_abs": A.abs().mean().item(),
         "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these teach nothing
-        "ratio_mean": 1 + every.mean().item(),
+        "ratio_mean": 1 + of_all.mean().item(),
         "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
-        "clip_fraction": (every.abs() > clip_range).double().mean().item(),
-        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3; log rho is a mean over d elements
+        "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
+        "kl": torch.cat([gather(torch.cat(kl)) for kl in kls])
+        .mean()
+        .item(),  # of the steps' Gaussians, old against new
     }
 
 
 # ---------------------------------------------------------------------------------------------------- FLUX, as a policy
 
 
-def load_models(cfg: Config, world: processes.World, init: Path | None):
+def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     kind = diffusers.FluxTransformer2DModel
     load = partial(loading.load_network, kind, cfg.model, world, subfolder="transformer")
@@ -285,27 +265,36 @@ def decode(vae, z0: Tensor, rows: int) -> Tensor:
 
 @torch.no_grad()
 def sample_groups(
-    cfg: Config, world, transformer, vae, text, keys: list, window: range, sigmas, shape: tuple, rows: int
+    cfg: Config, world, transformer, vae, text: tuple, keys: list, window: range, sigmas, shape: tuple, rows: int
 ):
     """Algorithm 1, lines 4 and 5: draw G images for each prompt, keep every latent and the log-prob of every draw.
 
     text (P, L, D), (P, D'); keys (seed, iteration, prompt, sample) of each of the B samples; shape (N, C).
     Returns trajectories (B, T+1, N, C), log_probs (B, T), and images (B, 3, H, W) decoded from the last z0_hat.
     """
-    step, log_prob_of = SDE[cfg.sde]
-
-    def sample(b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        of_prompt = tuple(x[b // cfg.group_size] for x in text)
-        z, noise = data.rollout_noise(shape, [keys[i] for i in b], cfg.shared_noise, world.device)
-        trajectory, log_prob, z0 = rollout(
-            lambda z, i: velocity(transformer, z, sigmas[i], of_prompt, cfg.guidance, rows),
-            z, sigmas, cfg.eta, step, noise, window, log_prob_of,
-        )  # fmt: skip
+    (step, log_prob_of), T = SDE[cfg.sde], cfg.steps
+    trajectories, log_probs, images = [], [], []
+    for chunk in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout"):
+        # Shared noise: all samples of a prompt start from one z, so that they differ in their actions only (paper).
+        starts = [(*keys[b][:3], 0) if cfg.shared_noise else keys[b] for b in chunk]
+        z = data.keyed_noise(shape, starts, "initial noise", world.device)
+        of_sample = [x[chunk // cfg.group_size] for x in text]
+        trajectory, log_prob, z0_hat = [z], torch.zeros(len(chunk), T, device=world.device), z
+        for t in range(T):  # `sampling.rollout` is this loop for any model
+            # The policy: given z, the next latent is Gaussian. Outside the window it is the next point of the ODE.
+            v = velocity(transformer, z, sigmas[t], of_sample, cfg.guidance, rows)
+            mean, std, z0_hat = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta if t in window else 0.0)
+            z = mean
+            if t in window:
+                noise = data.keyed_noise(shape, [(*keys[b], t) for b in chunk], "step noise", world.device)
+                z = mean + std * noise  # the action: a draw from the policy
+                log_prob[:, t] = log_prob_of(z, mean, std)  # how probable this draw was
+            trajectory.append(z)
+        trajectories.append(torch.stack(trajectory, 1))
+        log_probs.append(log_prob)
         with world.on_device(vae):
-            return trajectory, log_prob, decode(vae, z0, rows)
-
-    drawn = [sample(b) for b in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout")]
-    return tuple(map(torch.cat, zip(*drawn, strict=True)))
+            images.append(decode(vae, z0_hat, rows))
+    return torch.cat(trajectories), torch.cat(log_probs), torch.cat(images)
 
 
 # ---------------------------------------------------------------------------------------------------------- Algorithm 1
@@ -313,16 +302,11 @@ def sample_groups(
 
 def check(cfg: Config) -> list[str]:
     """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
-    check_options(cfg)
-    require(cfg.sde in SDE, f"--sde must be one of {', '.join(SDE)}, got {cfg.sde!r}")
-    require(cfg.sde != "cps" or cfg.eta <= 1, f"--eta must be at most 1 with --sde cps, got {cfg.eta}")
-    require(cfg.ratio in RATIOS, f"--ratio must be one of {', '.join(RATIOS)}, got {cfg.ratio!r}")
-    plain = cfg.ratio == "plain" or cfg.sde != "cps"
-    require(plain, f"--ratio {cfg.ratio} needs Gaussian log-probabilities, which --sde cps does not use")
+    options.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
     loading.check_family(cfg.model, "FluxPipeline")
     vae = loading.load_config(cfg.model, "vae")
-    check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
+    options.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
     loading.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
@@ -331,7 +315,7 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    check_options(cfg)
+    options.check_options(cfg)
     config = dryrun.config_of(diffusers.FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
     vae = dryrun.config_of(
         diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE, latent_channels=16, shift_factor=0.1159
@@ -355,15 +339,8 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
-    loading.fetch_all(cfg)
-    world = processes.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=cfg.lora_rank > 0)
-    folder = output.open_folder(cfg, world, prompts)
-    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
-    world.freeze(*reward.models)
-    pipe, transformer, reference = load_models(cfg, world, folder.init)
-    optimizer = processes.adamw(transformer, cfg.learning_rate)
-    ema = processes.EMA(transformer, cfg.ema_decay)
-    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world, cfg.keep_states)
+    run = runtime.start(cfg, prompts, load_models, "transformer", fits_whole=cfg.lora_rank > 0)
+    world, reward, pipe, transformer, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     step, log_prob_of = SDE[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
@@ -373,18 +350,15 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, max_length=cfg.max_sequence_length, device=world.device)
-    encode = processes.PromptCache(encode, world, transformer, pipe.text_encoder, pipe.text_encoder_2)
+    encode = run.cached(encode, pipe.text_encoder, pipe.text_encoder_2)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)
-        z0 = sample_ode(lambda z, i: velocity(transformer, z, sigmas[i], text, cfg.guidance, rows), z, sigmas)
+        z0 = sample_ode(lambda z, t: velocity(transformer, z, sigmas[t], text, cfg.guidance, rows), z, sigmas)
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0, rows)
 
-    run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward), folder)
-    for iteration in run.iterations():
-        clock = output.Stopwatch(world)
-
+    for iteration in run.iterations(draw, shape):
         # Algorithm 1, lines 2 and 3: a batch of prompts. The current weights are the old policy.
         batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
@@ -395,57 +369,66 @@ def main(cfg: Config) -> None:
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         drawn = sample_groups(cfg, world, transformer, pipe.vae, text, keys, window, sigmas, shape, rows)
         trajectories, old_log_probs, images = drawn  # (B, T+1, N, C), (B, T), (B, 3, H, W)
-        clock.lap("rollout")
+        run.lap("rollout")
 
         # Line 6: the rewards of each sample.
         with world.on_device(*reward.models):
             rewards = reward(images, [caption for caption in captions for _ in range(G)])  # {name: (B,)}
-        clock.lap("reward")
+        run.lap("reward")
 
         # Lines 7 to 9: the advantage of each sample over its prompt's group.
         A = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
 
-        # Line 10: a random subset of the timesteps of each sample.
+        # Line 10: a random subset of the timesteps of each sample. A costly rollout serves several updates, to which
+        # each group's samples are dealt.
         tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
-        updates = training_pairs(A, keys, G, window, tau, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout)
+        updates = [[] for _ in range(cfg.updates_per_rollout)]
+        for p, group in enumerate(best_and_worst(A, G, cfg.keep_best_worst).tolist()):
+            dealt = deal(group, len(updates), data.keyed_rng("updates", cfg.seed, iteration, first + p))
+            for pairs, samples in zip(updates, dealt, strict=True):
+                for b in samples:
+                    steps = choose_steps(window, tau, cfg.timesteps, data.keyed_rng("timesteps", *keys[b]))
+                    pairs += [(b, t) for t in steps]
 
         # Lines 11 and 12: gradient ascent on the clipped objective.
-        losses, ratios, grad_norms = [], [], []
-        for pairs in updates:
-            ratios.append([])
-            for part in world.chunks(pairs, cfg.micro_batch, f"update {len(ratios)}"):
-                processes.reduce_gradients(transformer, now=part[-1] == pairs[-1])  # now: in the last micro-batch
-                s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
-                z, z_next, of_prompt = trajectories[s, t], trajectories[s, t + 1], tuple(x[s // G] for x in text)
+        losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
+        for u, pairs in enumerate(updates):
+            for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
+                processes.sync_gradients(transformer, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
+                z, z_next, of_sample = trajectories[b, t], trajectories[b, t + 1], [x[b // G] for x in text]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
-                v = velocity(transformer, z, sigmas[t], of_prompt, cfg.guidance, rows)
+                v = velocity(transformer, z, sigmas[t], of_sample, cfg.guidance, rows)
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
-                log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[s, t]
-                loss, rho = grpo_loss(log_prob, old_log_prob, A[s], cfg.clip_range)
-                if cfg.ratio != "plain":  # mean_old = z_next - std noise; the noise is drawn again from its key
-                    noise = data.step_noise(shape, [(*keys[b], i) for b, i in part], world.device)
-                    kl, dsigma = gaussian_kl(mean, z_next - std * noise, std), sigmas[t] - sigmas[t + 1]
-                    loss, rho = guarded_loss(cfg.ratio, log_prob - old_log_prob, kl, A[s], std, dsigma, cfg.clip_range)
+                log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[b, t]
+                loss, rho = grpo_loss(log_prob, old_log_prob, A[b], cfg.clip_range)
+                # The old policy's mean is z_next - std noise; the noise is drawn again from its key.
+                noise = data.keyed_noise(shape, [(*keys[i], j) for i, j in part], "step noise", world.device)
+                kl = gaussian_kl(mean, z_next - std * noise, std)
+                if cfg.ratio != "plain":
+                    log_ratio, dsigma = log_prob - old_log_prob, sigmas[t] - sigmas[t + 1]
+                    loss, rho = guarded_loss(cfg.ratio, log_ratio, kl, A[b], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
                     with torch.no_grad(), loading.without_adapter(reference):
-                        v_ref = velocity(reference, z, sigmas[t], of_prompt, cfg.guidance, rows)
+                        v_ref = velocity(reference, z, sigmas[t], of_sample, cfg.guidance, rows)
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
-                weight = len(part) / len(pairs)
-                (loss * weight).backward()
-                losses.append(loss.detach() * weight / len(updates))
-                ratios[-1].append(rho)
-            grad_norms.append(processes.clip_gradients(transformer, cfg.max_grad_norm, iteration))
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update()
-        clock.lap("update")
+                share = len(part) / len(pairs)
+                (loss * share).backward()
+                losses.append(loss.detach() * share / len(updates))
+                ratios[u].append(rho)
+                kls[u].append(kl.detach())
+            processes.average_gradients(transformer)
+            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(transformer), cfg.max_grad_norm)
+            grad_norms.append(processes.finite_norm(norm, iteration))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
 
         row = {"loss": world.mean(sum(losses)), "grad_norm": sum(grad_norms) / len(updates)}
-        row |= statistics(rewards, reward.weights, A, G, ratios, cfg.clip_range, world.gather)
-        run.finish(iteration, row | clock.metrics(P * G))
+        row |= statistics(rewards, reward.weights, A, G, ratios, kls, cfg.clip_range, world.gather)
+        run.finish(iteration, row, P * G)
 
 
 if __name__ == "__main__":
-    with one_line_errors(RewardError):
-        config = parse_config(Config, PRESETS)
+    with options.one_line_errors(RewardError):
+        config = options.parse_config(Config, PRESETS)
         dry_run(config) if config.dry_run else main(config)

@@ -27,84 +27,74 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rewards import RewardError, check_reward, load_reward, parse_paths
-from runtime import data, loading, output, processes
-from runtime.options import (
-    AtLeast1,
-    Count,
-    Decay,
-    Lazy,
-    Natural,
-    NonNegative,
-    Open01,
-    Positive,
-    Rank,
-    Seed,
-    Several,
-    Share,
-    check_options,
-    check_size,
-    one_line_errors,
-    parse_config,
-)
-from sampling import ddim_sde_step, gaussian_log_prob, sample_ode
+import evaluation.geneval  # noqa: F401  adds the reward geneval
+import runtime
+from rewards import RewardError, check_reward
+from runtime import data, loading, options, processes
+from runtime.options import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
+from sampling import ddim_sde_step, gaussian_kl, gaussian_log_prob, sample_ode
 
-diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
+diffusers, dryrun = options.Lazy("diffusers"), options.Lazy("runtime.dryrun")
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 
 
 @dataclass(frozen=True)
 class Config:
+    # paper
     preset: str = "release"  # a named set of option values: release (8 GPUs), paper, hps-clip, fast, 24gb, tiny
-    model: str = "CompVis/stable-diffusion-v1-4"  # hub id or folder in diffusers' StableDiffusionPipeline layout
+    model: str = "CompVis/stable-diffusion-v1-4"  # folder, OWNER/NAME or OWNER/NAME@REVISION; a StableDiffusionPipeline
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
-    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
-    output_dir: str = "runs/sd"  # everything the run leaves
-    init: str = ""  # RUN/checkpoint-000300 of an earlier run, from whose weights this one starts
-    resume: bool = False  # continue from the newest checkpoint in --output-dir
-    seed: Seed = 42  # of every random number (release)
     iterations: Count = 301  # rollouts (release)
     prompts_per_iteration: Count = 32  # over all processes (release: 4 for each of 8 GPUs)
     group_size: Several = 16  # G, images of one prompt that are compared (release)
     steps: Several = 50  # T, sampling steps in the rollout (paper, release)
     eta: Share = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
-    sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
-    sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train (release; paper 0.6), not of a window
-    timesteps: str = "random"  # which of them: random (paper), first (the noisiest) or last; not with a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
-    micro_batch: Count = 8  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release); so small because log-probs are means
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
-    kl_weight: NonNegative = 0.0  # beta of |eps - eps_ref|², to stay near --model (paper: none)
-    keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
-    lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
-    ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     guidance: AtLeast1 = 5.0  # classifier-free guidance, in rollout and update alike (release); 1: off, half the cost
     height: Count = 512  # pixels (release)
     width: Count = 512  # pixels (release)
+    # variants
+    sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
+    sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
+    timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
+    keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
+    kl_weight: NonNegative = 0.0  # beta of |eps - eps_ref|², to stay near --model (paper: none)
+    lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
+    ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
+    # memory and speed
+    micro_batch: Count = 8  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, far less memory
-    dtype: str = "auto"  # what networks compute in: auto (bfloat16 on CUDA, else float32), bfloat16, float32
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
     offload: bool = False  # frozen models wait in host memory until they are needed
     compile: bool = False  # torch.compile the UNet's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
-    track: str = ""  # tensorboard or wandb: metrics and samples go there too, beside metrics.jsonl
+    # bookkeeping
+    output_dir: str = "runs/sd"  # everything the run leaves
+    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
+    init: str = ""  # start from these weights: RUN/checkpoint-000300, a diffusers folder or a LoRA file
+    resume: bool = False  # continue from the newest checkpoint in --output-dir
+    seed: Seed = 42  # of every random number (release)
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
     num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
+    track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
 # In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
@@ -149,10 +139,38 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
-    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - eps, 1 + eps) A). All (M,). Returns the loss and rho (M,)."""
+    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A). All (M,). Returns the loss and
+    rho (M,)."""
     rho = torch.exp(log_prob - old_log_prob)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_range, 1 + clip_range) * A)
     return -objective.mean(), rho.detach()
+
+
+def best_and_worst(A, group_size: int, keep: int) -> torch.Tensor:
+    """The samples of each group that are trained: all, or with keep > 0 the `keep` best and worst (paper: best-of-N).
+
+    A (B,). Returns their indices (P, G), or (P, 2 keep).
+    """
+    samples = torch.arange(len(A), device=A.device).view(-1, group_size)
+    if keep == 0:
+        return samples
+    order = A.view(-1, group_size).argsort(dim=1, stable=True)
+    return samples.gather(1, torch.cat([order[:, :keep], order[:, -keep:]], 1))
+
+
+def deal(samples, updates: int, rng) -> list[list[int]]:
+    """Deal a group's samples, in random order, to so many updates. samples: indices; rng: numpy's."""
+    order = [int(b) for b in rng.permutation(samples)]
+    return [order[u::updates] for u in range(updates)]
+
+
+def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
+    """Algorithm 1, line 10: a share tau of the stochastic steps, in their order.
+
+    window: the stochastic steps; fraction: tau; timesteps: "random", "first" (the noisiest) or "last"; rng: numpy's.
+    """
+    steps = {"random": rng.permutation(window), "first": window, "last": window[::-1]}[timesteps]
+    return sorted(int(t) for t in steps[: int(len(window) * fraction)])
 
 
 def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
@@ -167,53 +185,35 @@ def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
     return range(start, start + size)
 
 
-def training_pairs(A, keys, group_size: int, window: range, fraction: float, timesteps: str, keep: int, updates: int):
-    """Algorithm 1, line 10: the pairs (sample, step) that are trained, for each of the rollout's updates.
-
-    Of each sample a `fraction` tau of the stochastic steps: timesteps "random", "first" or "last". Of each group all
-    samples, or with keep > 0 the `keep` best and the `keep` worst (paper: best-of-N); they are dealt to the updates, so
-    that a costly rollout serves several optimizer steps. A (B,); keys (seed, iteration, prompt, sample).
-    """
-    pairs = [[] for _ in range(updates)]
-    for start in range(0, len(A), group_size):
-        samples = A[start : start + group_size].argsort(stable=True).tolist() if keep else list(range(group_size))
-        samples = samples[:keep] + samples[-keep:] if keep else samples
-        samples = data.keyed_rng("updates", *keys[start][:3]).permutation(samples)
-        for u in range(updates):
-            for b in (start + samples[u::updates]).tolist():
-                steps = window[::-1] if timesteps == "last" else window
-                if timesteps == "random":
-                    steps = data.keyed_rng("timesteps", *keys[b]).permutation(window).tolist()
-                pairs[u] += [(b, t) for t in sorted(steps[: int(len(window) * fraction)])]
-    return pairs
-
-
-def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, clip_range: float, gather):
+def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, kls: list, clip_range, gather):
     """The metrics of an iteration, over all processes, whose values `gather` puts side by side.
 
-    rewards {name: (B,)}, advantages A (B,); ratios: for each update the rho (M,) of its micro-batches.
+    rewards {name: (B,)}, advantages A (B,); ratios, kls: for each update rho and the step's KL (M,) of its
+    micro-batches.
     """
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
-    excess = [gather(torch.cat(rho)).double() - 1 for rho in ratios]
-    every = torch.cat(excess)
+    excess = [gather(torch.cat(rhos)).double() - 1 for rhos in ratios]
+    of_all = torch.cat(excess)
     return {
         "reward_mean": total.mean().item(),
-        "reward_std": total.std().item(),
+        "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
         **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
         "advantage_abs": A.abs().mean().item(),
         "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these teach nothing
-        "ratio_mean": 1 + every.mean().item(),
+        "ratio_mean": 1 + of_all.mean().item(),
         "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
-        "clip_fraction": (every.abs() > clip_range).double().mean().item(),
-        "approx_kl": (every - torch.log1p(every)).mean().item(),  # Schulman's k3; log rho is a mean over d elements
+        "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
+        "kl": torch.cat([gather(torch.cat(kl)) for kl in kls])
+        .mean()
+        .item(),  # of the steps' Gaussians, old against new
     }
 
 
 # ----------------------------------------------------------------------------------- Stable Diffusion, as a policy
 
 
-def load_models(cfg: Config, world: processes.World, init: Path | None):
+def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
     load = partial(loading.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
@@ -274,17 +274,21 @@ def sample_groups(
     """
     (timesteps, alpha_bars, step), T = schedule, cfg.steps
     trajectories, log_probs, images = [], [], []
-    for b in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout"):
-        z, noise = data.rollout_noise(shape, [keys[i] for i in b], cfg.shared_noise, world.device)
-        trajectory, log_prob, z0_hat = [z], torch.zeros(len(b), T, device=world.device), z
-        for i in range(T):  # `sampling.rollout` is this loop for any model
+    for chunk in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout"):
+        # Shared noise: all samples of a prompt start from one z, so that they differ in their actions only (paper).
+        starts = [(*keys[b][:3], 0) if cfg.shared_noise else keys[b] for b in chunk]
+        z = data.keyed_noise(shape, starts, "initial noise", world.device)
+        of_sample = text[chunk // cfg.group_size]
+        trajectory, log_prob, z0_hat = [z], torch.zeros(len(chunk), T, device=world.device), z
+        for t in range(T):  # `sampling.rollout` is this loop for any model
             # The policy: given z, the next latent is Gaussian. Outside the window it is the next point of the ODE.
-            eps = predict(unet, z, timesteps[i], text[b // cfg.group_size], cfg.guidance)
-            mean, std, z0_hat = step(eps, z, alpha_bars[i], alpha_bars[i + 1], cfg.eta if i in window else 0.0)
+            eps = predict(unet, z, timesteps[t], of_sample, cfg.guidance)
+            mean, std, z0_hat = step(eps, z, alpha_bars[t], alpha_bars[t + 1], cfg.eta if t in window else 0.0)
             z = mean
-            if i in window:
-                z = mean + std * noise(i)  # the action: a draw from the policy
-                log_prob[:, i] = gaussian_log_prob(z, mean, std)  # how probable this draw was
+            if t in window:
+                noise = data.keyed_noise(shape, [(*keys[b], t) for b in chunk], "step noise", world.device)
+                z = mean + std * noise  # the action: a draw from the policy
+                log_prob[:, t] = gaussian_log_prob(z, mean, std)  # how probable this draw was
             trajectory.append(z)
         trajectories.append(torch.stack(trajectory, 1))
         log_probs.append(log_prob)
@@ -298,11 +302,11 @@ def sample_groups(
 
 def check(cfg: Config) -> list[str]:
     """Everything that can be wrong with the options is found here, before any model is loaded. Returns the prompts."""
-    check_options(cfg)
+    options.check_options(cfg)
     check_reward(cfg.reward, cfg.reward_paths)
     loading.check_family(cfg.model, "StableDiffusionPipeline")
     vae = loading.load_config(cfg.model, "vae")
-    check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
+    options.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
     loading.check_init(cfg, diffusers.UNet2DConditionModel, "unet", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
@@ -311,7 +315,7 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    check_options(cfg)
+    options.check_options(cfg)
     kind = diffusers.UNet2DConditionModel
     config = dryrun.config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE)
@@ -330,15 +334,8 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
-    loading.fetch_all(cfg)
-    world = processes.start_world(cfg.dtype, cfg.shard_size, cfg.offload, fits_whole=True)
-    folder = output.open_folder(cfg, world, prompts)
-    reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device, data.load_metadata(cfg.prompts))
-    world.freeze(*reward.models)
-    pipe, unet, reference = load_models(cfg, world, folder.init)
-    optimizer = processes.adamw(unet, cfg.learning_rate)
-    ema = processes.EMA(unet, cfg.ema_decay)
-    checkpoints = output.Checkpoints(pipe, "unet", optimizer, ema, world, cfg.keep_states)
+    run = runtime.start(cfg, prompts, load_models, "unet", fits_whole=True)
+    world, reward, pipe, unet, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     timesteps, alpha_bars, step = schedule = ddim_schedule(pipe.scheduler.config, cfg.steps, world.device)
     side = pipe.vae_scale_factor  # pixels along the side of one element of a latent
@@ -347,18 +344,15 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
-    encode = processes.PromptCache(encode, world, unet, pipe.text_encoder)
+    encode = run.cached(encode, pipe.text_encoder)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by deterministic DDIM
         text = encode(captions)
-        z0 = sample_ode(lambda z, i: predict(unet, z, timesteps[i], text, cfg.guidance), z, alpha_bars, step)
+        z0 = sample_ode(lambda z, t: predict(unet, z, timesteps[t], text, cfg.guidance), z, alpha_bars, step)
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0)
 
-    run = output.Run(cfg, world, checkpoints, output.Samples(cfg, world, prompts, draw, shape, reward), folder)
-    for iteration in run.iterations():
-        clock = output.Stopwatch(world)
-
+    for iteration in run.iterations(draw, shape):
         # Algorithm 1, lines 2 and 3: a batch of prompts. The current weights are the old policy.
         batch = data.prompt_batch(len(prompts), cfg.prompts_per_iteration, iteration, cfg.seed)[first : first + P]
         captions = [prompts[i] for i in batch]
@@ -369,53 +363,63 @@ def main(cfg: Config) -> None:
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         drawn = sample_groups(cfg, world, unet, pipe.vae, text, keys, window, schedule, shape)
         trajectories, old_log_probs, images = drawn  # (B, T+1, C, h, w), (B, T), (B, 3, H, W)
-        clock.lap("rollout")
+        run.lap("rollout")
 
         # Line 6: the rewards of each sample.
         with world.on_device(*reward.models):
             rewards = reward(images, [caption for caption in captions for _ in range(G)])  # {name: (B,)}
-        clock.lap("reward")
+        run.lap("reward")
 
         # Lines 7 to 9: the advantage of each sample over its prompt's group.
         A = group_advantages(rewards, reward.weights, G, cfg.advantage_clip)  # (B,)
 
-        # Line 10: a random subset of the timesteps of each sample.
+        # Line 10: a random subset of the timesteps of each sample. A costly rollout serves several updates, to which
+        # each group's samples are dealt.
         tau = 1.0 if cfg.sde_window else cfg.timestep_fraction
-        updates = training_pairs(A, keys, G, window, tau, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout)
+        updates = [[] for _ in range(cfg.updates_per_rollout)]
+        for p, group in enumerate(best_and_worst(A, G, cfg.keep_best_worst).tolist()):
+            dealt = deal(group, len(updates), data.keyed_rng("updates", cfg.seed, iteration, first + p))
+            for pairs, samples in zip(updates, dealt, strict=True):
+                for b in samples:
+                    steps = choose_steps(window, tau, cfg.timesteps, data.keyed_rng("timesteps", *keys[b]))
+                    pairs += [(b, t) for t in steps]
 
         # Lines 11 and 12: gradient ascent on the clipped objective.
-        losses, ratios, grad_norms = [], [], []
-        for pairs in updates:
-            ratios.append([])
-            for part in world.chunks(pairs, cfg.micro_batch, f"update {len(ratios)}"):
-                processes.reduce_gradients(unet, now=part[-1] == pairs[-1])  # now: in the last micro-batch
-                s, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
-                z, z_next = trajectories[s, t], trajectories[s, t + 1]
+        losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
+        for u, pairs in enumerate(updates):
+            for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
+                processes.sync_gradients(unet, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
+                z, z_next, of_sample = trajectories[b, t], trajectories[b, t + 1], text[b // G]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
-                eps = predict(unet, z, timesteps[t], text[s // G], cfg.guidance)
+                eps = predict(unet, z, timesteps[t], of_sample, cfg.guidance)
                 mean, std, _ = step(eps, z, alpha_bars[t], alpha_bars[t + 1], cfg.eta)
-                log_prob = gaussian_log_prob(z_next, mean, std)
-                loss, rho = grpo_loss(log_prob, old_log_probs[s, t], A[s], cfg.clip_range)
+                log_prob, old_log_prob = gaussian_log_prob(z_next, mean, std), old_log_probs[b, t]
+                loss, rho = grpo_loss(log_prob, old_log_prob, A[b], cfg.clip_range)
+                # The old policy's mean is z_next - std noise; the noise is drawn again from its key.
+                noise = data.keyed_noise(shape, [(*keys[i], j) for i, j in part], "step noise", world.device)
+                kl = gaussian_kl(mean, z_next - std * noise, std)
                 if cfg.kl_weight:
                     with torch.no_grad(), loading.without_adapter(reference):
-                        eps_ref = predict(reference, z, timesteps[t], text[s // G], cfg.guidance)
+                        eps_ref = predict(reference, z, timesteps[t], of_sample, cfg.guidance)
                     loss = loss + cfg.kl_weight * ((eps - eps_ref) ** 2).mean()
-                weight = len(part) / len(pairs)
-                (loss * weight).backward()
-                losses.append(loss.detach() * weight / len(updates))
-                ratios[-1].append(rho)
-            grad_norms.append(processes.clip_gradients(unet, cfg.max_grad_norm, iteration))
-            optimizer.step()
-            optimizer.zero_grad()
-        ema.update()
-        clock.lap("update")
+                share = len(part) / len(pairs)
+                (loss * share).backward()
+                losses.append(loss.detach() * share / len(updates))
+                ratios[u].append(rho)
+                kls[u].append(kl.detach())
+            processes.average_gradients(unet)
+            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(unet), cfg.max_grad_norm)
+            grad_norms.append(processes.finite_norm(norm, iteration))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
 
         row = {"loss": world.mean(sum(losses)), "grad_norm": sum(grad_norms) / len(updates)}
-        row |= statistics(rewards, reward.weights, A, G, ratios, cfg.clip_range, world.gather)
-        run.finish(iteration, row | clock.metrics(P * G))
+        row |= statistics(rewards, reward.weights, A, G, ratios, kls, cfg.clip_range, world.gather)
+        run.finish(iteration, row, P * G)
 
 
 if __name__ == "__main__":
-    with one_line_errors(RewardError):
-        config = parse_config(Config, PRESETS)
+    with options.one_line_errors(RewardError):
+        config = options.parse_config(Config, PRESETS)
         dry_run(config) if config.dry_run else main(config)

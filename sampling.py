@@ -75,6 +75,29 @@ def gaussian_kl(mean, old_mean, std) -> torch.Tensor:
     return ((mean - old_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
 
 
+def guarded_loss(ratio, log_ratio, kl, A, std, dsigma, epsilon):
+    """GRPO's objective with another trust region than the clipped ratio, against over-optimisation.
+
+    ratio      "guard" or "dppo"
+    log_ratio  (M,) log p - log p_old, means over elements; kl (M,) of the step, as from `gaussian_kl`
+    A          (M,) advantages; std (M, …) of the step; dsigma (M,) sigma - sigma_next, above 0
+    epsilon    the clip range of the ratio (guard), or the largest KL (dppo)
+    Returns the loss and rho (M,).
+    guard, GRPO-Guard (2510.22319): rho = exp(std (log p - log p_old + KL)) = exp(mean(noise (mean - mean_old))). Its
+    log has mean 0 at every step, where that of the plain ratio has -KL, so that clipping acts on both sides; and the
+    weight 1 / dsigma, since the gradient of a step's mean with respect to v is about dsigma.
+    dppo, Flow-DPPO (2606.11025): rho A, not clipped. A pair is left out if its KL exceeds epsilon and it moves further
+    away: A > 0 with rho > 1, or A < 0 with rho < 1.
+    """
+    if ratio == "guard":
+        rho, A = torch.exp(std.flatten() * (log_ratio + kl)), A / dsigma
+        objective = torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A)
+    else:
+        rho = torch.exp(log_ratio)
+        objective = rho * A * ((kl <= epsilon) | (log_ratio * A <= 0))
+    return -objective.mean(), rho.detach()
+
+
 def flow_sde_step(v, z, sigma, sigma_next, eta):
     """The reverse SDE of rectified flow, dz = (v - ½ eta² score) dsigma + eta dw (DanceGRPO, eq. 8), one Euler step.
 
@@ -88,7 +111,7 @@ def flow_sde_step(v, z, sigma, sigma_next, eta):
     )
     v, z = v.float(), z.float()
     z0_hat = z - sigma * v
-    score = -(z - (1 - sigma) * z0_hat) / sigma**2  # ∇log p(z), since z ~ N((1 - sigma) x0, sigma²)
+    score = -(z - (1 - sigma) * z0_hat) / sigma**2  # ∇log p(z) by Tweedie's formula, z0_hat standing for E[x0 | z]
     mean = z + (v - 0.5 * eta**2 * score) * (sigma_next - sigma)
     return Step(mean, eta * torch.sqrt(sigma - sigma_next), z0_hat)
 
@@ -166,13 +189,13 @@ def rollout(model, z, levels, eta, step=flow_sde_step, noise=None, window=None, 
     """
     num_steps = len(levels) - 1
     trajectory, log_probs, z0_hat = [z.float()], torch.zeros(len(z), num_steps, device=z.device), z
-    for i in range(num_steps):
-        stochastic = eta > 0 and (window is None or i in window)
-        mean, std, z0_hat = step(model(z, i), z, levels[i], levels[i + 1], eta if stochastic else 0.0)
+    for t in range(num_steps):
+        stochastic = eta > 0 and (window is None or t in window)
+        mean, std, z0_hat = step(model(z, t), z, levels[t], levels[t + 1], eta if stochastic else 0.0)
         z = mean
         if stochastic:
-            z = mean + std * (torch.randn_like(mean) if noise is None else noise(i))
-            log_probs[:, i] = log_prob(z, mean, std)
+            z = mean + std * (torch.randn_like(mean) if noise is None else noise(t))
+            log_probs[:, t] = log_prob(z, mean, std)
         trajectory.append(z)
     return torch.stack(trajectory, 1), log_probs, z0_hat
 
@@ -183,8 +206,8 @@ def sample_ode(model, z, levels, step=flow_sde_step) -> torch.Tensor:
     Arguments are those of `rollout`. Returns the last z0_hat (B, ...).
     """
     z0_hat = z
-    for i in range(len(levels) - 1):
-        z, _, z0_hat = step(model(z, i), z, levels[i], levels[i + 1], 0.0)
+    for t in range(len(levels) - 1):
+        z, _, z0_hat = step(model(z, t), z, levels[t], levels[t + 1], 0.0)
     return z0_hat
 
 

@@ -76,7 +76,7 @@ class Recorder:
 def measure(trainer, cfg) -> list[dict]:
     """Rows {seconds, seconds_rollout, …, necessary, samples_per_second}, one for each measured iteration of the run."""
     rows, recorder = [], None
-    load_models, load_reward, finish = trainer.load_models, trainer.load_reward, output.Run.finish
+    load_models, load_reward, finish = trainer.load_models, output.load_reward, output.Run.finish
 
     def models(cfg, world, *args):
         nonlocal recorder
@@ -99,19 +99,20 @@ def measure(trainer, cfg) -> list[dict]:
         def __call__(self, *args, **kwargs):
             return recorder.wrap(self.reward)(*args, **kwargs)
 
-    def alternate(run, iteration, row):
-        row = row | {"necessary": recorder.seconds()}
+    def alternate(run, iteration, row, samples):
+        run.lap("update")
+        row = row | run.stopwatch.metrics(samples) | {"necessary": recorder.seconds()}
         if iteration >= WARM_UP:
             rows.append({name: value for name, value in row.items() if "second" in name or name == "necessary"})
         run.metrics.write({"iteration": iteration + 1} | row)
         recorder.passes = []
 
     trainer.load_models, output.Run.finish = models, alternate
-    trainer.load_reward = lambda *args, **kwargs: Judge(load_reward(*args, **kwargs))
+    output.load_reward = lambda *args, **kwargs: Judge(load_reward(*args, **kwargs))
     try:
         trainer.main(cfg)
     finally:
-        trainer.load_models, trainer.load_reward, output.Run.finish = load_models, load_reward, finish
+        trainer.load_models, output.load_reward, output.Run.finish = load_models, load_reward, finish
     return rows
 
 

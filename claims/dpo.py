@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import grpo_sd
-from runtime import data, output
+from runtime import data
 from runtime.options import require
 
 from .policy import Policy
@@ -27,15 +27,14 @@ def main(cfg) -> None:
     require(isinstance(cfg, grpo_sd.Config), "online DPO is here for diffusion only; take grpo_sd")
     policy, P, G = Policy(cfg), cfg.prompts_per_iteration, cfg.group_size
     alpha_bars = policy.levels
-    for iteration in policy.run.iterations():
-        clock = output.Stopwatch(policy.world)
+    for iteration in policy.iterations():
         captions = [caption for caption in policy.captions(iteration, P) for _ in range(G)]
         text, keys = policy.encode(captions), [(cfg.seed, iteration, p, g) for p in range(P) for g in range(G)]
         window = grpo_sd.sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
         trajectories, _, images = policy.sample(text, keys, window)
-        clock.lap("rollout")
+        policy.run.lap("rollout")
         rewards = policy.reward(images, captions)
-        clock.lap("reward")
+        policy.run.lap("reward")
         r = sum(policy.reward.weights[name] * r for name, r in rewards.items()).view(P, G)
         pairs = torch.stack([r.argmax(1), r.argmin(1)]) + G * torch.arange(P)  # (2, P): better and worse sample
         pairs = pairs.repeat(1, DRAWS)  # (2, M), M = DRAWS P
@@ -56,6 +55,5 @@ def main(cfg) -> None:
         loss = dpo_loss(errors[1], errors[0], BETA)
         loss.backward()
         norm = policy.update(iteration)
-        clock.lap("update")
         cost = P * G * cfg.steps + 2 * M * 4 // text.shape[1]
-        policy.finish(iteration, rewards, cost, clock, loss=loss.item(), grad_norm=norm)
+        policy.finish(iteration, rewards, cost, loss=loss.item(), grad_norm=norm)

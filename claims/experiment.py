@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from runtime import data, output
+from runtime import checkpoints, data, output
 from runtime.options import command_words, latest_checkpoint, parse_config
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this size"
@@ -131,7 +131,7 @@ def digest(*parts) -> str:
 
 def files_of(options: dict) -> dict[str, str]:
     """Hashes of the models, rewards and prompts that are files here."""
-    paths = [*output.files_of(**options), options.get("prompts", "")]
+    paths = [*checkpoints.files_of(**options), options.get("prompts", "")]
     return {path: data.fingerprint(path) for path in paths if path and Path(path).exists()}
 
 

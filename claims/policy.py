@@ -9,36 +9,38 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
 import grpo_flux
 import grpo_sd
-from rewards import load_reward, parse_paths, resize
-from runtime import data, output, processes
+import runtime
+from rewards import resize
+from runtime import data, processes
 from sampling import SDE, Step, flow_sigmas, gaussian_log_prob, sample_ode
 
 
 class Policy:
     """Models, reward, optimizer and output of a run with these options; raises RunError on what is wrong with them.
 
-    network is trained, reference is as network was before; levels (T+1,) are alpha_bars or sigmas; run is an
-    `output.Run`. A text is what `encode` returns, with a row for each sample.
+    network is trained, reference is as network was before; levels (T+1,) are alpha_bars or sigmas; run is a
+    `runtime.output.Run`. A text is what `encode` returns, with a row for each sample.
     """
 
     def __init__(self, cfg):
         self.cfg, self.is_flow = cfg, isinstance(cfg, grpo_flux.Config)
         trainer, component = (grpo_flux, "transformer") if self.is_flow else (grpo_sd, "unet")
         self.prompts = trainer.check(cfg)
-        self.world = world = processes.start_world(cfg.dtype)
-        folder = output.open_folder(cfg, world, self.prompts)
-        self.reward = load_reward(cfg.reward, parse_paths(cfg.reward_paths), world.device)
-        world.freeze(*self.reward.models)
-        pipe, self.network, _ = trainer.load_models(cfg, world, folder.init)
-        self.vae, self.optimizer = pipe.vae, processes.adamw(self.network, cfg.learning_rate)
-        self.ema = processes.EMA(self.network, cfg.ema_decay)
-        checkpoints = output.Checkpoints(pipe, component, self.optimizer, self.ema, world, cfg.keep_states)
-        self.reference = copy.deepcopy(self.network).requires_grad_(False)
+        self.run = run = runtime.start(cfg, self.prompts, trainer.load_models, component, fits_whole=True)
+        self.world, self.reward, pipe, self.network, self.vae = (
+            run.world,
+            run.reward,
+            run.pipe,
+            run.network,
+            run.pipe.vae,
+        )
+        self.reference, world = copy.deepcopy(self.network).requires_grad_(False), run.world
         side = pipe.vae_scale_factor
         if self.is_flow:
             self.levels = flow_sigmas(cfg.steps, cfg.shift).to(world.device)
@@ -55,14 +57,16 @@ class Policy:
             shape = (self.network.config.in_channels, cfg.height // side, cfg.width // side)
             encode = partial(grpo_sd.encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
             encoders = (pipe.text_encoder,)
-        self.shape, self.encode = shape, processes.PromptCache(encode, world, self.network, *encoders)
+        self.shape, self.encode = shape, run.cached(encode, *encoders)
+
+    def iterations(self):
+        """Those of the run, with the same sample pictures as the trainer's."""
 
         def draw(captions: list[str], z: Tensor) -> Tensor:
             text = self.encode(captions)
-            return self.decode(sample_ode(lambda z, i: self.predict(z, i, text), z, self.levels, self.step))
+            return self.decode(sample_ode(lambda z, t: self.predict(z, t, text), z, self.levels, self.step))
 
-        samples = output.Samples(cfg, world, self.prompts, draw, shape, self.reward)
-        self.run = output.Run(cfg, world, checkpoints, samples, folder)
+        return self.run.iterations(draw, self.shape)
 
     def captions(self, iteration: int, count: int) -> list[str]:
         """The prompts of an iteration."""
@@ -93,22 +97,23 @@ class Policy:
 
     def update(self, iteration: int) -> float:
         """An optimizer step. Returns the norm of the gradient."""
-        norm = processes.clip_gradients(self.network, self.cfg.max_grad_norm, iteration)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(processes.trainable(self.network), self.cfg.max_grad_norm)
+        norm = processes.finite_norm(norm, iteration)
+        self.run.optimizer.step()
+        self.run.optimizer.zero_grad()
         return norm
 
-    def finish(self, iteration: int, rewards: dict, evaluations: int, clock, **row: float) -> None:
+    def finish(self, iteration: int, rewards: dict, evaluations: int, **row: float) -> None:
         """Write the iteration's line; evaluations of the guided network, of one sample; backward counts as two.
 
         row: the loss, grad_norm, and what else the loop knows; it replaces what is reckoned here.
         """
         total = sum(self.reward.weights[name] * r for name, r in rewards.items())
-        known = {"reward_mean": total.mean().item(), "reward_std": total.std().item()}
+        spread = total.view(-1, self.cfg.group_size).std(1).mean().item()
+        known = {"reward_mean": total.mean().item(), "reward_std": spread}
         known |= {f"reward_{name}": r.mean().item() for name, r in rewards.items()}
         known |= {"clip_fraction": 0.0, "zero_variance_groups": 0, "evaluations": evaluations}
-        self.ema.update()
-        self.run.finish(iteration, known | row | clock.metrics(len(total)))
+        self.run.finish(iteration, known | row, len(total))
 
 
 def take(text, rows: Tensor):

@@ -8,7 +8,7 @@ rewards.py's cosines (hps, clip, pickscore).
 import torch
 
 import grpo_sd
-from runtime import data, output
+from runtime import data
 from runtime.options import require
 
 from .policy import Policy, differentiable_score, take
@@ -19,25 +19,23 @@ def main(cfg) -> None:
     require(cfg.reward in ("hps", "clip", "pickscore"), f"ReFL needs one differentiable reward, not {cfg.reward}")
     policy, B = Policy(cfg), cfg.prompts_per_iteration * cfg.group_size
     (scorer,) = policy.reward.scorers.values()
-    for iteration in policy.run.iterations():
-        clock = output.Stopwatch(policy.world)
+    for iteration in policy.iterations():
         captions = policy.captions(iteration, B)
         text, keys = policy.encode(captions), [(cfg.seed, iteration, b, 0) for b in range(B)]
         stop = int(data.keyed_rng("refl", cfg.seed, iteration).integers(2 * cfg.steps // 3, cfg.steps))
         scores = []
-        for b in policy.world.chunks(torch.arange(B), cfg.micro_batch, "update"):
-            own = take(text, b)
-            z, noise = data.rollout_noise(policy.shape, [keys[i] for i in b], False, policy.world.device)
+        for chunk in policy.world.chunks(torch.arange(B), cfg.micro_batch, "update"):
+            own, here = take(text, chunk), [keys[b] for b in chunk]
+            z = data.keyed_noise(policy.shape, here, "initial noise", policy.world.device)
             with torch.no_grad():
-                for i in range(stop):
-                    mean, std, _ = policy.gaussian(z, torch.full((len(b),), i), own)
-                    z = mean + std * noise(i)
-            z0_hat = policy.gaussian(z, torch.full((len(b),), stop), own).z0_hat
+                for t in range(stop):
+                    mean, std, _ = policy.gaussian(z, torch.full((len(chunk),), t), own)
+                    z = mean + std * data.keyed_noise(policy.shape, [(*k, t) for k in here], "step noise", z.device)
+            z0_hat = policy.gaussian(z, torch.full((len(chunk),), stop), own).z0_hat
             images = policy.vae.decode(z0_hat / policy.vae.config.scaling_factor).sample / 2 + 0.5
-            score = differentiable_score(scorer, images.clamp(0, 1), [captions[i] for i in b])
+            score = differentiable_score(scorer, images.clamp(0, 1), [captions[b] for b in chunk])
             (-score.sum() / B).backward()
             scores.append(score.detach())
         norm, score = policy.update(iteration), torch.cat(scores)
-        clock.lap("update")
         row = {"loss": -score.mean().item(), "grad_norm": norm}
-        policy.finish(iteration, {cfg.reward: score}, B * (stop + 3), clock, **row)
+        policy.finish(iteration, {cfg.reward: score}, B * (stop + 3), **row)

@@ -1,29 +1,25 @@
 """The models that an evaluation compares: what is at --model, --transformer and --checkpoint, and its pipeline."""
 
-import json
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
-from runtime import loading, output, processes
-from runtime.options import Lazy, RunError, is_sealed, require
+from runtime import checkpoints, loading, processes
+from runtime.options import Lazy, RunError, require
 
 diffusers = Lazy("diffusers")
 
-# Class in model_index.json → the network that is trained, and the model's usual settings. Shift 0 leaves the noise
-# levels to the model's own scheduler, max_sequence_length 0 the length of the text to the pipeline.
+# Class in model_index.json → the model's usual settings. Shift 0 leaves the noise levels to the model's own scheduler,
+# max_sequence_length 0 the length of the text to the pipeline.
 USUAL = {"shift": 0.0, "max_sequence_length": 0, "frames": 1, "fps": 24.0}
 FAMILIES = {
-    "StableDiffusionPipeline": ("unet", USUAL | dict(steps=50, guidance=7.5, height=512, width=512)),
-    "FluxPipeline": ("transformer", USUAL | dict(steps=28, guidance=3.5, height=1024, width=1024)),
-    "HunyuanVideoPipeline": ("transformer", USUAL | dict(steps=50, guidance=6.0, height=720, width=1280, frames=129)),
-    "WanPipeline": ("transformer", USUAL | dict(steps=50, guidance=5.0, height=480, width=832, frames=81, fps=16.0)),
-    "HunyuanSkyreelsImageToVideoPipeline": (
-        "transformer",
-        USUAL | dict(steps=50, guidance=6.0, height=544, width=960, frames=97),
-    ),
+    "StableDiffusionPipeline": USUAL | dict(steps=50, guidance=7.5, height=512, width=512),
+    "FluxPipeline": USUAL | dict(steps=28, guidance=3.5, height=1024, width=1024),
+    "HunyuanVideoPipeline": USUAL | dict(steps=50, guidance=6.0, height=720, width=1280, frames=129),
+    "HunyuanSkyreelsImageToVideoPipeline": USUAL | dict(steps=50, guidance=6.0, height=544, width=960, frames=97),
+    "WanPipeline": USUAL | dict(steps=50, guidance=5.0, height=480, width=832, frames=81, fps=16.0),
 }
 
 
@@ -47,21 +43,21 @@ class Model:
 def run_options(checkpoint: str) -> dict:
     """config.json of the training run in whose folder a checkpoint is, or {}; reward_paths as {name: path}.
 
-    Models are found from the directory where the run was started, too. Raises RunError if there is no such checkpoint,
-    or if the file is not as the run wrote it.
+    Models, rewards and prompts are found from the directory where the run was started, too. Raises RunError if there is
+    no such checkpoint, or if the file is damaged.
     """
     require(
         Path(checkpoint).exists(),
         f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder",
     )
-    for folder in list(Path(checkpoint).parents)[:3]:
-        stored = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-        if "script" in stored or "sha256" in stored:
-            require(is_sealed(stored), f"{folder / 'config.json'} was changed by hand or is damaged; restore it")
-            for name in {"model", "transformer"} & stored.keys():
-                stored[name] = from_directory(stored["directory"], stored[name])
-            paths = split_paths(stored.get("reward_paths", ""))
-            return stored | {"reward_paths": {n: from_directory(stored["directory"], p) for n, p in paths.items()}}
+    for file in [folder / "config.json" for folder in list(Path(checkpoint).parents)[:3]]:
+        stored = loading.read_json(file)
+        require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
+        if "script" in stored:
+            directory, paths = stored.get("directory", ""), split_paths(stored.get("reward_paths", ""))
+            for name in {"model", "transformer", "prompts"} & stored.keys():
+                stored[name] = from_directory(directory, stored[name])
+            return stored | {"reward_paths": {name: from_directory(directory, path) for name, path in paths.items()}}
     return {}
 
 
@@ -69,21 +65,6 @@ def from_directory(directory: str, path: str) -> str:
     """The path, or where it leads from the directory, if it leads nowhere from here."""
     place = Path(directory, path)
     return str(place) if path and place.exists() and not Path(path).exists() else path
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file. Raises RunError if it is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise RunError(f"{file} cannot be read ({e}); restore it") from e
-    require(isinstance(content, dict), f"{file} is no config file; restore it")
-    return content
-
-
-def component_config(model: str, component: str | None, option: str = "--model") -> dict:
-    """config.json of a pipeline's component, or of a network by itself (None). option: the one that named it."""
-    return loading.load_config(model, component, option)
 
 
 def find_weights(checkpoint: str, family: str, component: str, base: str, original: dict) -> tuple[str, str]:
@@ -98,7 +79,7 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
         require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
         return "pipeline", checkpoint
     for folder in (path / component, path):
-        own = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        own = loading.read_json(folder / "config.json")
         if found := own.get("_class_name"):
             require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
             for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
@@ -107,31 +88,26 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
                     f"{original[key]}; name the right --model"
                 )
             return "network", str(folder)
-    lora = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
+    lora = path if path.suffix == ".safetensors" else path / loading.LORA_FILE
     if lora.is_file():
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(lora, "pt") as file:
-                keys = list(file.keys())
-        except (OSError, SafetensorError) as e:
-            raise RunError(f"--checkpoint: cannot read {lora}: {e}") from e
-        require(bool(keys), f"--checkpoint {lora} holds no weights")
-        fits = all(key.startswith(f"{component}.") for key in keys)
-        require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it has {keys[0]}")
+            names = list(loading.shapes_in(lora))
+        except FILE_ERRORS as e:
+            raise RunError(f"--checkpoint: cannot read {lora}: {first_line(e)}; take another") from e
+        other = [name for name in names if not name.startswith(f"{component}.")] or ["none"] * (not names)
+        require(not other, f"--checkpoint {lora} is no LoRA of {base}'s {component}; of its weights this is {other[:1]}")
         return "lora", str(lora)
     raise RunError(
-        f"--checkpoint {checkpoint} has neither a {component} folder, nor pytorch_lora_weights.safetensors, nor "
+        f"--checkpoint {checkpoint} has neither a {component} folder with its config.json, nor {loading.LORA_FILE}, nor "
         f"model_index.json; {base}, a {family}, needs one of these"
     )
 
 
 def check_whole(models: list[Model], world: processes.World) -> None:
     """Raise RunError if weights in a training run's checkpoint are not as the run saved them. A collective."""
-    for model in models:
-        weights = Path(model.weights)
-        if (weights.parent / "checksums.json").is_file():
-            fault = output.find_fault(weights.parent, world, weights.name + "/" * weights.is_dir())
+    for weights in (Path(model.weights) for model in models):
+        if (weights.parent / checkpoints.SUMS).is_file():
+            fault = checkpoints.find_fault(weights.parent, world, weights.name)
             require(not fault, f"--checkpoint {weights.parent} is damaged: {fault}; take another checkpoint")
 
 
@@ -140,13 +116,14 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: pro
 
     base: the pipeline without them, hub id or folder; network: where the base's transformer is, if it is not in there.
     """
-    component, options = FAMILIES[family][0], {"dtype": world.dtype}
-    if component == "unet":
+    component, options = "transformer", {"dtype": world.dtype}
+    if family == "StableDiffusionPipeline":
+        component = "unet"
         options |= {"safety_checker": None, "requires_safety_checker": False}  # it would black out pictures
     source = model.weights if model.kind == "pipeline" else base
     network = {"pipeline": "", "network": model.weights}.get(model.kind, network)
     if network:
-        network_class = getattr(diffusers, component_config(network, None)["_class_name"])
+        network_class = getattr(diffusers, loading.load_config(network)["_class_name"])
         place = loading.find_folder(network, "--transformer", pipeline=False)
         options[component] = loading.load_weights(network_class, place, dtype=world.dtype)
     folder = loading.find_folder(source, but=[component] if network else [])

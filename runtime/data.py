@@ -7,16 +7,17 @@ import re
 import secrets
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from rewards import fetched_once, first_line, text_at, text_on_hub
 
-from .options import Lazy, RunError, require
+from .options import Lazy, RunError, find_place, require
 from .processes import World
 
 dcp = Lazy("torch.distributed.checkpoint")
@@ -41,22 +42,6 @@ def keyed_noise(shape: Sequence[int], keys: Iterable[Sequence[int]], purpose: st
     """Standard normal (len(keys), *shape) float32; each sample drawn from its own key."""
     rows = [keyed_rng(purpose, *key).standard_normal(shape, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows)).to(device)
-
-
-def rollout_noise(shape: Sequence[int], keys: Sequence[tuple], shared: bool, device) -> tuple[Tensor, Callable]:
-    """All the noise of a rollout: the initial noise (B, *shape), and a function of the step that gives (B, *shape).
-
-    keys: (seed, iteration, prompt, sample) of each of the B samples. shared: the samples of a prompt start from the
-    same initial noise; the noise of the steps is always a sample's own.
-    """
-    initial = [(*key[:-1], 0) for key in keys] if shared else keys
-    z = keyed_noise(shape, initial, "initial noise", device)
-    return z, lambda i: step_noise(shape, [(*key, i) for key in keys], device)
-
-
-def step_noise(shape: Sequence[int], keys: Iterable[tuple], device) -> Tensor:
-    """The noise that a rollout adds; keys: (seed, iteration, prompt, sample, step) of each. → (len(keys), *shape)"""
-    return keyed_noise(shape, keys, "step noise", device)
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -151,7 +136,7 @@ def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -
 # ------------------------------------------------------------------------------------------------------- first frames
 
 
-def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
+def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     """{prompt: picture} for all prompts that an image-to-video run will visit; checked before any model is loaded.
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
@@ -171,7 +156,7 @@ def first_frames(config, prompts: list[str], world: "World") -> dict[str, Path]:
     epoch = range(min(config.iterations, -(-len(prompts) // batch_size)))  # of iterations, after which all were visited
     batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in epoch)
     visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
-    for prompt in world.progress(list(visited), desc="first frames", delay=2.0):
+    for prompt in tqdm(list(visited), desc="first frames", delay=2.0, disable=find_place().rank > 0):
         visited[prompt] = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
         if prompt in listed:
             read_picture(listed[prompt])
@@ -249,12 +234,12 @@ def fingerprint(path: str) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, no permission) into one line of advice."""
+def writing(path: Path) -> Iterator[Path]:
+    """Turn a failed write of `path` (disk full, no permission) into one line of advice. Yields the path."""
     from safetensors import SafetensorError
 
     try:
-        yield
+        yield path
     except (torch.OutOfMemoryError, torch.distributed.DistError):  # of what is to be written
         raise
     except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from rewards import cached_folder, parse_paths, parse_spec, reading
 
 from . import loading, processes
+from .checkpoints import refuse_foreign
 from .data import write_atomically, writing
 from .options import require
-from .output import refuse_foreign
 
 GIB = 2**30
 NODE = 8  # processes of a node
@@ -322,7 +322,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     forward = counter.flops - start
     counter.reset_peak()
     for last in (False, True):
-        processes.reduce_gradients(network, now=last)
+        processes.sync_gradients(network, now=last)
         start = counter.flops
         torch.autograd.backward((predict(network, z, of_sample) ** 2).mean())
     gradients = [p.grad for p in processes.trainable(network) if p.grad is not None]

@@ -344,23 +344,6 @@ def without_adapter(network: nn.Module) -> Iterator[None]:
             network.enable_adapters()
 
 
-def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
-    """Blocks get None instead of an attention mask that masks nothing: with any mask, flash attention cannot be used.
-
-    position: the mask's among the arguments of a block.
-    """
-    last = {"mask": None, "full": False}  # the blocks of one forward pass get the same mask, which is read once
-
-    def hook(block: nn.Module, args: tuple) -> tuple:
-        mask = args[position]
-        if last["mask"] is not mask:
-            last.update(mask=mask, full=bool(mask.all()))
-        return (*args[:position], None if last["full"] else mask, *args[position + 1 :])
-
-    for block in blocks:
-        block.register_forward_pre_hook(hook)
-
-
 # ----------------------------------------------------------------------------------------------------- LoRA and --init
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name

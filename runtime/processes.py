@@ -147,15 +147,14 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
             store.set(f"{rank} is here", "")  # some may still fetch or check files: no limit of time holds for that
             store.wait([f"{rank} is here" for rank in range(size)], FOREVER)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
-        except (OSError, dist.DistError) as e:
+        except (OSError, ValueError, dist.DistError) as e:
             raise RunError(f"the processes cannot connect: {first_line(e)}; check torchrun's address and port") from e
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return World(rank, size, device, compute, shard_size, offload, shard_mesh(device.type, size, shard_size))
 
 
 def compute_dtype(option: str, cuda: bool) -> torch.dtype:
-    """What --dtype means, with or without CUDA. Raises RunError if it is none of the known."""
-    require(option in ("auto", *DTYPES), f"--dtype must be one of auto, {', '.join(DTYPES)}, got {option!r}")
+    """What --dtype means, with or without CUDA."""
     return DTYPES["bfloat16" if cuda else "float32"] if option == "auto" else DTYPES[option]
 
 
@@ -214,25 +213,27 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
-def reduce_gradients(network: nn.Module, now: bool) -> None:
+def sync_gradients(network: nn.Module, now: bool) -> None:
     """Say whether the next backward pass is the last of an update: only then do the copies all-reduce their gradients.
 
-    Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole.
+    Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole. Of a network
+    that is not sharded `average_gradients` takes care.
     """
     if isinstance(network, fsdp.FSDPModule):
         network.set_requires_all_reduce(now)
 
 
-def clip_gradients(network: nn.Module, max_norm: float, iteration: int) -> float:
-    """Average gradients over processes that each hold the whole network, clip them in place, and return their norm
-    before clipping. A loss that is not finite ends the run here, before any weight changes.
-    """
+def average_gradients(network: nn.Module) -> None:
+    """Average the gradients of processes that each hold the whole network. FSDP has averaged those of a sharded one."""
     if dist.is_initialized() and not isinstance(network, fsdp.FSDPModule):
         gradients = [parameter.grad for parameter in trainable(network) if parameter.grad is not None]
         for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
             work.wait()
         torch._foreach_div_(gradients, dist.get_world_size())
-    norm = nn.utils.clip_grad_norm_(trainable(network), max_norm)
+
+
+def finite_norm(norm: Tensor, iteration: int) -> float:
+    """The norm that `clip_grad_norm_` returned. One that is not finite ends the run, before any weight changes."""
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     require(
         np.isfinite(norm),

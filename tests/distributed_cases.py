@@ -16,7 +16,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import loading, output, processes
+from runtime import loading, processes
+from runtime.checkpoints import Checkpoints, newest_whole_checkpoint
 from runtime.options import latest_checkpoint
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -86,10 +87,10 @@ def train(world: processes.World, name: str, iterations: int = 3, folder: str = 
     )
     optimizer = torch.optim.AdamW(processes.trainable(network), lr=1e-3, eps=1e-3)
     pipe, ema = SimpleNamespace(transformer=network), processes.EMA(network, 0.5)
-    checkpoints = output.Checkpoints(pipe, "transformer", optimizer, ema, world)
+    checkpoints = Checkpoints(pipe, "transformer", optimizer, ema, world)
     resumed = bool(folder) and latest_checkpoint(folder) is not None
     if resumed:
-        checkpoints.restore(output.newest_whole_checkpoint(Path(folder), world, {}))
+        checkpoints.restore(newest_whole_checkpoint(Path(folder), world, {}))
     share = SAMPLES // world.size
     mine = list(range(world.rank * share, (world.rank + 1) * share))
     with torch.no_grad():
@@ -98,11 +99,13 @@ def train(world: processes.World, name: str, iterations: int = 3, folder: str = 
     for iteration in range(iterations):
         optimizer.zero_grad()
         for start in range(0, share, MICRO_BATCH):
-            processes.reduce_gradients(network, now=start + MICRO_BATCH == share)
+            processes.sync_gradients(network, now=start + MICRO_BATCH == share)
             out = predict(network, world, mine[start : start + MICRO_BATCH])
             ((out**2).mean() * MICRO_BATCH / share).backward()
             held = [p.grad for p in processes.trainable(network) if p.grad is not None]
-        norms.append(processes.clip_gradients(network, 1.0, iteration))
+        processes.average_gradients(network)
+        norm = torch.nn.utils.clip_grad_norm_(processes.trainable(network), 1.0)
+        norms.append(processes.finite_norm(norm, iteration))
         optimizer.step()
         ema.update()
     if folder and not resumed:

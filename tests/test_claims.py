@@ -19,7 +19,7 @@ from claims import diversity, dpo, experiment, one_form, policy, tables
 from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
 from rewards import load_reward
 from runtime import output
-from runtime.options import RunError, check_options, seal
+from runtime.options import RunError, check_options
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def main(cfg):
     folder = Path(cfg.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"script": "test_claims.py", "directory": ".", "versions": {}} | cfg.__dict__ | {"resume": False}
-    (folder / "config.json").write_text(json.dumps(seal(content)))
+    (folder / "config.json").write_text(json.dumps(content))
     (folder / "metrics.jsonl").write_text("".join(f'{{"iteration": {i + 1}}}\n' for i in range(cfg.iterations)))
     if cfg.eta == 13 and not cfg.resume:
         raise KeyboardInterrupt

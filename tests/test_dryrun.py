@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import grpo_flux
 import grpo_video
 from rewards import RewardError
-from runtime import dryrun, loading, processes
+from runtime import dryrun, families, loading, processes
 from runtime.options import RunError
 from sampling import flow_sigmas
 
@@ -141,7 +141,7 @@ def test_processes_that_do_not_divide_the_prompts_are_refused(tmp_path):
     [
         (FluxTransformer2DModel, 11.9e9, {"guidance_embeds": True}),
         (HunyuanVideoTransformer3DModel, 12.8e9, {}),
-        (WanTransformer3DModel, 1.42e9, grpo_video.Wan.full_size(grpo_video.Config(**grpo_video.PRESETS["wan"]))),
+        (WanTransformer3DModel, 1.42e9, families.Wan.full_size(grpo_video.Config(**grpo_video.PRESETS["wan"]))),
     ],
 )
 def test_without_the_hub_the_full_size_configurations_are_known(network_class, elements, known):

@@ -14,14 +14,15 @@ import torch
 import grpo_flux
 import grpo_sd
 import grpo_video
-from grpo_flux import group_advantages, grpo_loss, sde_window, statistics, training_pairs
-from runtime import data, dryrun, loading, output, processes
+from grpo_flux import best_and_worst, choose_steps, deal, group_advantages, grpo_loss, sde_window, statistics
+from runtime import checkpoints, data, dryrun, families, loading, output, processes
 from runtime.options import check_options, parse_config
-from sampling import gaussian_kl, gaussian_log_prob
+from sampling import gaussian_kl, gaussian_log_prob, guarded_loss
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
+ROOMS = (checkpoints, data, dryrun, families, loading, output, processes)
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
-SHARED = ["group_advantages", "grpo_loss", "sde_window", "training_pairs", "statistics"]
+SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps", "sde_window", "statistics"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
 group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
 micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
@@ -38,18 +39,23 @@ def test_the_grpo_functions_are_identical_in_every_trainer(name):
     assert len(sources) == 1
 
 
-def test_the_other_trust_regions_are_identical_in_both_trainers_of_rectified_flow():
-    assert inspect.getsource(grpo_flux.guarded_loss) == inspect.getsource(grpo_video.guarded_loss)
-
-
-@pytest.mark.parametrize("name", ["group_advantages", "grpo_loss"])
+@pytest.mark.parametrize("name", SHARED[:-2])
 def test_a_grpo_function_works_when_its_source_alone_is_copied(name):
     namespace = {"torch": torch, "einops": einops}
     exec(inspect.getsource(getattr(grpo_flux, name)), namespace)
     x, y, z = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    arguments = [{"a": x, "b": y}, {"a": 1.0, "b": 0.5}, 4, 1.0] if name == "group_advantages" else [x, y, z, 0.1]
-    copied, original = namespace[name](*arguments), getattr(grpo_flux, name)(*arguments)
-    assert all(torch.equal(a, b) for a, b in zip(copied, original, strict=True))
+    arguments = {
+        "group_advantages": [{"a": x, "b": y}, {"a": 1.0, "b": 0.5}, 4, 1.0],
+        "grpo_loss": [x, y, z, 0.1],
+        "best_and_worst": [x, 4, 1],
+        "deal": [[3, 4, 5, 6], 2],
+        "choose_steps": [range(9), 0.5, "random"],
+    }[name]
+    copied, original = (
+        function(*arguments, *[data.keyed_rng("a test", 0)] * (name in ("deal", "choose_steps")))
+        for function in (namespace[name], getattr(grpo_flux, name))
+    )
+    assert all(torch.equal(*map(torch.as_tensor, pair)) for pair in zip(copied, original, strict=True))
 
 
 def test_the_root_holds_the_six_scripts():
@@ -65,7 +71,7 @@ def test_every_option_of_the_contract_is_there_and_read(trainer):
     expected = set(CONTRACT.split()) | ({"sde", "shift", "ratio"} if trainer is not grpo_sd else set())
     assert expected <= set(names)
     assert trainer is not grpo_sd or not {"sde", "shift", "ratio"} & set(names)
-    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, (data, dryrun, loading, output, processes)))
+    source = inspect.getsource(trainer) + "".join(map(inspect.getsource, ROOMS))
     unread = {name for name in names if not re.search(rf"\b(cfg|config|c)\.{name}\b", source)}
     assert unread <= {"preset"}  # which parse_config reads, before there is a config
     for preset in trainer.PRESETS.values():
@@ -146,10 +152,10 @@ def test_a_preset_is_its_published_recipe(trainer, preset, trained, recipe):
     cfg = parse_config(trainer.Config, trainer.PRESETS, ["--preset", preset])
     assert {name: getattr(cfg, name) for name in recipe} == recipe
     check_options(cfg)
-    keys = [(0, 0, 0, g) for g in range(cfg.group_size)]
     window = sde_window(0, cfg.steps, cfg.sde_window, cfg.sde_window_every)
-    more = 1.0 if cfg.sde_window else cfg.timestep_fraction, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout
-    updates = training_pairs(torch.randn(cfg.group_size), keys, cfg.group_size, window, *more)
+    fraction, A = 1.0 if cfg.sde_window else cfg.timestep_fraction, torch.randn(cfg.group_size)
+    more = fraction, cfg.timesteps, cfg.keep_best_worst, cfg.updates_per_rollout
+    updates = pairs_of(A, 0, cfg.group_size, window, *more)
     samples = 2 * cfg.keep_best_worst or cfg.group_size
     assert [len(pairs) for pairs in updates] == [samples // cfg.updates_per_rollout * trained] * cfg.updates_per_rollout
 
@@ -230,7 +236,7 @@ def one_step(A, change, epsilon, ratio, noise=(1.0, -3.0), std=0.5, dsigma=0.25)
     mean, z_next = torch.tensor([change], requires_grad=True), old_mean + std * noise
     log_ratio = gaussian_log_prob(z_next, mean, std) - gaussian_log_prob(z_next, old_mean, std)
     kl, dsigma = gaussian_kl(mean, old_mean, std), torch.tensor([dsigma])
-    loss, rho = grpo_flux.guarded_loss(ratio, log_ratio, kl, torch.tensor([A]), std, dsigma, epsilon)
+    loss, rho = guarded_loss(ratio, log_ratio, kl, torch.tensor([A]), std, dsigma, epsilon)
     loss.backward()
     return loss.item(), rho.item(), mean.grad[0].tolist()
 
@@ -252,7 +258,7 @@ def test_the_ratio_of_grpo_guard_has_its_mean_at_1_where_the_plain_one_is_below(
     log_ratio = gaussian_log_prob(std * noise, change, std) - gaussian_log_prob(std * noise, torch.zeros(1), std)
     kl = gaussian_kl(change, torch.zeros_like(change), std)
     torch.testing.assert_close(kl, torch.full_like(kl, 0.08))  # 0.2² / (2 · 0.5²)
-    _, rho = grpo_flux.guarded_loss("guard", log_ratio, kl, kl, std, kl, 0.1)
+    _, rho = guarded_loss("guard", log_ratio, kl, kl, std, kl, 0.1)
     assert log_ratio.mean().item() == pytest.approx(-0.08, abs=0.003)
     assert rho.log().mean().item() == pytest.approx(0, abs=0.002)
 
@@ -279,9 +285,14 @@ def test_flow_dppo_leaves_out_what_moves_further_away(A, change, epsilon, has_gr
 
 
 def pairs_of(A, iteration=0, group_size=4, window=range(5), fraction=1.0, timesteps="random", keep=0, updates=1):
-    """`training_pairs` for advantages A (B,) of prompts 0, 1, …"""
-    keys = [(42, iteration, b // group_size, b % group_size) for b in range(len(A))]
-    return training_pairs(A, keys, group_size, window, fraction, timesteps, keep, updates)
+    """The pairs (sample, step) of each update, as the trainers choose them, for advantages A (B,) of prompts 0, 1, …"""
+    pairs = [[] for _ in range(updates)]
+    for p, group in enumerate(best_and_worst(A, group_size, keep).tolist()):
+        for u, samples in enumerate(deal(group, updates, data.keyed_rng("updates", 42, iteration, p))):
+            for b in samples:
+                rng = data.keyed_rng("timesteps", 42, iteration, p, b % group_size)
+                pairs[u] += [(b, t) for t in choose_steps(window, fraction, timesteps, rng)]
+    return pairs
 
 
 def samples_of(pairs):
@@ -351,13 +362,14 @@ def test_statistics_are_those_of_rewards_advantages_and_ratios():
     rewards = {"a": torch.tensor([1.0, 3.0, 5.0, 5.0]), "b": torch.tensor([0.0, 1.0, 0.0, 1.0])}
     A = torch.tensor([-1.0, 2.0, 0.0, 0.0])
     ratios = [[torch.tensor([1.0, 1.0]), torch.tensor([1.0])], [torch.tensor([1.2, 0.95, 1.0])]]
-    row = statistics(rewards, {"a": 1.0, "b": 2.0}, A, 2, ratios, 0.1, gather=lambda x: x)
+    kls = [[torch.tensor([0.0, 0.0]), torch.tensor([0.0])], [torch.tensor([0.3, 0.2, 0.1])]]
+    row = statistics(rewards, {"a": 1.0, "b": 2.0}, A, 2, ratios, kls, 0.1, gather=lambda x: x)
     rho = torch.tensor([1.0, 1.0, 1.0, 1.2, 0.95, 1.0], dtype=torch.float64)
-    total = torch.tensor([1.0, 5.0, 5.0, 7.0])
     assert row == pytest.approx({
-        "reward_mean": 4.5, "reward_std": total.std().item(), "reward_a": 3.5, "reward_b": 0.5, "advantage_abs": 0.75,
+        "reward_mean": 4.5, "reward_std": (8**0.5 + 2**0.5) / 2,
+         "reward_a": 3.5, "reward_b": 0.5, "advantage_abs": 0.75,
         "zero_variance_groups": 1, "ratio_mean": rho.mean().item(), "ratio_max_deviation_first_update": 0.0,
-        "clip_fraction": 1 / 6, "approx_kl": (rho - 1 - rho.log()).mean().item(),
+        "clip_fraction": 1 / 6, "kl": 0.1,
     }, rel=1e-5)  # fmt: skip
 
 
@@ -365,7 +377,8 @@ def test_statistics_are_of_all_processes():
     def gather(x):  # two processes with equal samples
         return torch.cat([x, x + 1])
 
-    row = statistics({"a": torch.tensor([1.0, 3.0])}, {"a": 1.0}, torch.zeros(2), 2, [[torch.ones(3)]], 0.1, gather)
+    rewards, of_update = {"a": torch.tensor([1.0, 3.0])}, ([[torch.ones(3)]], [[torch.zeros(3)]])
+    row = statistics(rewards, {"a": 1.0}, torch.zeros(2), 2, *of_update, 0.1, gather)
     assert row["reward_a"] == row["reward_mean"] == 2.5
     assert row["zero_variance_groups"] == 1
     assert row["ratio_max_deviation_first_update"] == 1.0 and row["ratio_mean"] == 1.5

@@ -287,14 +287,14 @@ def test_first_frames_are_painted_once_and_kept(tmp_path):
     )  # fmt: skip
     prompts = ["a red circle", "a cross", "two squares"]
     world = processes.start_world()
-    first = data.first_frames(config, prompts, world)
+    first = data.first_frames(config, prompts)
     assert not folder.exists()  # nothing is painted before the run has its folder
     data.paint_first_frames(config, first, world)
     assert set(prompts[:2]) <= first.keys()
     assert all(path.parent == folder and Image.open(path).size == (64, 64) for path in first.values())
     made = {path: path.stat().st_mtime_ns for path in first.values()}
     config.first_frame_model, config.iterations = "", 1  # nothing is missing, so nobody has to paint
-    again = data.first_frames(config, prompts, world)
+    again = data.first_frames(config, prompts)
     data.paint_first_frames(config, again, world)
     assert again == {prompt: first[prompt] for prompt in again}
     assert made == {path: path.stat().st_mtime_ns for path in first.values()}
@@ -309,7 +309,7 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
         prompts=str(file), first_frames="", first_frame_model="", num_samples=1, iterations=1, prompts_per_iteration=1,
         seed=0,
     )  # fmt: skip
-    pictures = data.first_frames(config, data.load_prompts(str(file)), processes.start_world())
+    pictures = data.first_frames(config, data.load_prompts(str(file)))
     assert pictures == {"a red circle": tmp_path / "one.png"}
 
 

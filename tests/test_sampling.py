@@ -306,6 +306,9 @@ def results(function):
             return [function(4, 3.0)]
         case "gaussian_log_prob" | "cps_log_prob" | "gaussian_kl":
             return [function(x, y, 0.3)]
+        case "guarded_loss":
+            pair = x[:, 0, 0], y[:, 0, 0].abs(), x[:, 1, 0], torch.full((len(x), 1, 1), 0.3), torch.tensor(0.1), 0.2
+            return [*function("guard", *pair), *function("dppo", *pair)]
         case "ddim_sde_step":
             return [*function(x, y, 0.4, 0.6, 0.5), *function(x, y, 0.4, 0.6, 0.5, "v_prediction")]
         case "rollout":
@@ -324,6 +327,6 @@ def test_a_function_works_when_its_source_alone_is_copied(name):
 
 def test_every_function_of_the_contract_is_public():
     contract = "flow_sigmas gaussian_log_prob flow_sde_step flow_grpo_sde_step cps_step ddim_sde_step rollout"
-    assert set(contract.split()) | {"cps_log_prob", "gaussian_kl", "sample_ode"} == set(PUBLIC)
+    assert set(contract.split()) | {"cps_log_prob", "gaussian_kl", "guarded_loss", "sample_ode"} == set(PUBLIC)
     assert Step._fields == ("mean", "std", "z0_hat")
     assert SDE.keys() == {"dance", "flow", "cps"} and SDE["cps"] == (cps_step, cps_log_prob)

@@ -1,0 +1,335 @@
+"""A run's folder: its lock, config.json, and checkpoints that are saved, verified and restored."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import secrets
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rewards import parse_paths, parse_spec
+
+from .data import FINGERPRINTED, fingerprint, write_atomically, writing
+from .loading import find_init, public_lora, read_json
+from .options import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, require
+from .processes import EMA, World, local, trainable
+
+dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
+
+SUMS = "SHA256SUMS"  # of a checkpoint: `sha256sum -c` reads it
+PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
+
+
+class Folder(NamedTuple):
+    """A run's folder, checked and locked: the future content of config.json, and what to start from, if not --model."""
+
+    config: dict
+    checkpoint: Path | None  # of this run, to continue
+    init: Path | None  # weights of another run
+
+
+def open_folder(config, world: World, prompts: list[str]) -> Folder:
+    """Create --output-dir and take its lock; refuse a folder that is not this run's. Nothing is written yet.
+
+    config.json will hold all options, the directory where the run was started, hashes of the prompts and of the models
+    and rewards that are files here, and versions.
+    """
+    output_dir, init = Path(config.output_dir), None
+    content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
+    content["directory"], content["processes"] = os.getcwd(), world.size
+    content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    if config.init and not world.from_main(complete_checkpoints(output_dir)):
+        init = find_init(config.init)
+        fault = find_fault(init.parent, world, init.name) if (init.parent / SUMS).is_file() else ""
+        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
+    if world.is_main:
+        content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
+        content["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
+        with writing(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+        advice = "take another --output-dir"
+        stored = refuse_foreign(output_dir) or content
+        require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
+        content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
+        found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
+        require(
+            config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
+        )
+        lock_folder(output_dir)
+        if config.resume:
+            changed = [path for path, sha256 in content["files"].items() if stored["files"].get(path) != sha256]
+            changed += [config.prompts] if stored["prompts_sha256"] != content["prompts_sha256"] else []
+            require(
+                not changed,
+                f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "
+                "start a new run in another --output-dir, which may --init from a checkpoint of this one",
+            )
+    world.barrier()
+    checkpoint = newest_whole_checkpoint(output_dir, world, content) if config.resume else None
+    done = int(checkpoint.name[11:]) if checkpoint else 0
+    require(
+        config.iterations >= done,
+        f"--iterations {config.iterations} is below the {done} that the run in {output_dir} has done; raise it",
+    )
+    return Folder(content, checkpoint, init)
+
+
+def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):
+    """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
+    own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
+    paths = [model, transformer, *own, *parse_paths(reward_paths).values()]
+    sums = [folder / SUMS for folder in (Path(init), Path(init).parent) if init]
+    paths += [str(file) for file in sums if file.exists()] or [init]
+    return [path for path in paths if path and Path(path).exists()]
+
+
+OWN = {"dryrun.json", "results.json"}  # of runs and evaluations
+
+
+def refuse_foreign(folder: Path) -> dict:
+    """Raise RunError if this --output-dir holds files of a model, a checkpoint or a program. Others may be logs.
+
+    Returns the content of its config.json, {} if there is none.
+    """
+    file, suffixes, advice = folder / "config.json", FINGERPRINTED - {".txt"}, "take another --output-dir"
+    if file.is_file():
+        stored = read_json(file)
+        require("script" in stored, f"{folder} holds a config.json that is no run's, or is damaged; {advice}")
+        return stored
+    foreign = [path.name for path in sorted(folder.glob("*")) if path.suffix in suffixes and path.name not in OWN]
+    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, which no run wrote; {advice}")
+    return {}
+
+
+def lock_folder(folder: Path) -> None:
+    """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
+    from filelock import FileLock, Timeout
+
+    if LOCKS:  # of an earlier run of this process
+        LOCKS.pop().release()
+    LOCKS.append(FileLock(folder / ".lock"))
+    try:
+        LOCKS[0].acquire(timeout=0)
+    except Timeout as e:
+        LOCKS.clear()
+        raise RunError(f"another process is working in {folder}; wait for it, or take another --output-dir") from e
+    except (OSError, NotImplementedError) as e:
+        LOCKS.clear()
+        raise RunError(f"cannot lock {folder} ({e}); take an --output-dir on a file system that has locks") from e
+
+
+LOCKS: list = []  # that of this process's run
+
+
+# ---------------------------------------------------------------------------------------------------------- verifying
+
+
+def newest_whole_checkpoint(output_dir: Path, world: World, run: dict) -> Path | None:
+    """The newest checkpoint whose files are as this run wrote them; says which newer ones are not. A collective.
+
+    run: the content of config.json. None where a run ended before its first checkpoint: it starts again.
+    """
+    checkpoints = world.from_main(complete_checkpoints(output_dir))
+    for checkpoint in reversed(checkpoints):
+        fault = find_fault(checkpoint, world) or world.from_main(find_difference(checkpoint, run))
+        if not fault:
+            return checkpoint
+        if world.is_main:
+            print(f"{checkpoint} is skipped: {fault}", file=sys.stderr)
+    advice = "start a new run in another --output-dir"
+    require(not checkpoints, f"nothing to resume: {output_dir} has no whole checkpoint; {advice}")
+    return None
+
+
+def find_fault(checkpoint: Path, world: World, part: str = "") -> str:
+    """What is wrong with the files of a checkpoint, or with the file or folder in it that is called `part`; "" if they
+    are as its SHA256SUMS says. A collective: the files are shared out over the processes.
+    """
+    sums = world.from_main(read_sums(checkpoint))
+    names = [name for name in sums if not part or name == part or name.startswith(f"{part}/")]
+    if not names:
+        return f"its {SUMS} is missing or damaged"
+    found = sha256_of(checkpoint, names, world)
+    wrong = [name for name in names if found[name] != sums[name]]
+    return f"its {wrong[0]} is missing or damaged" if wrong else ""
+
+
+def read_sums(checkpoint: Path) -> dict[str, str]:
+    """{name: sha256} of the files that a checkpoint's SHA256SUMS lists; {} if it is missing or damaged."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError):
+        return {}
+    files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
+    unlisted = [name for name in files if name not in sums and name.endswith((".safetensors", ".distcp"))]
+    return {} if unlisted else sums  # it was cut off
+
+
+def find_difference(checkpoint: Path, run: dict) -> str:
+    """Why a whole checkpoint is not one of `run`, by its name, from which to go on; "" if it is."""
+    if not (checkpoint / "state").is_dir():
+        return "it keeps no state to resume from; --keep-states says how many checkpoints do"
+    metrics = checkpoint / "state/metrics.jsonl"  # a line for each iteration
+    saved_as = name_of(len(metrics.read_text(encoding="utf-8").splitlines())) if metrics.is_file() else checkpoint.name
+    if checkpoint.name != saved_as:
+        return f"it was renamed: the run saved it as {saved_as}"
+    stored = read_json(checkpoint / "state/config.json")
+    own = run.keys() - FREE_ON_RESUME - {"directory", "processes", "files", "versions"}
+    other = sorted(name for name in own if stored.get(name) != run[name])
+    return f"it is of another run, whose {other[0]} is {stored.get(other[0])!r}" if other else ""
+
+
+def sha256_of(folder: Path, names: list[str], world: World) -> dict[str, str]:
+    """{name: sha256 of the file in hexadecimal, zeros if it cannot be read}. A collective."""
+    digests = []
+    for i in world.share(len(names)):
+        try:
+            with (folder / names[i]).open("rb") as file:
+                digests.append(list(hashlib.file_digest(file, "sha256").digest()))
+        except OSError:
+            digests.append([0] * 32)
+    digests = world.collect(torch.tensor(digests, dtype=torch.uint8).view(-1, 32), len(names))
+    return {name: bytes(digest).hex() for name, digest in zip(names, digests.tolist(), strict=True)}
+
+
+# ------------------------------------------------------------------------------------------------- saving, restoring
+
+
+def name_of(iteration: int) -> str:
+    """The folder of the checkpoint after so many iterations."""
+    return f"checkpoint-{iteration:06d}"
+
+
+class Checkpoints:
+    """Saves and restores network, optimizer and EMA, whatever the number of processes.
+
+    A checkpoint folder holds the weights in diffusers' public layout (`transformer/`, or
+    `pytorch_lora_weights.safetensors`; the same with `_ema` beside it) and `state/`, sharded, for --resume, up to
+    six times as large: only the newest `keep_states` checkpoints keep it. `state/` also holds the run's config.json and
+    metrics.jsonl of that time; SHA256SUMS lists every file, but for the model card's, which may be edited: README.md,
+    reward.png and samples.png.
+    """
+
+    CARD = ("README.md", "reward.png", "samples.png")
+
+    def __init__(self, pipeline, component: str, optimizer, ema: EMA, world: World, keep_states: int = 2):
+        self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
+        self.optimizer, self.ema, self.world, self.keep_states = optimizer, ema, world, keep_states
+        self.is_lora = bool(getattr(self.network, "peft_config", None))
+
+    def _state(self) -> dict:
+        options = state_dict.StateDictOptions(ignore_frozen_params=True)
+        return {
+            "network": state_dict.get_model_state_dict(self.network, options=options),
+            "optimizer": state_dict.get_optimizer_state_dict(self.network, self.optimizer, options=options),
+            "ema": {str(i): average for i, average in enumerate(self.ema.average)},
+        }
+
+    def save(self, output_dir: str, iteration: int, card: str = "") -> None:
+        """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete.
+
+        card: the text of its README.md, if it shall have one; the run's curves and newest samples come with it.
+        Raises RunError, and writes nothing, if a weight is not finite.
+        """
+        self.require_finite(iteration)
+        final = Path(output_dir) / name_of(iteration)
+        part = final.with_name(final.name + ".part")
+        if self.world.is_main:
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+        self.world.barrier()
+        with writing(final), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
+            dcp.save(self._state(), checkpoint_id=part / "state", no_dist=self.world.size == 1)
+            self._save_public(part, "")
+            if self.ema.average:
+                with self.ema.swapped_in():
+                    self._save_public(part, "_ema")
+            if self.world.is_main:
+                for name in ("config.json", "metrics.jsonl"):
+                    if (final.parent / name).is_file():
+                        shutil.copy(final.parent / name, part / "state")
+            self.world.barrier()
+            names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
+            sums = sha256_of(part, self.world.from_main(names), self.world)
+            if self.world.is_main:
+                if card:
+                    self._write_card(part, iteration, card)
+                write_atomically(part / SUMS, "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+                self._delete_old_states(final)
+            self.world.barrier()
+
+    def _write_card(self, folder: Path, iteration: int, card: str) -> None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        sheets = [path for path in sorted(folder.parent.glob("samples/*.png")) if path.stem.isdigit()]
+        sheets = [path for path in sheets if int(path.stem) <= iteration]  # later ones: of a run that continued earlier
+        for file, name in zip([folder.parent / "reward.png", *sheets[-1:]], self.CARD[1:], strict=False):
+            if file.is_file():
+                shutil.copy(file, folder / name)
+
+    def require_finite(self, iteration: int) -> None:
+        """Raise RunError if a trained weight, or its average, is infinite or NaN. A collective."""
+        finite = torch.stack([local(w).isfinite().all() for w in (*trainable(self.network), *self.ema.average)])
+        require(
+            bool(self.world.gather(finite.all().view(1)).all()),
+            f"the weights became infinite or NaN in iteration {iteration} and are not saved; start again with a lower "
+            "--learning-rate in another --output-dir; the checkpoints saved so far are intact",
+        )
+
+    def _delete_old_states(self, newest: Path) -> None:
+        """Delete old states, up to `newest`. A later checkpoint is damaged: the run resumed from an earlier one."""
+        upto = [path for path in complete_checkpoints(newest.parent) if int(path.name[11:]) <= int(newest.name[11:])]
+        for checkpoint in upto[: -self.keep_states]:
+            if (checkpoint / "state").is_dir():
+                sums = {name: sha256 for name, sha256 in read_sums(checkpoint).items() if not name.startswith("state/")}
+                write_atomically(checkpoint / SUMS, "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
+                (checkpoint / "state").rename(checkpoint / "state.part")  # never half of one under its own name
+            shutil.rmtree(checkpoint / "state.part", ignore_errors=True)
+
+    def _public_weights(self) -> dict[str, Tensor]:
+        """The trained weights by the network's own names, whole and in host memory on rank 0; {} elsewhere."""
+        options = state_dict.StateDictOptions(ignore_frozen_params=self.is_lora)
+        weights = {}
+        for name, weight in state_dict.get_model_state_dict(self.network, options=options).items():
+            weight = weight if self.is_lora else weight.to(self.world.dtype)  # before it is gathered
+            weight = weight.full_tensor() if isinstance(weight, torch.distributed.tensor.DTensor) else weight
+            # Gathered, it may be a view of a larger, padded buffer, which safetensors refuses.
+            weights |= {name: weight.cpu().clone()} if self.world.is_main else {}
+        return weights
+
+    def _save_public(self, folder: Path, suffix: str) -> None:
+        from huggingface_hub import save_torch_state_dict
+
+        weights = self._public_weights()
+        if not self.world.is_main:
+            return
+        if self.is_lora:
+            layers, metadata = public_lora(self.network, weights)
+            named = {f"{self.component}_lora_layers": layers, f"{self.component}_lora_adapter_metadata": metadata}
+            self.pipeline.save_lora_weights(folder, weight_name=f"pytorch_lora_weights{suffix}.safetensors", **named)
+            return
+        target = folder / f"{self.component}{suffix}"
+        target.mkdir(parents=True)
+        save_torch_state_dict(weights, target, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")
+        self.network.save_config(target)
+
+    def restore(self, checkpoint: Path) -> int:
+        """Load a whole checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
+        state = self._state()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=self.world.size == 1)
+        options = state_dict.StateDictOptions(strict=False)
+        state_dict.set_model_state_dict(self.network, state["network"], options=options)
+        state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
+        return int(checkpoint.name.split("-")[1])
