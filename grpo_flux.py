@@ -58,31 +58,31 @@ class Config:
     timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release), not of a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
-    clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
+    clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
-    max_grad_norm: Positive = 1.0  # gradient clipping (paper, release; 0.01 in the 8-GPU recipe)
+    max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
     guidance: Positive = 3.5  # embedded guidance scale (release)
     height: Count = 720  # pixels (release); train at the size you use
     width: Count = 720  # pixels (release)
     max_sequence_length: Count = 512  # text tokens of the T5 encoder (FluxPipeline's default)
     # variants
     sde: Literal["dance", "flow", "cps"] = "dance"  # dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
-    ratio: Literal["plain", "guard", "dppo"] = "plain"  # plain (paper), guard (GRPO-Guard) or dppo (Flow-DPPO)
+    ratio: Literal["plain", "guard", "dppo"] = "plain"  # guard: GRPO-Guard; dppo: Flow-DPPO, --clip-range 1e-5
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
     keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
-    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
+    kl_weight: NonNegative = 0.0  # beta of |prediction - that of --model|² (paper: none)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
     micro_batch: Count = 4  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
-    shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
+    shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
-    compile: bool = False  # torch.compile the transformer's repeated blocks
+    compile: bool = False  # torch.compile the network's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
@@ -194,7 +194,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
     excess = [gather(torch.cat(rhos)).double() - 1 for rhos in ratios]
-    of_all = torch.cat(excess)
+    of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
     return {
         "reward_mean": total.mean().item(),
         "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
@@ -204,9 +204,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "ratio_mean": 1 + of_all.mean().item(),
         "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
-        "kl": torch.cat([gather(torch.cat(kl)) for kl in kls])
-        .mean()
-        .item(),  # of the steps' Gaussians, old against new
+        "kl": kl.mean().item(),  # of the steps' Gaussians, old against new
     }
 
 
@@ -340,12 +338,12 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     run = runtime.start(cfg, prompts, load_models, "transformer", fits_whole=cfg.lora_rank > 0)
-    world, reward, pipe, transformer, reference = run.world, run.reward, run.pipe, run.network, run.reference
+    world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     step, log_prob_of = SDE[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
     rows, columns = (side // (2 * pipe.vae_scale_factor) for side in (cfg.height, cfg.width))  # of image tokens
-    shape = (rows * columns, transformer.config.in_channels)  # (N, C)
+    shape = (rows * columns, network.config.in_channels)  # (N, C)
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
@@ -354,7 +352,7 @@ def main(cfg: Config) -> None:
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)
-        z0 = sample_ode(lambda z, t: velocity(transformer, z, sigmas[t], text, cfg.guidance, rows), z, sigmas)
+        z0 = sample_ode(lambda z, t: velocity(network, z, sigmas[t], text, cfg.guidance, rows), z, sigmas)
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0, rows)
 
@@ -367,7 +365,7 @@ def main(cfg: Config) -> None:
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
         keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's RNG key
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
-        drawn = sample_groups(cfg, world, transformer, pipe.vae, text, keys, window, sigmas, shape, rows)
+        drawn = sample_groups(cfg, world, network, pipe.vae, text, keys, window, sigmas, shape, rows)
         trajectories, old_log_probs, images = drawn  # (B, T+1, N, C), (B, T), (B, 3, H, W)
         run.lap("rollout")
 
@@ -394,11 +392,11 @@ def main(cfg: Config) -> None:
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
-                processes.sync_gradients(transformer, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, of_sample = trajectories[b, t], trajectories[b, t + 1], [x[b // G] for x in text]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
-                v = velocity(transformer, z, sigmas[t], of_sample, cfg.guidance, rows)
+                v = velocity(network, z, sigmas[t], of_sample, cfg.guidance, rows)
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
                 log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[b, t]
                 loss, rho = grpo_loss(log_prob, old_log_prob, A[b], cfg.clip_range)
@@ -417,8 +415,8 @@ def main(cfg: Config) -> None:
                 losses.append(loss.detach() * share / len(updates))
                 ratios[u].append(rho)
                 kls[u].append(kl.detach())
-            processes.average_gradients(transformer)
-            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(transformer), cfg.max_grad_norm)
+            processes.average_gradients(network)
+            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(network), cfg.max_grad_norm)
             grad_norms.append(processes.finite_norm(norm, iteration))
             run.optimizer.step()
             run.optimizer.zero_grad()

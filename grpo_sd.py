@@ -3,7 +3,7 @@
 Algorithm 1 of the paper, which `main` follows line by line:
     for every iteration:
         sample a batch of prompts; the current weights are the old policy
-        for every prompt draw G images by the DDIM SDE from one initial noise, and score them
+        for every prompt draw G images by the reverse SDE from one initial noise, and score them
         advantage of an image = its score, normalised within its prompt's group (several rewards: summed after that)
         choose a random subset of the timesteps and replay it: rho = exp(new log-prob - old log-prob),
             where a log-prob is the mean over the latent's elements
@@ -59,7 +59,7 @@ class Config:
     timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train (release; paper 0.6), not of a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
-    clip_range: Open01 = 1e-4  # of the ratio (paper, release); so small because log-probs are means
+    clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
@@ -71,16 +71,16 @@ class Config:
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
     keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
-    kl_weight: NonNegative = 0.0  # beta of |eps - eps_ref|², to stay near --model (paper: none)
+    kl_weight: NonNegative = 0.0  # beta of |prediction - that of --model|² (paper: none)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
     micro_batch: Count = 8  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
-    shard_size: Natural = 0  # processes that share one copy of the network; 0: each has its own
+    shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
-    compile: bool = False  # torch.compile the UNet's repeated blocks
+    compile: bool = False  # torch.compile the network's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
@@ -194,7 +194,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
     excess = [gather(torch.cat(rhos)).double() - 1 for rhos in ratios]
-    of_all = torch.cat(excess)
+    of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
     return {
         "reward_mean": total.mean().item(),
         "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
@@ -204,9 +204,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "ratio_mean": 1 + of_all.mean().item(),
         "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
-        "kl": torch.cat([gather(torch.cat(kl)) for kl in kls])
-        .mean()
-        .item(),  # of the steps' Gaussians, old against new
+        "kl": kl.mean().item(),  # of the steps' Gaussians, old against new
     }
 
 
@@ -215,7 +213,8 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
-    load = partial(loading.load_network, diffusers.UNet2DConditionModel, cfg.model, world, subfolder="unet")
+    kind = diffusers.UNet2DConditionModel
+    load = partial(loading.load_network, kind, cfg.model, world, subfolder="unet")
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
         reference = load(frozen=True)
@@ -335,20 +334,20 @@ def dry_run(cfg: Config) -> dict:
 def main(cfg: Config) -> None:
     prompts = check(cfg)
     run = runtime.start(cfg, prompts, load_models, "unet", fits_whole=True)
-    world, reward, pipe, unet, reference = run.world, run.reward, run.pipe, run.network, run.reference
+    world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     timesteps, alpha_bars, step = schedule = ddim_schedule(pipe.scheduler.config, cfg.steps, world.device)
     side = pipe.vae_scale_factor  # pixels along the side of one element of a latent
-    shape = (unet.config.in_channels, cfg.height // side, cfg.width // side)  # (C, h, w)
+    shape = (network.config.in_channels, cfg.height // side, cfg.width // side)  # (C, h, w)
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
     encode = run.cached(encode, pipe.text_encoder)
 
-    def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by deterministic DDIM
+    def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)
-        z0 = sample_ode(lambda z, t: predict(unet, z, timesteps[t], text, cfg.guidance), z, alpha_bars, step)
+        z0 = sample_ode(lambda z, t: predict(network, z, timesteps[t], text, cfg.guidance), z, alpha_bars, step)
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0)
 
@@ -361,7 +360,7 @@ def main(cfg: Config) -> None:
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
         keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's RNG key
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
-        drawn = sample_groups(cfg, world, unet, pipe.vae, text, keys, window, schedule, shape)
+        drawn = sample_groups(cfg, world, network, pipe.vae, text, keys, window, schedule, shape)
         trajectories, old_log_probs, images = drawn  # (B, T+1, C, h, w), (B, T), (B, 3, H, W)
         run.lap("rollout")
 
@@ -388,11 +387,11 @@ def main(cfg: Config) -> None:
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
-                processes.sync_gradients(unet, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next, of_sample = trajectories[b, t], trajectories[b, t + 1], text[b // G]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
-                eps = predict(unet, z, timesteps[t], of_sample, cfg.guidance)
+                eps = predict(network, z, timesteps[t], of_sample, cfg.guidance)
                 mean, std, _ = step(eps, z, alpha_bars[t], alpha_bars[t + 1], cfg.eta)
                 log_prob, old_log_prob = gaussian_log_prob(z_next, mean, std), old_log_probs[b, t]
                 loss, rho = grpo_loss(log_prob, old_log_prob, A[b], cfg.clip_range)
@@ -408,8 +407,8 @@ def main(cfg: Config) -> None:
                 losses.append(loss.detach() * share / len(updates))
                 ratios[u].append(rho)
                 kls[u].append(kl.detach())
-            processes.average_gradients(unet)
-            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(unet), cfg.max_grad_norm)
+            processes.average_gradients(network)
+            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(network), cfg.max_grad_norm)
             grad_norms.append(processes.finite_norm(norm, iteration))
             run.optimizer.step()
             run.optimizer.zero_grad()

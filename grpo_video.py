@@ -10,17 +10,13 @@ Algorithm 1 of the paper, which `main` follows line by line:
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
     python grpo_video.py --preset tiny-t2v            on a laptop, no download; or tiny-t2i, tiny-i2v, tiny-wan
-    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py              the release's HunyuanVideo run, 32 GPUs of 80 GB
-    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py --preset release-i2v        its SkyReels-I2V run, 32 GPUs
-    torchrun --nproc_per_node=8 grpo_video.py --preset wan              its Wan 2.1 run, text to image, 8 GPUs
+    torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py    the release's run; --preset release-i2v: SkyReels
 
-Departures from the release: initial noise is shared within a prompt's group, and processes draw their own; best-of-N
-keeps the best and worst of each prompt's own group; the first frame is encoded once, by the mode of the posterior;
-the embedded guidance is 6, not 6.018; a VideoAlign failure stops the run; rewards see decoded frames, not an MP4.
+Departures from the release: docs/departures.md.
 
-Legend: P prompts of this process, G samples of each, B = P G of them, T sampling steps, (C, f, h, w) a latent,
-F frames, L text tokens, D width of the text embedding, M pairs (sample, step) in a micro-batch, n texts of a sample:
-with classifier-free guidance 2, the empty one and the prompt, else 1.
+Legend: P prompts of this process, G samples of each, B = P G of them, T sampling steps, (C, f, h, w) a latent, F
+frames, L text tokens, D width of their embedding, M pairs (sample, step) in a micro-batch, n texts of a sample: with
+classifier-free guidance 2, the empty one and the prompt, else 1.
 """
 
 from dataclasses import dataclass
@@ -62,7 +58,7 @@ class Config:
     timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release), not of a window
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
-    clip_range: Open01 = 1e-4  # of the ratio (paper, release); small: log-probs are means; dppo: of the KL (1e-5)
+    clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means
     advantage_clip: Positive = 5.0  # advantages are clamped to plus or minus this (release)
     learning_rate: Positive = 1e-5  # AdamW, constant (paper, release; its author advises 5e-6 to 2e-5)
     max_grad_norm: Positive = 1.0  # gradient clipping (paper, release)
@@ -75,21 +71,21 @@ class Config:
     max_sequence_length: Count = 256  # text tokens of Llama or UMT5 (HunyuanVideoPipeline's default; Wan's: 512)
     # variants
     sde: Literal["dance", "flow", "cps"] = "dance"  # dance (paper), flow (Flow-GRPO) or cps (coefficients-preserving)
-    ratio: Literal["plain", "guard", "dppo"] = "plain"  # plain (paper), guard (GRPO-Guard) or dppo (Flow-DPPO)
+    ratio: Literal["plain", "guard", "dppo"] = "plain"  # guard: GRPO-Guard; dppo: Flow-DPPO, --clip-range 1e-5
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
     timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
     keep_best_worst: Natural = 4  # k > 0: train only on the k best and k worst of each group (release; best-of-N)
-    kl_weight: NonNegative = 0.0  # beta of |v - v_ref|², to stay near --model (paper: none)
+    kl_weight: NonNegative = 0.0  # beta of |prediction - that of --model|² (paper: none)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
     micro_batch: Count = 1  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
-    shard_size: Natural = 0  # processes that share one copy of the network; 0: those of a node, with LoRA 1
+    shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
-    compile: bool = False  # torch.compile the transformer's repeated blocks
+    compile: bool = False  # torch.compile the network's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
@@ -125,6 +121,7 @@ TINY = dict(
     eta=2.0, shift=3.0, sde_window=2, sde_window_every=1000, updates_per_rollout=1, micro_batch=32, keep_best_worst=0,
     learning_rate=2e-5, gradient_checkpointing=False, num_samples=32,
 )  # fmt: skip
+GUIDED = dict(guidance=1.0, true_guidance=2.0, learning_rate=5e-5)
 PRESETS = {
     "release": {},
     "release-i2v": I2V | dict(iterations=121, group_size=8),
@@ -141,13 +138,9 @@ PRESETS = {
         steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2, gpu_memory=46.0,
     ),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=20, output_dir="runs/tiny-t2v"),
-    "tiny-wan": TINY | dict(
-        model="tiny/wan", reward="vq,mq", guidance=1.0, true_guidance=2.0, iterations=20,
-        learning_rate=5e-5, output_dir="runs/tiny-wan",
-    ),
-    "tiny-i2v": TINY | dict(
-        transformer="tiny/skyreels", reward="mq", guidance=1.0, true_guidance=2.0, iterations=24,
-        learning_rate=5e-5, output_dir="runs/tiny-i2v",
+    "tiny-wan": TINY | GUIDED | dict(model="tiny/wan", reward="vq,mq", iterations=20, output_dir="runs/tiny-wan"),
+    "tiny-i2v": TINY | GUIDED | dict(
+        transformer="tiny/skyreels", reward="mq", iterations=24, output_dir="runs/tiny-i2v",
     ),
     "tiny-t2i": TINY | dict(
         reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64,
@@ -230,7 +223,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
     excess = [gather(torch.cat(rhos)).double() - 1 for rhos in ratios]
-    of_all = torch.cat(excess)
+    of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
     return {
         "reward_mean": total.mean().item(),
         "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
@@ -240,9 +233,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "ratio_mean": 1 + of_all.mean().item(),
         "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
-        "kl": torch.cat([gather(torch.cat(kl)) for kl in kls])
-        .mean()
-        .item(),  # of the steps' Gaussians, old against new
+        "kl": kl.mean().item(),  # of the steps' Gaussians, old against new
     }
 
 
@@ -251,27 +242,12 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
-    config = families.transformer_config(cfg)
-    family = families.FAMILIES[config["_class_name"]]
-    kind = getattr(diffusers, family.transformer)
-    load = partial(loading.load_network, kind, world=world, **families.transformer_source(cfg))
-    prepare = dict(lora_rank=cfg.lora_rank, lora_targets=LORA_TARGETS, checkpointing=cfg.gradient_checkpointing)
-    transformer = reference = load(**prepare, compiled=cfg.compile, init=init)
-    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
-        reference = load(frozen=True)
-    for network in dict.fromkeys((transformer, reference)) if family is families.HunyuanVideo else ():
-        families.drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
-    image_to_video = families.takes_first_frame(config)
-    kind = "HunyuanSkyreelsImageToVideoPipeline" if image_to_video else family.pipeline
-    pipe = loading.load_pipeline(getattr(diffusers, kind), cfg.model, world, transformer=transformer)
-    return pipe, transformer, reference
+    return families.load_models(cfg, world, init, LORA_TARGETS)
 
 
 @torch.no_grad()
 def encode(pipe, prompts: list[str], pictures: dict[str, Path], shape: tuple, cfg: Config, device) -> list[Tensor]:
-    """→ what the family's `encode` makes of the texts, tokens (P, n, L, D) first, and latents of the first frame,
-    followed by zeros, (P, C, f, h, w); with 0 channels if there are no pictures.
-    """
+    """→ what the family makes of the texts, tokens (P, n, L, D) first; latents of first frames (P, C or 0, f, h, w)."""
     texts = prompts if cfg.true_guidance == 1 else [text for prompt in prompts for text in ("", prompt)]
     text = families.family_of(pipe.transformer).encode(pipe, texts, cfg.max_sequence_length, device)
     text = [rearrange(x, "(p n) ... -> p n ...", p=len(prompts)) for x in text]
@@ -365,14 +341,10 @@ def dry_run(cfg: Config) -> dict:
     options.check_options(cfg)
     family, kind, config, vae_kind, vae = families.dry_configs(cfg)
     shape = families.latent_shape(cfg, config, *(vae[name] for name in family.strides))
-    dtype, n = processes.compute_dtype(cfg.dtype, cuda=True), 1 if cfg.true_guidance == 1 else 2
     return dryrun.run(
         cfg, kind, config,
         predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
-        condition=lambda b: [
-            *(torch.empty(b, n, *size, dtype=dtype) for size in family.sizes(config, cfg.max_sequence_length)),
-            torch.empty(b, config["in_channels"] - config["out_channels"], *shape[1:]),
-        ],
+        condition=lambda b: families.empty_condition(cfg, family, config, shape, b),
         frozen=dryrun.frozen_parameters(cfg.model, family.frozen), vae=(vae_kind, vae), decode=decode,
         lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
     )  # fmt: skip
@@ -383,22 +355,21 @@ def main(cfg: Config) -> None:
     pictures = data.first_frames(cfg, prompts) if families.takes_first_frame(families.transformer_config(cfg)) else {}
     paint = partial(data.paint_first_frames, cfg, pictures)
     run = runtime.start(cfg, prompts, load_models, "transformer", cfg.lora_rank > 0, before_loading=paint)
-    world, reward, pipe, transformer, reference = run.world, run.reward, run.pipe, run.network, run.reference
+    world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     step, log_prob_of = SDE[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
-    stride, side = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    shape = families.latent_shape(cfg, transformer.config, stride, side)  # (C, f, h, w)
+    strides = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+    shape = families.latent_shape(cfg, network.config, *strides)  # (C, f, h, w)
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
-    encoders = map(pipe.components.get, families.family_of(transformer).frozen)
     embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
-    embed = run.cached(embed, *encoders)
+    embed = run.cached(embed, *map(pipe.components.get, families.family_of(network).frozen))
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)
-        z0 = sample_ode(lambda z, t: velocity(transformer, z, sigmas[t], condition, cfg), z, sigmas)
+        z0 = sample_ode(lambda z, t: velocity(network, z, sigmas[t], condition, cfg), z, sigmas)
         with world.on_device(pipe.vae):
             return decode(pipe.vae, z0)
 
@@ -411,7 +382,7 @@ def main(cfg: Config) -> None:
         # Lines 4 and 5: G samples for each prompt, from the same initial noise.
         keys = [(cfg.seed, iteration, first + p, g) for p in range(P) for g in range(G)]  # each sample's RNG key
         window = sde_window(iteration, cfg.steps, cfg.sde_window, cfg.sde_window_every)
-        drawn = sample_groups(cfg, world, transformer, pipe.vae, conditions, keys, window, sigmas, shape)
+        drawn = sample_groups(cfg, world, network, pipe.vae, conditions, keys, window, sigmas, shape)
         trajectories, old_log_probs, videos = drawn  # (B, T+1, C, f, h, w), (B, T), (B, F, 3, H, W)
         run.lap("rollout")
 
@@ -438,12 +409,12 @@ def main(cfg: Config) -> None:
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
-                processes.sync_gradients(transformer, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[b, t], trajectories[b, t + 1]
                 of_sample = [x[b // G] for x in conditions]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
-                v = velocity(transformer, z, sigmas[t], of_sample, cfg)
+                v = velocity(network, z, sigmas[t], of_sample, cfg)
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
                 log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[b, t]
                 loss, rho = grpo_loss(log_prob, old_log_prob, A[b], cfg.clip_range)
@@ -462,8 +433,8 @@ def main(cfg: Config) -> None:
                 losses.append(loss.detach() * share / len(updates))
                 ratios[u].append(rho)
                 kls[u].append(kl.detach())
-            processes.average_gradients(transformer)
-            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(transformer), cfg.max_grad_norm)
+            processes.average_gradients(network)
+            norm = torch.nn.utils.clip_grad_norm_(processes.trainable(network), cfg.max_grad_norm)
             grad_norms.append(processes.finite_norm(norm, iteration))
             run.optimizer.step()
             run.optimizer.zero_grad()

@@ -28,23 +28,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rewards import (
-    CLIP_MEAN,
-    CLIP_STD,
-    FILE_ERRORS,
-    first_line,
-    hub_folder,
-    is_folder_or_hub_id,
-    load_object,
-    load_tokenizer,
-    resize,
-)
+import rewards
+from runtime import loading
 from runtime.options import Lazy, RunError, require
 
 TF = Lazy("torchvision.transforms.functional")
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+OTHER_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's: GenEval's
 # A detected object: box (left, top, right, bottom) in pixels, y downwards; score in [0, 1]; anything `colors` needs.
 Found = tuple[Sequence[float], float, object]
 
@@ -147,7 +139,7 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
         try:
             row = detector.metadata(prompt)
         except ValueError as e:
-            raise RunError(f"{where}: {first_line(e)}") from e
+            raise RunError(f"{where}: {rewards.first_line(e)}") from e
     try:
         things = [*row["include"], *row.get("exclude", ())]
         fine = isinstance(row["tag"], str) and len(row["include"]) > 0 and all(x["count"] >= 1 for x in things)
@@ -173,13 +165,12 @@ def find_detector(name: str, clip: str = CLIP):
     Raises RunError or RewardError, one line, if there is no such thing or it is no detector.
     """
     if re.search(r"\.py(:|$)", name):
-        detector = load_object(name)()
+        detector = rewards.load_object(name)()
         lacks = [part for part in ("classes", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
         require(not lacks, f"{name} is no detector: it lacks {', '.join(lacks)}")
         return detector
     for option, path in (("--detector", name), ("--detector-clip", clip)):
-        advice = "give a local folder, a hub id (OWNER/NAME)" + " or FILE.py:CLASS" * (path == name)
-        require(is_folder_or_hub_id(path), f"{option}: no folder {path!r}; {advice}")
+        loading.check_path(option, path)
     return Mask2FormerDetector(name, clip)
 
 
@@ -211,12 +202,20 @@ class Mask2FormerDetector:
     GRAY = 0x99 / 255  # replaces what is not the object
 
     def __init__(self, path: str, clip_path: str):
-        self.path, self.clip_path, self.labels = path, clip_path, coco_labels(path)
+        from transformers import Mask2FormerConfig
+
+        self.path, self.clip_path = path, clip_path
+        try:
+            names = Mask2FormerConfig.from_pretrained(rewards.hub_folder(path, weights=False)).id2label
+        except rewards.FILE_ERRORS as e:
+            raise RunError(f"--detector: cannot read the config of {path}: {rewards.first_line(e)}") from e
+        names = [names[i] for i in range(len(names))]
+        self.labels = [OTHER_NAMES.get(name, name) for name in names]
         self.classes = set(self.labels)
 
     def fetch(self) -> tuple[str, str]:
         """→ the folders of the detector and of its CLIP, fetched from the hub where the cache lacks them."""
-        return hub_folder(self.path), hub_folder(self.clip_path)
+        return rewards.hub_folder(self.path), rewards.hub_folder(self.clip_path)
 
     def load(self, device) -> None:
         from transformers import CLIPModel, Mask2FormerForUniversalSegmentation
@@ -226,9 +225,9 @@ class Mask2FormerDetector:
             path, clip_path = self.fetch()
             self.model = Mask2FormerForUniversalSegmentation.from_pretrained(path).to(device).eval()
             self.clip = CLIPModel.from_pretrained(clip_path).to(device).eval()
-            self.tokenizer = load_tokenizer(clip_path, "CLIPTokenizer")
-        except FILE_ERRORS as e:
-            raise RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {first_line(e)}") from e
+            self.tokenizer = rewards.load_tokenizer(clip_path, "CLIPTokenizer")
+        except rewards.FILE_ERRORS as e:
+            raise RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {rewards.first_line(e)}") from e
 
     @torch.no_grad()
     def __call__(self, picture: Tensor) -> dict[str, list[Found]]:
@@ -259,21 +258,9 @@ class Mask2FormerDetector:
         crops = []
         for (left, top, right, bottom), _, inside in objects:
             crop = torch.where(inside, picture, torch.full_like(picture, self.GRAY))[:, top:bottom, left:right]
-            crops.append(resize(crop[None], size, "shortest"))
+            crops.append(rewards.resize(crop[None], size, "shortest"))
         text = [template.format(color, name) for color in COLORS for template in self.TEMPLATES]
         tokens = self.tokenizer(text, padding=True, return_tensors="pt").to(self.device)
-        out = self.clip(pixel_values=TF.normalize(torch.cat(crops), CLIP_MEAN, CLIP_STD), **tokens)
+        out = self.clip(pixel_values=TF.normalize(torch.cat(crops), rewards.CLIP_MEAN, rewards.CLIP_STD), **tokens)
         colors = F.normalize(out.text_embeds.view(len(COLORS), len(self.TEMPLATES), -1).mean(1), dim=-1)
         return [COLORS[i] for i in (out.image_embeds @ colors.T).argmax(1).tolist()]
-
-
-def coco_labels(path: str) -> list[str]:
-    """The classes of a Mask2Former folder or hub id, in its order, by GenEval's names."""
-    from transformers import Mask2FormerConfig
-
-    try:
-        names = Mask2FormerConfig.from_pretrained(hub_folder(path, weights=False)).id2label
-    except FILE_ERRORS as e:
-        raise RunError(f"--detector: cannot read the config of {path}: {first_line(e)}") from e
-    other = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
-    return [other.get(names[i], names[i]) for i in range(len(names))]

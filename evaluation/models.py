@@ -94,12 +94,13 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
             names = list(loading.shapes_in(lora))
         except FILE_ERRORS as e:
             raise RunError(f"--checkpoint: cannot read {lora}: {first_line(e)}; take another") from e
-        other = [name for name in names if not name.startswith(f"{component}.")] or ["none"] * (not names)
-        require(not other, f"--checkpoint {lora} is no LoRA of {base}'s {component}; of its weights this is {other[:1]}")
+        fits = bool(names) and all(name.startswith(f"{component}.") for name in names)
+        found = (names or ["no weights"])[0]
+        require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it holds {found}")
         return "lora", str(lora)
     raise RunError(
-        f"--checkpoint {checkpoint} has neither a {component} folder with its config.json, nor {loading.LORA_FILE}, nor "
-        f"model_index.json; {base}, a {family}, needs one of these"
+        f"--checkpoint {checkpoint} has neither a {component} folder with a whole config.json, nor {loading.LORA_FILE}, "
+        f"nor model_index.json; {base}, a {family}, needs one of these"
     )
 
 

@@ -7,14 +7,13 @@ Legend: P prompts, N pictures of each, F frames of a video, H and W their size i
 """
 
 import base64
-import html
 import io
 import json
-import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -119,44 +118,20 @@ def make_sheet(results: Results) -> Image.Image:
 
 # --------------------------------------------------------------------------------------------------------------- page
 
-STYLE = """
-:root { color-scheme: light dark; font: 15px/1.45 system-ui, sans-serif }
-body { margin: auto; max-width: 1200px; padding: 1rem }
-.table { overflow-x: auto } table { border-collapse: collapse; margin: 1rem 0 }
-th, td { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8886; font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left } .up { color: #1a9048 } .down { color: #d04040 }
-.row { display: flex; flex-wrap: wrap; gap: .8rem; margin: .4rem 0 1.6rem } h2 { margin: 0; font-size: 1rem }
-figure { margin: 0; width: 256px } figcaption { font-size: .8rem; overflow-wrap: anywhere } img { width: 100% }
-"""
-
 
 def make_page(results: Results, table: list[list[str]]) -> str:
     """index.html: the table, and for some prompts the first picture of each model with its scores, embedded."""
-    say = html.escape
-    body = ["<h1>Evaluation</h1><div class=table><table>"]
-    body.append("<tr>" + "".join(f"<th>{say(cell)}</th>" for cell in table[0]))
-    body += ["<tr>" + "".join(f"<td{tint(cell)}>{say(cell)}</td>" for cell in line) for line in table[1:]]
-    body.append("</table></div><ul>" + "".join(f"<li>{say(remark)}</li>" for remark in results.remarks) + "</ul>")
-    for p in spread(len(results.prompts), PAGE_PROMPTS):
-        body.append(f"<h2>{say(results.prompts[p]['prompt'])}</h2><div class=row>")
-        for name, paths in results.pictures.items():
-            scores = results.scores[name][p][0]
-            words = [f"{metric} {value:.4f}" for metric, value in scores.items() if metric not in ("geneval", "wrong")]
-            if "geneval" in scores:
-                words.append("✓ correct" if scores["geneval"] else f"✗ {scores['wrong']}")
-            caption = "<br>".join(map(say, [name, " · ".join(words)]))
-            picture = data_uri(paths[p][0], results.frames, results.fps)
-            body.append(f'<figure><img src="{picture}" alt=""><figcaption>{caption}</figcaption></figure>')
-        body.append("</div>")
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    return f"{head}\n<title>Evaluation</title><style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
+    shown = {
+        p: {name: data_uri(paths[p][0], results.frames, results.fps) for name, paths in results.pictures.items()}
+        for p in spread(len(results.prompts), PAGE_PROMPTS)
+    }
+    return render("report.html.j2", results=results, table=table, shown=shown)
 
 
-def tint(cell: str) -> str:
-    """The colour of a difference that is more than two standard errors from zero."""
-    match = re.fullmatch(r"([+-])([\d.]+) ± ([\d.]+)", cell)
-    clear = match and float(match[2]) > 2 * float(match[3])
-    return f" class={'up' if match[1] == '+' else 'down'}" if clear else ""
+def render(template: str, **values) -> str:
+    """A page from a template of this folder; what is put in is escaped."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=folder, autoescape=True).get_template(template).render(values)
 
 
 def data_uri(path: Path, frames: int, fps: float, side: int = 256) -> str:

@@ -4,6 +4,7 @@ Each family is a namespace, without instances. N texts, L tokens, D width of the
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from . import data, loading
 from .options import Lazy, check_size, require
+from .processes import World, compute_dtype
 
 diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
 
@@ -102,6 +104,24 @@ def latent_shape(cfg, config: dict, stride: int, side: int) -> tuple[int, int, i
     return (config["out_channels"], (cfg.frames - 1) // stride + 1, cfg.height // side, cfg.width // side)
 
 
+def load_models(cfg, world: World, init: Path | None, lora_targets: tuple[str, ...]) -> tuple:
+    """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
+    config = transformer_config(cfg)
+    family = FAMILIES[config["_class_name"]]
+    kind = getattr(diffusers, family.transformer)
+    load = partial(loading.load_network, kind, world=world, **transformer_source(cfg))
+    prepare = dict(lora_rank=cfg.lora_rank, lora_targets=lora_targets, checkpointing=cfg.gradient_checkpointing)
+    transformer = reference = load(**prepare, compiled=cfg.compile, init=init)
+    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
+        reference = load(frozen=True)
+    for network in dict.fromkeys((transformer, reference)) if family is HunyuanVideo else ():
+        drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
+    image_to_video = takes_first_frame(config)
+    kind = "HunyuanSkyreelsImageToVideoPipeline" if image_to_video else family.pipeline
+    pipe = loading.load_pipeline(getattr(diffusers, kind), cfg.model, world, transformer=transformer)
+    return pipe, transformer, reference
+
+
 def check_sizes(cfg, network: dict, vae: dict) -> None:
     """Raise RunError unless a model with these configs takes the height, width, frames and guidance of the run."""
     family, patch = FAMILIES[network["_class_name"]], network["patch_size"]
@@ -137,6 +157,13 @@ def dry_configs(cfg) -> tuple:
     kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
     config = dryrun.config_of(kind, **transformer_source(cfg), **family.full_size(cfg))
     return family, kind, config, vae_kind, dryrun.config_of(vae_kind, cfg.model, "vae")
+
+
+def empty_condition(cfg, family: type, config: dict, shape: tuple, count: int) -> list[Tensor]:
+    """Empty tensors of the shapes that `encode` in grpo_video.py gives for so many prompts, for the dry run."""
+    n, dtype = 1 if cfg.true_guidance == 1 else 2, compute_dtype(cfg.dtype, cuda=True)
+    text = [torch.empty(count, n, *size, dtype=dtype) for size in family.sizes(config, cfg.max_sequence_length)]
+    return [*text, torch.empty(count, config["in_channels"] - config["out_channels"], *shape[1:])]
 
 
 def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
