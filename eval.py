@@ -11,12 +11,12 @@
 3. The report: results.json with every score of every picture, results.md with the table, compare.png, and index.html,
    a page with table and pictures that needs no other file; vote.html, blind pairs of pictures for human votes.
 
-Interrupted evaluations resume: pictures and scores in --output-dir are kept. Checkpoints, metrics and pictures per
-prompt can be added later.
+Interrupted evaluations resume. Checkpoints, metrics and pictures per prompt can be added later.
 
 Legend: B pictures in a batch, F frames of a video, P prompts, N pictures of each, H and W their size in pixels.
 """
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import geneval, report, vote
-from evaluation.models import FAMILIES, Model, check_whole, component_config, find_weights, load_pipeline, run_options
+from evaluation.models import FAMILIES, Model, check_whole, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
 from runtime import checkpoints, data, loading, processes
+from runtime.files import fingerprint, read_json, write_atomically, writing
 from runtime.options import (
     Count,
     Lazy,
@@ -47,10 +48,9 @@ from runtime.options import (
     check_size,
     one_line_errors,
     parse_config,
-    read_sealed,
     require,
-    seal,
 )
+from runtime.pictures import read_picture, save_image, verify_picture
 from sampling import flow_sigmas
 
 diffusers = Lazy("diffusers")
@@ -62,11 +62,11 @@ class Config:
     model: str = ""  # the base: hub id or diffusers folder; empty: the --model of the checkpoints' run
     transformer: str = ""  # hub id or folder of the base's transformer, if it is not the one in --model (SkyReels)
     checkpoint: tuple[str, ...] = ()  # RUN/checkpoint-000300, a transformer_ema or LoRA file in it, a diffusers folder
-    metrics: str = "hps,clip,pickscore"  # also geneval, FILE.py:FUNCTION, http://HOST:PORT/NAME; for video vq, mq, ta
+    metrics: str = ""  # names as in --reward; empty: the models in reward_paths of the run, else hps,clip,pickscore
     reward_paths: str = ""  # NAME=FOLDER, comma separated, of reward weights; empty: as in the checkpoints' run
     detector: str = geneval.MASK2FORMER  # of geneval: hub id or folder of a Mask2Former, or FILE.py:CLASS
     detector_clip: str = geneval.CLIP  # names colours for Mask2Former: hub id or folder of a CLIPModel
-    prompts: str = "hpsv2"  # text or JSONL file, hpsv2 (four styles of 800) or geneval (553 with metadata)
+    prompts: str = ""  # text or JSONL file, hpsv2 (3,200) or geneval (553); empty: the run's file, else hpsv2
     images_per_prompt: Count = 1  # N (GenEval: 4)
     output_dir: str = "runs/eval"  # pictures, scores and report
     seed: Seed = 42  # of the initial noise
@@ -114,39 +114,38 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     Returns the options with every 0 replaced, the pipeline's class, the models, and a row for each prompt.
     """
     check_ranges(cfg)
-    plain = all(spec.endswith(name) for name, spec in metric_specs(cfg.metrics).items())
-    require(plain, f"--metrics takes names only, without threshold or weight: {cfg.metrics}")
-    require("geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector")
-    runs = [run_options(checkpoint) for checkpoint in cfg.checkpoint]
-    base = cfg.model or next((run["model"] for run in runs if run), "")
-    network = cfg.transformer or next((run.get("transformer", "") for run in runs if run and not cfg.model), "")
+    runs = [run for run in map(run_options, cfg.checkpoint) if run]
+    base = cfg.model or next((run["model"] for run in runs), "")
+    network = cfg.transformer or next((run.get("transformer", "") for run in runs if not cfg.model), "")
     require(bool(base), "--model is needed: no --checkpoint is in a run's folder, whose config.json would name it")
     index = loading.pipeline_index(base)
     family = index["_class_name"]
     require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
-    component = FAMILIES[family][0]
-    original = component_config(network, None, "--transformer") if network else component_config(base, component)
+    component = "unet" if "unet" in index else "transformer"
+    source = (network, None, "--transformer") if network else (base, component)
+    original = loading.load_config(*source)
     found, expected = original["_class_name"], index[component][1]
     require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer gets the first frame as well
-    paths = cfg.reward_paths or find_reward_paths(cfg.metrics, runs)
-    cfg = replace(cfg, model=base, transformer=network, reward_paths=paths, **find_settings(cfg, family, runs))
+    cfg = find_settings(replace(cfg, model=base, transformer=network), family, runs)
+    cfg = find_rewards(cfg, runs)
+    plain = all(spec.endswith(name) for name, spec in metric_specs(cfg.metrics).items())
+    require(plain, f"--metrics takes names only, without threshold or weight: {cfg.metrics}")
+    require("geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector")
     check_sizes(cfg, component)
 
-    detector = None
-    if "geneval" in metric_specs(cfg.metrics):
-        require(cfg.frames == 1, "--metrics geneval judges pictures, not video")
-        detector = geneval.find_detector(cfg.detector, cfg.detector_clip)
+    judged = "geneval" in metric_specs(cfg.metrics)
+    require(not judged or cfg.frames == 1, "--metrics geneval judges pictures, not video")
+    detector = geneval.find_detector(cfg.detector, cfg.detector_clip) if judged else None
     if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
         check_reward(rewards, cfg.reward_paths, cfg.frames > 1)
     names = ["/".join(Path(checkpoint).parts[-2:]) for checkpoint in cfg.checkpoint]
     kind, weights = ("network", network) if network else ("base", base)
     models = [Model("base", kind, weights, cfg.output_dir)]
     for checkpoint, name in zip(cfg.checkpoint, names, strict=True):
-        kind, weights = find_weights(checkpoint, family, component, base, original)
         name = name if names.count(name) == 1 else checkpoint
-        models.append(Model(name, kind, weights, cfg.output_dir))
+        models.append(Model(name, *find_weights(checkpoint, family, component, base, original), cfg.output_dir))
     require(len({m.folder for m in models}) == len(models), "--checkpoint names the same weights twice")
     return cfg, family, models, load_rows(cfg.prompts, detector, "ImageToVideo" in family)
 
@@ -161,45 +160,45 @@ def reward_spec(cfg: Config, names: Iterable[str]) -> str:
     return ",".join(spec for name, spec in metric_specs(cfg.metrics).items() if name in names and name != "geneval")
 
 
-def find_settings(cfg: Config, family: str, runs: list[dict]) -> dict:
-    """Steps, guidance, sizes, …: as on the command line, else as in the checkpoints' runs, else the model's usual."""
+def find_settings(cfg: Config, family: str, runs: list[dict]) -> Config:
+    """Steps, sizes, prompts, …: as on the command line, else as in the checkpoints' runs, else the usual ones."""
     settings = {}
-    for name, value in FAMILIES[family][1].items():
+    for name, value in FAMILIES[family].items():
         two_passes = family == "WanPipeline" or "ImageToVideo" in family
         key = "true_guidance" if name == "guidance" and two_passes else name
-        given = {run[key] for run in runs if key in run}
-        require(
-            bool(getattr(cfg, name)) or len(given) <= 1,
-            f"the checkpoints' runs differ in {name}: {', '.join(map(str, sorted(given)))}; "
-            f"give --{name.replace('_', '-')}, with which all are to be drawn",
-        )
-        settings[name] = getattr(cfg, name) or (given.pop() if given else value)
-    return settings
+        settings[name] = getattr(cfg, name) or agreed(name, [run[key] for run in runs if key in run], value)
+    files = [run["prompts"] for run in runs if Path(run["prompts"]).expanduser().is_file()]
+    return replace(cfg, **settings, prompts=cfg.prompts or agreed("prompts", files, "hpsv2"))
 
 
-def find_reward_paths(metrics: str, runs: list[dict]) -> str:
-    """--reward-paths of the checkpoints' runs, as far as these metrics need them."""
-    needed, paths = {term.model for term in parse_spec(metrics)} - {"geneval"}, {}
-    for name, path in [item for run in runs for item in run.get("reward_paths", {}).items() if item[0] in needed]:
-        require(
-            paths.setdefault(name, path) == path,
-            f"the checkpoints' runs take the reward model {name} from {paths[name]} and {path}; give --reward-paths",
-        )
-    return ",".join(f"{name}={path}" for name, path in paths.items())
+def find_rewards(cfg: Config, runs: list[dict]) -> Config:
+    """Metrics and reward paths: as on the command line, else the reward models, and own rewards, of the runs."""
+    paths = {}
+    for model, path in [item for run in runs for item in run["reward_paths"].items()]:
+        paths[model] = path if cfg.reward_paths else agreed("reward_paths", [path, paths.get(model, path)])
+    names = {"videoalign": VideoAlignReward.NAMES if cfg.frames > 1 else ()}
+    metrics = [name for model in paths for name in names.get(model, [model])] or ["hps", "clip", "pickscore"]
+    metrics += [term.model for run in runs for term in parse_spec(run["reward"]) if ":" in term.model]
+    metrics = cfg.metrics or ",".join(dict.fromkeys(metrics))
+    return replace(cfg, metrics=metrics, reward_paths=cfg.reward_paths or ",".join(map("=".join, paths.items())))
+
+
+def agreed(name: str, values: Sequence, default=None):
+    """The value that all of the checkpoints' runs have, or the default. Raises RunError if they differ."""
+    given, option = sorted(set(values)), f"--{name.replace('_', '-')}"
+    require(len(given) < 2, f"the checkpoints' runs differ in {name}: {', '.join(map(str, given))}; give {option}")
+    return given[0] if given else default
 
 
 def check_sizes(cfg: Config, component: str) -> None:
     """Height, width and frames must fit the base's autoencoder and the network that is called `component`."""
-    vae = component_config(cfg.model, "vae")
-    for old, new in (("scale_factor_spatial", "spatial"), ("scale_factor_temporal", "temporal")):  # Wan's names
-        vae |= {f"{new}_compression_ratio": vae[old]} if old in vae else {}
-    scale = vae.get("spatial_compression_ratio") or 2 ** (len(vae["block_out_channels"]) - 1)
+    vae = loading.load_config(cfg.model, "vae")
+    side, stride = (vae.get(f"{x}_compression_ratio", vae.get(f"scale_factor_{x}")) for x in ("spatial", "temporal"))
+    scale = side or 2 ** (len(vae["block_out_channels"]) - 1)  # a VAE for pictures has neither; Wan's has other names
     scale *= 1 if component == "unet" else 2  # a token of a transformer is a patch of 2 x 2 latents
-    makes_video = "temporal_compression_ratio" in vae
-    check_size(cfg, math.lcm(16, scale) if makes_video else scale)  # 16: those pipelines' own rule
-    stride = vae.get("temporal_compression_ratio", 1)
-    require(makes_video or cfg.frames == 1, f"--frames {cfg.frames}: {cfg.model} draws pictures, leave it out")
-    require((cfg.frames - 1) % stride == 0, f"--frames must be 1 more than a multiple of {stride}, got {cfg.frames}")
+    check_size(cfg, math.lcm(16, scale) if stride else scale)  # 16: the video pipelines' own rule
+    require(bool(stride) or cfg.frames == 1, f"--frames {cfg.frames}: {cfg.model} draws pictures, leave it out")
+    require(cfg.frames == 1 or (cfg.frames - 1) % stride == 0, f"--frames must be 1 more than a multiple of {stride}")
     require(cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model")
 
 
@@ -218,41 +217,29 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
     """Lock the folder and write config.json; refuse one with pictures or scores of other settings, prompts, weights or
     functions, and one that is no evaluation's. Refuse weights that are not as a training run saved them.
     """
-    path = Path(cfg.output_dir, "config.json")
+    folder, advice = Path(cfg.output_dir), "take another --output-dir"
     check_whole(models, world)
     if world.is_main:
         asked = json.dumps([[row["prompt"], row.get("image")] for row in rows])
         new = {"script": "eval.py"} | asdict(cfg) | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}
-        with data.writing(path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoints.refuse_foreign(path.parent)
-        checkpoints.lock_folder(path.parent)
-        stored = new
-        if any(path.with_name(name).exists() for name in ("config.json", "metrics.jsonl")):
-            advice = "is damaged, or is not an evaluation's; take another --output-dir"
-            try:
-                stored = read_sealed(path)
-            except (OSError, ValueError) as e:
-                raise RunError(f"{path} {advice} ({e})") from e
-            require(stored.get("script") == "eval.py", f"{path} {advice}")
+        stored = checkpoints.refuse_foreign(folder) or new
+        is_run = stored["script"] != "eval.py" or (folder / "metrics.jsonl").exists()
+        require(not is_run, f"{folder} is a training run's, not an evaluation's; {advice}")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.lock_folder(folder)
         for name in new.keys() - FREE:
-            require(
-                stored.get(name) == new[name],
-                f"{cfg.output_dir} has results of {name} = {stored.get(name)!r}, not {new[name]!r}; take another "
-                "--output-dir",
-            )
-        weights = dict(stored.get("weights", {}))
-        functions = {name: spec.rpartition(":")[0] for name, spec in metric_specs(cfg.metrics).items() if spec != name}
-        sources = {m.folder.name: m.weights for m in models} | functions | parse_paths(cfg.reward_paths)
-        for name, source in (sources | {"model": cfg.model}).items():
-            found = data.fingerprint(source)
-            require(
-                weights.setdefault(name, found) == found,
-                f"{source} has changed since its results in {cfg.output_dir} were made; take another --output-dir",
-            )
-        packages = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
-        new |= {"versions": {name: importlib.metadata.version(name) for name in packages}, "weights": weights}
-        data.write_atomically(path, json.dumps(seal(new), indent=2) + "\n")
+            different = f"{folder} has results of {name} = {stored.get(name)!r}, not {new[name]!r}; {advice}"
+            require(stored.get(name) == new[name], different)
+        sources = {m.folder.name: m.weights for m in models} | {"model": cfg.model} | parse_paths(cfg.reward_paths)
+        sources |= {name: spec.rpartition(":")[0] for name, spec in metric_specs(cfg.metrics).items() if spec != name}
+        weights = {name: fingerprint(source) for name, source in sources.items()}
+        known = stored.get("weights", {})
+        changed = [sources[name] for name in weights if known.get(name, weights[name]) != weights[name]]
+        require(not changed, f"{', '.join(changed)} changed after the results in {folder} were made; {advice}")
+        new["weights"] = known | weights
+        new["versions"] = {name: importlib.metadata.version(name) for name in checkpoints.PACKAGES}
+        write_atomically(folder / "config.json", json.dumps(new, indent=2) + "\n")
     world.barrier()
 
 
@@ -273,6 +260,8 @@ def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], wo
                 if not is_whole(path, cfg):
                     path.with_suffix(".json").unlink(missing_ok=True)  # scores of another picture
                     save_picture(path, picture)
+        del pipe
+        gc.collect()  # its parts refer to each other, and the next one needs the room
 
 
 def batches(cfg: Config, rows: list[dict], world: processes.World) -> list[list[tuple[int, int]]]:
@@ -322,34 +311,28 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
         options["max_sequence_length"] = cfg.max_sequence_length
     if isinstance(pipe, diffusers.HunyuanSkyreelsImageToVideoPipeline):
         options |= {"guidance_scale": 1.0, "true_cfg_scale": cfg.guidance, "negative_prompt": [""] * len(rows)}
-        options["image"] = [data.read_picture(row["image"]) for row in rows]
+        options["image"] = [read_picture(row["image"]) for row in rows]
         seeds = [int(data.keyed_rng("first frame", *key).integers(2**31)) for key in keys]  # its VAE draws a sample
         options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-    out = pipe(**options)
-    pictures = (out.images if is_diffusion or is_flux else out.frames).float().clamp(0, 1)
+    pictures = pipe(**options, return_dict=False)[0].float().clamp(0, 1)
     return pictures[:, 0] if pictures.dim() == 5 and cfg.frames == 1 else pictures
 
 
 def save_picture(path: Path, picture: Tensor) -> None:
     """(3, H, W), or (F, 3, H, W) with the frames one below the other, as a PNG of 8 bits a channel."""
     pixels = (picture.movedim(-3, -1) * 255).round().byte().cpu().numpy()
-    data.save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
+    save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
 
 
 def is_whole(path: Path, cfg: Config) -> bool:
     """Whether `save_picture` wrote it with these settings, and it is as it was written."""
     try:
-        return data.verify_picture(path) == (cfg.width, cfg.frames * cfg.height)
+        return verify_picture(path) == (cfg.width, cfg.frames * cfg.height)
     except RunError:
         return False
 
 
-def read_frames(path: Path, cfg: Config) -> np.ndarray:
-    """What `save_picture` wrote: (F, H, W, 3) uint8, F = 1 for a picture."""
-    return np.array(data.read_picture(path)).reshape(cfg.frames, cfg.height, cfg.width, 3)
-
-
-# -------------------------------------------------------------------------------------------------------------- scores
+# -------------------------------------------------------------------------------------------------- scores and results
 
 
 def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:
@@ -357,18 +340,16 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.W
     work, metrics = [], metric_specs(cfg.metrics).keys()
     for batch, model in [(b, m) for m in models for b in batches(cfg, rows, world)]:
         paths = pictures_of(model, batch)
-        stored = [read_scores(path) for path in paths]
+        stored = [read_json(path.with_suffix(".json")) for path in paths]
         if lacking := {metric for metric in metrics if not all(metric in scores for scores in stored)}:
             work.append((batch, paths, stored, lacking))
     needed = set().union(*(lacking for *_, lacking in work))
-    reward, detector = None, None
-    if spec := reward_spec(cfg, needed):
-        reward = load_reward(spec, parse_paths(cfg.reward_paths), world.device)
-    if "geneval" in needed:
-        detector = geneval.load_detector(cfg.detector, cfg.detector_clip, world.device)
+    spec = reward_spec(cfg, needed)
+    reward = load_reward(spec, parse_paths(cfg.reward_paths), world.device) if spec else None
+    detector = geneval.find_detector(cfg.detector, cfg.detector_clip, world.device) if "geneval" in needed else None
     for batch, paths, stored, lacking in world.progress(work, desc="scoring"):
-        pictures = torch.stack([torch.from_numpy(read_frames(path, cfg)) for path in paths])
-        pictures = pictures.movedim(-1, -3).float() / 255  # (B, F, 3, H, W)
+        pixels = np.stack([read_picture(path) for path in paths])  # (B, F · H, W, 3)
+        pictures = torch.from_numpy(pixels).unflatten(1, (cfg.frames, cfg.height)).movedim(-1, -3).float() / 255
         pictures = pictures[:, 0] if cfg.frames == 1 else pictures
         new = [{} for _ in batch]
         if lacking - {"geneval"}:
@@ -380,40 +361,27 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.W
                         own[f"{name}_raw"] = value * VideoAlignReward.STD[k] + VideoAlignReward.MEAN[k]
         if "geneval" in lacking:
             for own, picture, (p, _) in zip(new, pictures, batch, strict=True):
-                correct, own["wrong"] = geneval.judge_picture(detector, picture, rows[p])
+                correct, own["wrong"] = geneval.judge(detector(picture), rows[p], partial(detector.colors, picture))
                 own["geneval"] = float(correct)
         for path, old, own in zip(paths, stored, new, strict=True):
-            data.write_atomically(path.with_suffix(".json"), json.dumps(seal(old | own)) + "\n")
-
-
-def read_scores(path: Path) -> dict:
-    """The scores of a picture, {} if their file is missing or damaged."""
-    try:
-        scores = read_sealed(path.with_suffix(".json"))
-    except (OSError, ValueError):
-        return {}
-    return {name: value for name, value in scores.items() if name != "sha256"}
-
-
-# ------------------------------------------------------------------------------------------------------------- results
+            write_atomically(path.with_suffix(".json"), json.dumps(old | own) + "\n")
 
 
 def collect(cfg: Config, models: list[Model], rows: list[dict]) -> report.Results:
     """All pictures and scores in --output-dir that this evaluation is about, and the comparison with the base."""
     numbers = range(cfg.images_per_prompt)
     pictures = {m.name: [pictures_of(m, [(p, n) for n in numbers]) for p in range(len(rows))] for m in models}
-    scores = {name: [[read_scores(path) for path in paths] for paths in own] for name, own in pictures.items()}
+    scores = {
+        m: [[read_json(path.with_suffix(".json")) for path in paths] for paths in own] for m, own in pictures.items()
+    }
     summary = {}
     for metric in metric_specs(cfg.metrics):
         groups = [row["tag"] if metric == "geneval" else row.get("style", "overall") for row in rows]
         for name in (metric, f"{metric}_raw") if metric in VideoAlignReward.NAMES else (metric,):
-            values = {
-                model: np.array([[s[name] for s in of_prompt] for of_prompt in own]) for model, own in scores.items()
-            }
+            values = {m: np.array([[s[name] for s in drawn] for drawn in own]) for m, own in scores.items()}
             summary[name] = {model: compare(values["base"], own, groups) for model, own in values.items()}
-    stored = read_sealed(Path(cfg.output_dir, "config.json"))
-    other = ("output_dir", "batch_size", "weights", "versions", "sha256")
-    settings = {k: v for k, v in stored.items() if k not in other}
+    stored = read_json(Path(cfg.output_dir, "config.json"))
+    settings = {k: v for k, v in stored.items() if k not in ("output_dir", "batch_size", "weights", "versions")}
     entries = {m.name: {"weights": m.weights, "pictures": m.folder.name} for m in models}
     return report.Results(
         rows, entries, pictures, scores, summary, remarks(cfg, rows), settings, stored["versions"], cfg.frames, cfg.fps
@@ -431,11 +399,10 @@ def compare(base: np.ndarray, own: np.ndarray, groups: Sequence[str]) -> dict[st
         here = np.array([g == group for g in groups])
         error = float(gain[here].std(ddof=1) / here.sum() ** 0.5) if here.sum() > 1 else None
         result[group] = {"mean": float(own[here].mean()), "difference": float(gain[here].mean()), "error": error}
-    rows = list(result.values())
-    errors = [row["error"] for row in rows]
-    overall = {key: float(np.mean([row[key] for row in rows])) for key in ("mean", "difference")}
+    errors = [row["error"] for row in result.values()]
+    overall = {key: float(np.mean([row[key] for row in result.values()])) for key in ("mean", "difference")}
     overall["error"] = None if None in errors else float(np.linalg.norm(errors) / len(errors))
-    return (result if len(rows) > 1 else {}) | {"overall": overall}
+    return (result if len(result) > 1 else {}) | {"overall": overall}
 
 
 def remarks(cfg: Config, rows: list[dict]) -> list[str]:

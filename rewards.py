@@ -17,41 +17,32 @@ import base64
 import contextlib
 import errno
 import hashlib
-import http.client
-import io
 import json
 import math
 import pickle
 import re
 import sys
-import time
 import traceback
-import urllib.error
-import urllib.request
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 from types import ModuleType
 
+import huggingface_hub
+import requests
 import torch
 from einops import rearrange
+from filelock import FileLock
+from huggingface_hub import constants, errors
+from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer, implementations, pre_tokenizers
 from torch import Tensor
+from urllib3 import Retry
 
-HPS_HUB_ID, HPS_HUB_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
-CLIP_HUB_ID = "apple/DFN5B-CLIP-ViT-H-14-378"
-PICKSCORE_HUB_ID, PICKSCORE_TOKENIZER = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-VIDEOALIGN_HUB_ID, VIDEOALIGN_HUB_FILE = "KlingTeam/VideoReward", "checkpoint-11352/model.pth"
-VIDEOALIGN_BASE = "Qwen/Qwen2-VL-2B-Instruct"  # its config and tokenizer
-# The authors' prompt is part of the model: with another text the scores mean nothing.
-TEMPLATE_URL = (
-    "https://raw.githubusercontent.com/KwaiVGI/VideoAlign/219ab9db64c045e5181a2202d11f686439351292/prompt_template.py"
-)
-TEMPLATE_FILE = "videoalign_prompt_template.py"
-TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
-TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # What libraries raise on files that are missing, damaged or of another kind.
 FILE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, EOFError)
@@ -63,13 +54,41 @@ class RewardError(ValueError):
     """A reward that cannot be loaded, was called wrongly, or gave no number. Its message is one line for the user."""
 
 
+def require(condition, message: str) -> None:
+    """Raise RewardError with this message unless the condition holds."""
+    if not condition:
+        raise RewardError(message)
+
+
 # ---------------------------------------------------------------------------------------------------- image rewards
 
 
-class CosineReward:
+class Scorer:
+    """A model whose files are in a folder, or on the hub.
+
+    A subclass sets name, FILES (what a folder holds) and HUB (arguments of `hub_folder`, of each folder that it needs),
+    and has a method `load`, which gets these folders.
+    """
+
+    def __init__(self, path: str | None = None, device="cpu"):
+        """path: a folder with all files, or a hub id instead of the first of HUB. Raises RewardError."""
+        self.device = device
+        with reading(self.name, path or self.HUB[0][0], self.FILES):
+            self.load(*self.fetch(path))
+        self.model.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def fetch(cls, path: str | None = None) -> list[str]:
+        if path and Path(path).is_dir():
+            return [path] * len(cls.HUB)
+        (repo, *files), *others = cls.HUB
+        return [hub_folder(path or repo, *files), *(hub_folder(*other) for other in others)]
+
+
+class CosineReward(Scorer):
     """What HPS, CLIP score and PickScore have in common: the cosine of a CLIP model's image and text features.
 
-    A subclass sets name, device, model, tokenizer, size and mode (of `resize`), and may set mean and std (of colours).
+    A subclass loads model, tokenizer, size and mode (of `resize`), and may set mean and std (of colours).
     """
 
     mean, std = CLIP_MEAN, CLIP_STD
@@ -77,10 +96,10 @@ class CosineReward:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, a cosine (not multiplied by 100)."""
-        from torchvision.transforms import functional as TF
+        from torchvision.transforms.functional import normalize
 
         check_visuals(self.name, images, prompts, "3, H, W")
-        pixels = TF.normalize(resize(images.to(self.device).float(), self.size, self.mode), self.mean, self.std)
+        pixels = normalize(resize(images.to(self.device).float(), self.size, self.mode), self.mean, self.std)
         # Float32 whatever the caller's autocast: bfloat16 weights put the score off by 5e-4.
         with torch.autocast(pixels.device.type, enabled=False):
             image, text = self.features(pixels, list(prompts))  # (B, D) each, of unit length
@@ -94,83 +113,63 @@ class CosineReward:
 class HPSReward(CosineReward):
     """Human preference score v2.1 (2306.09341): the cosine of CLIP features fine-tuned on human choices.
 
-    path: a hub id, or a folder with one `*.pt` in HPS's layout ({"state_dict": …}) and, unless the model is
-    ViT-H-14, one open_clip model config `*.json`. Images are resized by their longest side, as the authors do: cropping
-    shifts the score by some hundredths on wide images. Typical scores on real images: 0.2 to 0.4.
+    A folder holds one `*.pt` in HPS's layout ({"state_dict": …}) and, unless the model is ViT-H-14, one open_clip model
+    config `*.json`. Images are resized by their longest side, as the authors do: cropping shifts the score by some
+    hundredths on wide images. Typical scores on real images: 0.2 to 0.4.
     """
 
-    def __init__(self, path: str = HPS_HUB_ID, device="cpu"):
+    name, mode, FILES = "hps", "longest", "HPS_v2.1_compressed.pt"
+    HUB = [("xswu/HPSv2", (), FILES)]
+
+    def load(self, folder: str) -> None:
         import open_clip
 
-        path = self.fetch(path)
-        weights, config = only_file("hps", path, "*.pt", HPS_HUB_FILE), open_clip.get_model_config("ViT-H-14")
-        with reading("hps", path, HPS_HUB_FILE):
-            if any(Path(path).glob("*.json")):
-                config = json.loads(Path(only_file("hps", path, "*.json")).read_text())
-            self.model = open_clip.CLIP(**{k: config[k] for k in ("embed_dim", "vision_cfg", "text_cfg")})
-            state_dict = torch.load(weights, map_location="cpu", weights_only=True)["state_dict"]
-            check_fit("hps", weights, self.model.state_dict(), state_dict)
-            self.model.load_state_dict(state_dict)
-        self.model.to(device).float().eval().requires_grad_(False)
+        weights, config = only_file(folder, "*.pt", self.FILES), open_clip.get_model_config("ViT-H-14")
+        if any(Path(folder).glob("*.json")):
+            config = json.loads(only_file(folder, "*.json").read_text())
+        self.model = open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+        self.model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["state_dict"])
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
-        self.name, self.device = "hps", device
-        self.size, self.mode = config["vision_cfg"]["image_size"], "longest"
-
-    @staticmethod
-    def fetch(path: str = HPS_HUB_ID) -> str:
-        return hub_folder(path, (), [HPS_HUB_FILE])
+        self.size = config["vision_cfg"]["image_size"]
 
 
 class CLIPReward(CosineReward):
     """CLIP score: the cosine of image and text features, by default of DFN5B's ViT-H-14 at 378 px (2309.17425).
 
-    path: a hub id, or a folder, in open_clip's layout (open_clip_config.json and weights). Sizes, colour statistics
-    and the way to resize are the model's own; DFN5B squashes to a square. Typical scores on real images: 0.3 to 0.4.
+    A folder is in open_clip's layout (open_clip_config.json and weights). Sizes, colour statistics and the way to
+    resize are the model's own; DFN5B squashes to a square. Typical scores on real images: 0.3 to 0.4.
     """
 
-    def __init__(self, path: str = CLIP_HUB_ID, device="cpu"):
+    name, FILES = "clip", "an open_clip model folder"
+    WEIGHTS = "open_clip_model.safetensors|open_clip_pytorch_model.bin"
+    HUB = [("apple/DFN5B-CLIP-ViT-H-14-378", ["open_clip_config.json"], WEIGHTS)]
+
+    def load(self, folder: str) -> None:
         import open_clip
 
-        name = f"local-dir:{self.fetch(path)}"
-        with reading("clip", path, "an open_clip model folder"):
-            self.model = open_clip.create_model(name, device=device, require_pretrained=True)
-            self.tokenizer = open_clip.get_tokenizer(name)
-        self.model.float().eval().requires_grad_(False)
-        self.name, self.device = "clip", device
+        self.model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         own = self.model.visual.preprocess_cfg
         self.size = own["size"] if isinstance(own["size"], int) else own["size"][0]
         self.mode, self.mean, self.std = own["resize_mode"], own["mean"], own["std"]
-
-    @staticmethod
-    def fetch(path: str = CLIP_HUB_ID) -> str:
-        weights = "open_clip_model.safetensors|open_clip_pytorch_model.bin"
-        return hub_folder(path, [""], ["open_clip_config.json", weights], weights=False)
 
 
 class PickScoreReward(CosineReward):
     """PickScore (2305.01569): the cosine of CLIP features fine-tuned on the choices of Pick-a-Pic's users.
 
-    path: a hub id, or a folder, in transformers' CLIPModel layout; a folder holds the tokenizer too, on the hub it is
-    the one of the model's origin. Typical scores on real images: 0.2 (the authors' code multiplies by about 100).
+    A folder is in transformers' CLIPModel layout and holds the tokenizer too; on the hub it is the one of the model's
+    origin. Typical scores on real images: 0.2 (the authors' code multiplies by about 100).
     """
 
-    def __init__(self, path: str = PICKSCORE_HUB_ID, device="cpu"):
+    name, mode, FILES = "pickscore", "shortest", "a CLIPModel folder with its tokenizer"
+    HUB = [("yuvalkirstain/PickScore_v1",), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ["tokenizer_config.json"], "")]
+
+    def load(self, folder: str, tokenizer: str) -> None:
         from transformers import CLIPModel
 
-        path, tokenizer = self.fetch(path)
-        with reading("pickscore", path, "a CLIPModel folder with its tokenizer"):
-            self.tokenizer = load_tokenizer(tokenizer, "CLIPTokenizer")
-            self.model, info = CLIPModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        missing, unexpected = (dict.fromkeys(info[keys]) for keys in ("missing_keys", "unexpected_keys"))
-        check_fit("pickscore", path, missing, unexpected)  # transformers would fill in random weights
-        self.model.to(device).eval().requires_grad_(False)
-        self.name, self.device = "pickscore", device
-        self.size, self.mode = self.model.config.vision_config.image_size, "shortest"
-
-    @staticmethod
-    def fetch(path: str = PICKSCORE_HUB_ID) -> tuple[str, str]:
-        tokenizer = path if Path(path).is_dir() else PICKSCORE_TOKENIZER
-        return hub_folder(path), hub_folder(tokenizer, weights=False)
+        self.tokenizer = load_tokenizer(tokenizer, "CLIPTokenizer")
+        self.model = load_whole(CLIPModel, folder, dtype=torch.float32)
+        self.size = self.model.config.vision_config.image_size
 
     def features(self, pixels: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         length = self.model.config.text_config.max_position_embeddings
@@ -194,53 +193,53 @@ def resize(images: Tensor, size: int, mode: str) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------- video rewards
 
+# The authors' prompt is part of the model: with another text the scores mean nothing.
+TEMPLATE_URL = (
+    "https://raw.githubusercontent.com/KwaiVGI/VideoAlign/219ab9db64c045e5181a2202d11f686439351292/prompt_template.py"
+)
+TEMPLATE_NAME = "DETAILED_PROMPT_WITH_SPECIAL_TOKEN"
+TEMPLATE_SHA256 = "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
 
-class VideoAlignReward:
+
+class VideoAlignReward(Scorer):
     """VideoAlign (2501.13918): visual quality, motion quality and text alignment, judged by a vision-language model.
 
     Qwen2-VL reads video and prompt; a linear head on the hidden states of three extra tokens gives the three scores.
-    path: a hub id, or a folder with `model.pth` in the released layout (a PEFT state dict), `config.json` and tokenizer
-    of its Qwen2-VL, and `prompt_template.txt`, of the released text's sha256 or that in config.json as
-    "prompt_template_sha256". Float32 on a CPU, bfloat16 on a GPU, as released.
+    A folder holds `model.pth` in the released layout (a PEFT state dict), `config.json` and tokenizer of its Qwen2-VL,
+    and `prompt_template.txt`, of the released text's sha256 or that in config.json as "prompt_template_sha256".
+    Float32 on a CPU, bfloat16 on a GPU, as released.
     """
 
+    name, FILES = "videoalign", f"model.pth, config.json, tokenizer and prompt_template.txt ({TEMPLATE_URL})"
+    HUB = [
+        ("KlingTeam/VideoReward", (), "checkpoint-11352/model.pth"),
+        ("Qwen/Qwen2-VL-2B-Instruct", ["config.json", "tokenizer_config.json"], ""),
+    ]
     NAMES = ("vq", "mq", "ta")
     MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)  # of the released model's raw scores
     LORA_SCALE, PIXELS = 2.0, (128 * 28**2, 256 * 28**2)  # alpha / rank; least and most of a frame
 
-    def __init__(self, path: str = VIDEOALIGN_HUB_ID, device="cpu"):
+    def load(self, folder: str, base: str) -> None:
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
-        path, base = self.fetch(path)
-        weights = only_file("videoalign", path, "model.pth", VIDEOALIGN_HUB_FILE)
-        with reading("videoalign", base, "config.json and the tokenizer"):
-            config = Qwen2VLConfig.from_pretrained(base)
-            self.tokenizer = load_tokenizer(base, "Qwen2Tokenizer", padding_side="right")
-        self.template = load_template(path, getattr(config, "prompt_template_sha256", TEMPLATE_SHA256))
+        weights, config = only_file(folder, "model.pth", self.HUB[0][2]), Qwen2VLConfig.from_pretrained(base)
+        self.template = load_template(folder, getattr(config, "prompt_template_sha256", TEMPLATE_SHA256))
+        self.tokenizer = load_tokenizer(base, "Qwen2Tokenizer", padding_side="right")
         reward_tokens = [f"<|{name.upper()}_reward|>" for name in self.NAMES]
         self.tokenizer.add_special_tokens({"extra_special_tokens": reward_tokens})
-        self.reward_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(reward_tokens), device=device)
-        with reading("videoalign", path, VIDEOALIGN_HUB_FILE):
-            state_dict = fold_lora(torch.load(weights, map_location="cpu", weights_only=True), self.LORA_SCALE)
+        self.reward_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(reward_tokens), device=self.device)
         config.text_config.vocab_size = len(self.tokenizer)  # the reward tokens are new
-        with torch.device("meta"):
-            expected = Qwen2VLModel(config).state_dict()
-            expected["rm_head.weight"] = torch.empty(1, config.text_config.hidden_size)
-        check_fit("videoalign", weights, expected, state_dict)
-        self.head = state_dict.pop("rm_head.weight").to(device)  # (1, D), float32
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-        self.model = Qwen2VLModel.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
-        self.model.to(device).eval().requires_grad_(False)
-        self.device = device
+        state_dict = fold_lora(torch.load(weights, map_location="cpu", weights_only=True), self.LORA_SCALE)
+        head = state_dict.pop("rm_head.weight").view(config.text_config.hidden_size)
+        self.head = head.to(self.device)  # (D,), float32
+        dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
+        self.model = load_whole(Qwen2VLModel, None, config=config, state_dict=state_dict, dtype=dtype)
 
-    @staticmethod
-    def fetch(path: str = VIDEOALIGN_HUB_ID) -> tuple[str, str]:
-        """→ the folder of the weights, and that of the Qwen2-VL from which they were trained."""
-        if not Path(path, "prompt_template.txt").is_file():
-            with reading("videoalign", path, f"prompt_template.txt ({TEMPLATE_URL})"):
-                fetched_once(TEMPLATE_FILE, partial(text_at, TEMPLATE_URL))
-        base = path if Path(path).is_dir() else VIDEOALIGN_BASE
-        return hub_folder(path, (), [VIDEOALIGN_HUB_FILE]), hub_folder(base, weights=False)
+    @classmethod
+    def fetch(cls, path: str | None = None) -> list[str]:
+        with reading("videoalign", path or "the prompt", cls.FILES):
+            template_file(path)
+        return super().fetch(path)
 
     @torch.no_grad()
     def __call__(self, videos: Visuals, prompts: Sequence[str], fps: float | None = None, normalize=True) -> dict:
@@ -249,25 +248,21 @@ class VideoAlignReward:
         Returns {"vq": (B,), "mq": (B,), "ta": (B,)} float32: (raw - mean) / std of the released model, or raw.
         """
         check_visuals("videoalign", videos, prompts, "F, 3, H, W")
-        if fps is None or not 0 < fps < math.inf:
-            raise RewardError(f"videoalign: fps must be the videos' frames per second, above 0, got {fps}")
-        if short := [len(video) for video in videos if len(video) < 4]:
-            raise RewardError(f"videoalign: a video must have at least 4 frames, got {short[0]}")
+        known, shortest = fps is not None and 0 < fps < math.inf, min(map(len, videos))
+        require(known, f"videoalign: fps must be the videos' frames per second, above 0, got {fps}")
+        require(shortest >= 4, f"videoalign: a video must have at least 4 frames, got {shortest}")
         patches, grids = zip(*(self.patches(video, fps) for video in videos), strict=True)
         texts = [self.text(prompt, grid) for prompt, grid in zip(prompts, grids, strict=True)]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)  # (B, L), padded on the right
+        # The weights were trained with plain 1-D positions, the same on all three axes of Qwen2-VL's rotary embedding.
+        # With its own 3-D positions for video the scores are meaningless.
+        positions = torch.arange(tokens.input_ids.shape[1], device=self.device).expand(3, len(texts), -1)
+        video = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids, device=self.device)}
         with torch.autocast(torch.device(self.device).type, enabled=False):
-            hidden = self.model(
-                **tokens,  # (B, L) each, padded on the right
-                # The weights were trained with plain 1-D positions, the same on all three axes of Qwen2-VL's rotary
-                # embedding. With its own 3-D positions for video the scores are meaningless.
-                position_ids=torch.arange(tokens.input_ids.shape[1], device=self.device).expand(3, len(texts), -1),
-                pixel_values_videos=torch.cat(patches),
-                video_grid_thw=torch.tensor(grids, device=self.device),
-                use_cache=False,
-            ).last_hidden_state  # (B, L, D)
+            out = self.model(**tokens, **video, position_ids=positions, use_cache=False)
+            hidden = out.last_hidden_state  # (B, L, D)
             at = (tokens.input_ids[:, None] == self.reward_ids[:, None]).int().argmax(-1)  # (B, 3)
-            raw = hidden[torch.arange(len(at), device=at.device)[:, None], at].float() @ self.head[0]  # (B, 3)
+            raw = hidden[torch.arange(len(at), device=at.device)[:, None], at].float() @ self.head  # (B, 3)
         if normalize:
             raw = (raw - raw.new_tensor(self.MEAN)) / raw.new_tensor(self.STD)
         return dict(zip(self.NAMES, raw.unbind(1), strict=True))
@@ -278,20 +273,19 @@ class VideoAlignReward:
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         vision = self.model.config.vision_config
-        p, m = vision.patch_size, vision.spatial_merge_size
+        p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         frames = (video[frame_indices(len(video), fps)].to(self.device).float() * 255).round()
         # Rounded to 8 bits before and after the resize, as in the authors' video reader.
-        size = smart_resize(*frames.shape[-2:], p * m, *self.PIXELS)
-        frames = TF.resize(frames, size, TF.InterpolationMode.BICUBIC).round().clamp(0, 255)
+        height, width = smart_resize(*frames.shape[-2:], p * m, *self.PIXELS)
+        frames = TF.resize(frames, [height, width], TF.InterpolationMode.BICUBIC).round().clamp(0, 255)
         frames = TF.normalize(frames / 255, CLIP_MEAN, CLIP_STD)
-        sizes = {"tp": vision.temporal_patch_size, "mh": m, "mw": m, "ph": p, "pw": p}
+        sizes = {"tp": t, "mh": m, "mw": m, "ph": p, "pw": p}
         patches = rearrange(frames, "(t tp) c (h mh ph) (w mw pw) -> (t h w mh mw) (c tp ph pw)", **sizes)
-        return patches, (len(frames) // vision.temporal_patch_size, frames.shape[2] // p, frames.shape[3] // p)
+        return patches, (len(frames) // t, height // p, width // p)
 
     def text(self, prompt: str, grid: tuple[int, int, int]) -> str:
         """The chat for one video of this grid: default system line, video, question, start of the answer."""
-        if "<|" in prompt:
-            raise RewardError(f"videoalign: a prompt must not contain the model's control tokens: {prompt!r}")
+        require("<|" not in prompt, f"videoalign: a prompt must not contain the model's control tokens: {prompt!r}")
         pads = "<|video_pad|>" * (math.prod(grid) // self.model.config.vision_config.spatial_merge_size**2)
         return (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -311,27 +305,27 @@ def fold_lora(state_dict: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     folded = {name.removeprefix("base_model.model."): w.float() for name, w in state_dict.items()}
     for name in [name for name in folded if name.endswith(".base_layer.weight")]:
         a, b = (folded.pop(name.replace("base_layer", f"lora_{x}.default"), None) for x in "AB")
-        if a is None or b is None:
-            raise RewardError(f"videoalign: the checkpoint lacks a LoRA weight of {name}")
+        require(a is not None and b is not None, f"videoalign: the checkpoint lacks a LoRA weight of {name}")
         folded[name] = folded[name] + scale * b @ a
     folded.pop("lm_head.weight", None)  # the reward reads hidden states, not logits
     return {re.sub(r"^model\.", "language_model.", name.replace(".base_layer", "")): w for name, w in folded.items()}
 
 
-def load_template(path: str, sha256: str) -> str:
-    """The prompt template in a local folder or, fetched once and cached, the released one. Its hash must be right."""
-    file = Path(path) / "prompt_template.txt"
-    if file.is_file():
-        text = file.read_bytes().decode(errors="replace")  # the hash decides
-    else:
-        with reading("videoalign", path, f"prompt_template.txt ({TEMPLATE_URL})"):
-            file = fetched_once(TEMPLATE_FILE, partial(text_at, TEMPLATE_URL))
-            body = ast.parse(file.read_bytes()).body  # read, never executed
-        assigned = {node.targets[0].id: node.value for node in body if isinstance(node, ast.Assign)}
+def template_file(folder: str | None) -> Path:
+    """The file with the prompt template in a folder; where there is none, the authors' file, which is fetched once."""
+    file = Path(folder or "-", "prompt_template.txt")
+    return file if file.is_file() else fetched_once("videoalign_prompt_template.py", partial(text_at, TEMPLATE_URL))
+
+
+def load_template(folder: str, sha256: str) -> str:
+    """The prompt template of a folder. Raises RewardError if its hash is another one."""
+    file = template_file(folder)
+    text = file.read_bytes().decode(errors="replace")  # the hash decides
+    if file.suffix == ".py":  # read, never executed
+        assigned = {node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)}
         text = ast.literal_eval(assigned[TEMPLATE_NAME])
     found = hashlib.sha256(text.encode()).hexdigest()
-    if found != sha256:
-        raise RewardError(f"videoalign: the prompt template of {file} has sha256 {found[:12]}…, not {sha256[:12]}…")
+    require(found == sha256, f"videoalign: the prompt template {file} has sha256 {found[:12]}…, not {sha256[:12]}…")
     return text
 
 
@@ -344,6 +338,9 @@ def mean_over_frames(scorer: Callable, videos: Visuals, prompts: Sequence[str]) 
     return scorer(videos[:, frames].flatten(0, 1), prompts).view(len(videos), -1).mean(1)
 
 
+# ------------------------------------------------------------------------------------------------------- own rewards
+
+
 def own_reward(place: str, visuals: Visuals, prompts: Sequence[str]) -> Tensor:
     """FILE.py:FUNCTION, with a function(visuals, prompts) → (B,) tensor. If it fails, RewardError names the line."""
     function, (file, _, name) = load_object(place), place.rpartition(":")
@@ -351,9 +348,9 @@ def own_reward(place: str, visuals: Visuals, prompts: Sequence[str]) -> Tensor:
         scores = function(visuals, list(prompts))
     except Exception as e:  # the function is not ours: it may raise anything
         raise RewardError(f"reward {name}: {where(e, file)}") from e
-    if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
-        found = f"one of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-        raise RewardError(f"reward {name}: {file} must return a tensor of shape ({len(prompts)},), it returned {found}")
+    found = f"one of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    fine = found == f"one of shape {(len(prompts),)}"
+    require(fine, f"reward {name}: {file} must return a tensor of shape {(len(prompts),)}, it returned {found}")
     return scores.detach().to(visuals[0].device)
 
 
@@ -364,14 +361,17 @@ class HTTPReward:
         {"prompts": ["a red circle", …], "images": ["iVBORw0…", …]}                             PNG files in base64
         {"prompts": ["a red circle", …], "videos": [["iVBORw0…", …], …], "fps": 8.0}            their frames
         → {"scores": [0.27, …]}
-    After no answer within SECONDS, a broken connection or a status of 500 and above it tries again, ATTEMPTS times in
-    all. After the last one, and at once on any other bad answer: RewardError. Proxies are taken from the environment.
+    If no answer comes within SECONDS, or one with a status of 500 and above, it is asked again, ATTEMPTS times in all.
+    After that, and on any other bad answer: RewardError. Proxies are taken from the environment.
     """
 
-    BATCH, SECONDS, ATTEMPTS, PAUSE, MOST_BYTES = 8, 120.0, 3, 5.0, 1_000_000
+    BATCH, SECONDS, ATTEMPTS, BACKOFF = 8, 120.0, 3, 5.0  # BACKOFF: seconds, see urllib3.Retry
 
     def __init__(self, name: str, url: str):
-        self.name, self.url = name, url
+        self.name, self.url, self.session = name, url, requests.Session()
+        options = {"raise_on_status": False, "respect_retry_after_header": False, "backoff_factor": self.BACKOFF}
+        retry = Retry(self.ATTEMPTS - 1, allowed_methods=None, status_forcelist=range(500, 600), **options)
+        self.session.mount(url, HTTPAdapter(max_retries=retry))
 
     def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W), or a list of (F, 3, H, W), in [0, 1] → (B,) float32."""
@@ -382,71 +382,43 @@ class HTTPReward:
                 request["images"] = [png(image) for image in part]
             else:
                 request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
-            scores += self.ask(json.dumps(request).encode(), len(part))
-        return torch.tensor(scores, dtype=torch.float32, device=visuals[0].device)
+            scores.append(self.ask(request))
+        return torch.cat(scores).to(visuals[0].device)
 
-    def ask(self, request: bytes, count: int) -> list[float]:
-        headers = {"Content-Type": "application/json"}
-        for attempt in range(1, self.ATTEMPTS + 1):
-            try:
-                answer = self.fetch(urllib.request.Request(self.url, request, headers))
-                break
-            except urllib.error.HTTPError as e:
-                reason, final = f"it answers with status {e.code} {e.reason}", e.code < 500
-            except (OSError, http.client.HTTPException) as e:  # refused, reset, timed out, no HTTP
-                reason, final = f"no answer ({first_line(getattr(e, 'reason', None) or e)})", False
-            if final or attempt == self.ATTEMPTS:
-                raise RewardError(
-                    f"reward {self.name}: {self.url}: {reason}, attempt {attempt} of {self.ATTEMPTS}; fix the server"
-                )
-            time.sleep(self.PAUSE)
+    def ask(self, request: dict) -> Tensor:
         try:
-            scores = json.loads(answer)["scores"]
-        except (ValueError, KeyError, TypeError) as e:
-            found = f"{answer[:60]!r} ({type(e).__name__})"
-            raise RewardError(f'reward {self.name}: {self.url} must answer {{"scores": […]}}, not {found}') from e
-        if not isinstance(scores, list) or not all(type(score) in (int, float) for score in scores):
-            raise RewardError(f"reward {self.name}: the scores of {self.url} must be numbers, got {scores!r:.60}")
-        if len(scores) != count:
-            raise RewardError(f"reward {self.name}: {self.url} gave {len(scores)} scores for {count} prompts")
+            answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
+            answer.raise_for_status()
+            scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
+        except FILE_ERRORS as e:  # requests' are OSErrors
+            reason = f"{type(e).__name__}: {first_line(e)}"
+            raise RewardError(f"reward {self.name}: no scores from {self.url} ({reason}); fix the server") from e
+        shape, expected = tuple(scores.shape), (len(request["prompts"]),)
+        require(shape == expected, f"reward {self.name}: {self.url} gave scores of shape {shape}, not {expected}")
         return scores
-
-    def fetch(self, request: urllib.request.Request | str) -> bytes:
-        """The body of the answer, read within SECONDS, cut off after MOST_BYTES. Raises OSError or HTTPException."""
-        body, end = b"", time.monotonic() + self.SECONDS
-        with urllib.request.urlopen(request, timeout=self.SECONDS) as response:
-            while len(body) < self.MOST_BYTES and (part := response.read1(65536)):
-                body += part
-                if time.monotonic() > end:
-                    raise TimeoutError("timed out")
-        return body
 
     def check(self) -> None:
         """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
         try:
-            self.fetch(self.url)
-        except urllib.error.HTTPError:
-            return
-        except (OSError, http.client.HTTPException, ValueError) as e:
-            reason = first_line(getattr(e, "reason", None) or e)
-            raise RewardError(f"reward {self.name}: nothing answers at {self.url} ({reason}); start the server") from e
+            requests.get(self.url, timeout=self.SECONDS, stream=True).close()
+        except FILE_ERRORS as e:
+            reason = f"nothing answers at {self.url} ({first_line(e)})"
+            raise RewardError(f"reward {self.name}: {reason}; start the server") from e
 
 
 def png(image: Tensor) -> str:
     """(3, H, W) in [0, 1] as a PNG file in base64."""
-    from PIL import Image
+    from torchvision.io import encode_png
 
-    file = io.BytesIO()
-    Image.fromarray((image.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    return base64.b64encode(encode_png((image.float() * 255).round().byte().cpu()).numpy()).decode()
 
 
 def load_object(place: str) -> Callable:
     """The function or class that FILE.py:NAME names; the file is executed once. Raises RewardError, one line."""
     file, _, name = place.rpartition(":")
     path = str(Path(file).resolve())
-    if not file.endswith(".py") or not Path(path).is_file():
-        raise RewardError(f"{place}: there is no file {file!r}; write FILE.py:NAME")
+    is_file = file.endswith(".py") and Path(path).is_file()
+    require(is_file, f"{place}: there is no file {file!r}; write FILE.py:NAME")
     if path not in sys.modules:
         sys.modules[path] = ModuleType(path)
         sys.modules[path].__file__ = path
@@ -455,8 +427,8 @@ def load_object(place: str) -> Callable:
         except Exception as e:  # the file is not ours: it may raise anything
             del sys.modules[path]
             raise RewardError(f"{place}: {where(e, file)}") from e
-    if not callable(found := getattr(sys.modules[path], name, None)):
-        raise RewardError(f"{place}: {file} has no function or class {name!r}")
+    found = getattr(sys.modules[path], name, None)
+    require(callable(found), f"{place}: {file} has no function or class {name!r}")
     return found
 
 
@@ -469,16 +441,19 @@ def where(error: Exception, file: str) -> str:
 
 # -------------------------------------------------------------------------------------- from a spec to one callable
 
-LOADERS: dict[str, Callable] = {
-    "hps": HPSReward,
-    "clip": CLIPReward,
-    "pickscore": PickScoreReward,
-    "geneval": lambda **options: import_module("evaluation.geneval").GenEvalReward(**options),  # it needs this file
-    "videoalign": VideoAlignReward,
-}
+LOADERS = {"hps": HPSReward, "clip": CLIPReward, "pickscore": PickScoreReward, "videoalign": VideoAlignReward}
+FETCHES = {name: loader.fetch for name, loader in LOADERS.items()}
+CHECKS: dict[str, Callable] = {}  # of the rewards that other modules register
 # The names of a spec → the model that gives the score.
 MODEL_OF = {n: n for n in LOADERS if n != "videoalign"} | dict.fromkeys(VideoAlignReward.NAMES, "videoalign")
 Term = namedtuple("Term", "name model threshold weight")  # model: one of LOADERS, FILE.py:FUNCTION or a URL
+
+
+def register(name: str, loader: Callable, check: Callable | None = None, fetch: Callable | None = None) -> None:
+    """Add a reward: `load_reward` calls loader(device=…, metadata=…), with path=… where one is given;
+    `check_reward` calls check(path or None, video, prompts, metadata), `fetch_rewards` calls fetch(path or None)."""
+    LOADERS[name], MODEL_OF[name] = loader, name
+    CHECKS[name], FETCHES[name] = check or (lambda *_: None), fetch or (lambda _: None)
 
 
 def parse_spec(spec: str) -> list[Term]:
@@ -487,28 +462,25 @@ def parse_spec(spec: str) -> list[Term]:
     A reward at http://HOST:PORT/NAME is called by the last part of its path, which weight and threshold may follow.
     """
     terms, number = [], r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d\d?)?)"
+    known = f"NAME[@THRESHOLD][:WEIGHT], NAME one of {', '.join(MODEL_OF)}, FILE.py:FUNCTION or http://HOST:PORT/NAME"
     for part in map(str.strip, spec.split(",")):
         match = re.fullmatch(rf"(.+\.py:|https?://[^/@]+/(?:[^:@]*/)?)?(\w+)(?:@{number})?(?::{number})?", part)
         file, name, threshold, weight = match.groups() if match else (None, None, None, None)
-        if not file and name not in MODEL_OF:
-            known = f"NAME[@THRESHOLD][:WEIGHT], NAME one of {', '.join(MODEL_OF)}, FILE.py:FUNCTION or http://HOST:PORT/NAME"
-            raise RewardError(f"unknown reward {part!r}; write {known}; threshold and weight must be numbers")
-        if name in [term.name for term in terms]:
-            raise RewardError(f"reward {name!r} is given twice in {spec!r}; give each name once")
-        if name in ("mean", "std"):  # of metrics.jsonl's own reward_mean and reward_std
-            raise RewardError(f"reward {part!r}: the function must not be called {name}; rename it")
+        fine = file or name in MODEL_OF
+        require(fine, f"unknown reward {part!r}; write {known}; threshold and weight must be numbers")
+        is_new = name not in [term.name for term in terms]
+        require(is_new, f"reward {name!r} is given twice in {spec!r}; give each name once")
+        # metrics.jsonl has reward_mean and reward_std
+        require(name not in ("mean", "std"), f"reward {part!r}: the function must not be called {name}; rename it")
         model = file + name if file else MODEL_OF[name]
         terms.append(Term(name, model, None if threshold is None else float(threshold), float(weight or 1)))
-    if not any(term.weight for term in terms):
-        raise RewardError(f"every weight in {spec!r} is 0, so nothing is rewarded; change one")
+    require(any(term.weight for term in terms), f"every weight in {spec!r} is 0, so nothing is rewarded; change one")
     return terms
 
 
 def parse_paths(text: str) -> dict[str, str]:
     """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError as `check_paths` does."""
-    paths = split_paths(text)
-    check_paths(paths)
-    return paths
+    return check_paths(split_paths(text))
 
 
 def split_paths(text: str) -> dict[str, str]:
@@ -516,13 +488,14 @@ def split_paths(text: str) -> dict[str, str]:
     return dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
 
 
-def check_paths(paths: dict[str, str]) -> None:
+def check_paths(paths: dict[str, str]) -> dict[str, str]:
     """Raise RewardError on a name that is no reward model, or a path that is neither a folder nor a hub id."""
     for name, path in paths.items():
-        if name not in LOADERS:
-            raise RewardError(f"reward path {name}={path}: {name!r} is no reward model; known: {', '.join(LOADERS)}")
-        if not path or (name != "geneval" and not is_folder_or_hub_id(path)):
-            raise RewardError(f"reward path {name}={path}: no folder {path!r} here; or give a hub id (OWNER/NAME)")
+        given, known = f"reward path {name}={path}", ", ".join(LOADERS)
+        require(name in LOADERS, f"{given}: {name!r} is no reward model; known: {known}")
+        fine = path if name in CHECKS else is_folder_or_hub_id(path)
+        require(fine, f"{given}: no folder {path!r} here; or give a hub id (OWNER/NAME)")
+    return paths
 
 
 def is_folder_or_hub_id(path: str) -> bool:
@@ -533,20 +506,16 @@ def is_folder_or_hub_id(path: str) -> bool:
 
 def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[str] = (), metadata=None) -> None:
     """Raise an error of one line, without loading weights, if these rewards could not score these prompts."""
-    terms, places = parse_spec(spec), parse_paths(paths)
-    for term in terms:
-        if term.model == "videoalign" and not video:
-            raise RewardError(f"reward {term.name} judges video; for images take hps, clip or pickscore")
-        if term.model == "geneval":
-            import_module("evaluation.geneval").check(places.get("geneval"), video, prompts, metadata)
-        if is_url(term.model):
+    places = parse_paths(paths)
+    for term in parse_spec(spec):
+        fine = video or term.model != "videoalign"
+        require(fine, f"reward {term.name} judges video; for images take hps, clip or pickscore")
+        if term.model in CHECKS:
+            CHECKS[term.model](places.get(term.model), video, prompts, metadata)
+        elif "://" in term.model:
             HTTPReward(term.name, term.model).check()
         elif term.model not in LOADERS:
             load_object(term.model)
-
-
-def is_url(model: str) -> bool:
-    return model.startswith(("http://", "https://"))
 
 
 class Reward:
@@ -582,8 +551,8 @@ class Reward:
             else:
                 raw = scorer(visuals, prompts).float()
             for prompt, value in zip(prompts, raw.tolist(), strict=True):
-                if not math.isfinite(value):
-                    raise RewardError(f"reward {term.name} gave {value} for the prompt {prompt!r}; the run stops here")
+                message = f"reward {term.name} gave {value} for the prompt {prompt!r}; the run stops here"
+                require(math.isfinite(value), message)
             scores[term.name] = raw if term.threshold is None else (raw > term.threshold).float()
         return scores
 
@@ -591,77 +560,83 @@ class Reward:
 def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None) -> Reward:
     """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
 
-    NAME      hps, clip, pickscore, geneval, vq, mq, ta, FILE.py:FUNCTION (see `own_reward`),
-              or http://HOST:PORT/NAME (see `HTTPReward`)
+    NAME      hps, clip, pickscore, vq, mq, ta, a name that is `register`ed (geneval),
+              FILE.py:FUNCTION (see `own_reward`) or http://HOST:PORT/NAME (see `HTTPReward`)
     paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
-    metadata  for geneval: {prompt: GenEval's metadata}, of the prompts that the detector cannot read by itself
+    metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
     hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
     """
-    terms, paths, scorers = parse_spec(spec), paths or {}, {}
-    check_paths(paths)
+    terms, paths, scorers = parse_spec(spec), check_paths(paths or {}), {}
     for model, name in {term.model: term.name for term in terms}.items():
-        if is_url(model):
+        if model in LOADERS:
+            options = {"path": paths[model]} if model in paths else {}
+            options |= {"metadata": metadata} if model in CHECKS else {}
+            scorers[model] = LOADERS[model](**options, device=device)
+        elif "://" in model:
             scorers[model] = HTTPReward(name, model)
-            continue
-        options = {"path": paths[model]} if model in paths else {}
-        options |= {"metadata": metadata} if model == "geneval" else {}
-        own = None if model in LOADERS else load_object(model)  # what is not there raises here already
-        scorers[model] = partial(own_reward, model) if own else LOADERS[model](**options, device=device)
+        else:
+            load_object(model)  # what is not there raises here already
+            scorers[model] = partial(own_reward, model)
     return Reward(terms, scorers)
 
 
 def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
     """Fetch the files of all rewards that `spec` names from the hub, where they are not here. Raises RewardError."""
-    for model in {term.model for term in parse_spec(spec)}:
-        if model == "geneval":
-            import_module("evaluation.geneval").fetch(paths.get(model))
-        elif model in LOADERS:
-            LOADERS[model].fetch(**({"path": paths[model]} if model in paths else {}))
+    for model in {term.model for term in parse_spec(spec)} & FETCHES.keys():
+        FETCHES[model](paths.get(model))
 
 
 # ------------------------------------------------------------------------------------------------- files and the hub
 
-# Names of weights, the best first: safetensors before pickles, a copy in half precision only where nothing else is.
-WEIGHTS = [
-    re.compile(rf"(diffusion_)?(pytorch_)?model{half}(-\d+-of-\d+)?{half}\.{suffix}")
-    for half in ("", r"(\.fp16|\.bf16)?")
-    for suffix in ("safetensors", "bin")
-]
+WEIGHTS = "model.safetensors|pytorch_model.bin"  # of transformers
 
 
-def hub_folder(path: str, parts: Sequence[str] = ("",), names: Sequence[str] = (), weights: bool = True) -> str:
+def hub_folder(path: str, names: Sequence[str] = ("config.json",), weights: str = WEIGHTS) -> str:
+    """`fetched_folder` of a repository's files with these names ("a|b": one of them), with its small files (configs,
+    tokenizers) where names are given. The defaults are a model of transformers; weights=False: without its weights.
+    """
+
+    def choose(files: Sequence[str]) -> tuple[list[str], str]:
+        small = [file for file in files if names and "/" not in file and file.endswith((".json", ".txt", ".model"))]
+        vocabulary = "tokenizer.json|spiece.model|merges.txt" if "tokenizer_config.json" in small else ""
+        needed = [name for name in (*names, weights, vocabulary) if name]
+        found = [next((file for file in name.split("|") if file in files), "") for name in needed]
+        return small + found, next((name for name, file in zip(needed, found, strict=True) if not file), "")
+
+    return fetched_folder(path, choose)
+
+
+def fetched_folder(path: str, choose: Callable[[Sequence[str]], tuple[list[str], str]]) -> str:
     """A local folder as it is; of OWNER/NAME or OWNER/NAME@REVISION on the hub, the folder in the hub's cache.
 
-    parts: folders that hold a model or a tokenizer each, "" for the root; names: other files; "a|b" is one of them.
-    weights: whether the models' weights are needed.
-    The first process of a machine fetches what its cache lacks; the others wait for it, and find everything there. So
-    a full cache needs no network. Raises RewardError, one line; what was fetched stays.
+    choose(names of files) → those that are needed, and the first that is needed and not among them, "" if none is.
+    The first process of a machine fetches what the cache lacks; the others wait, and find everything there. So a full
+    cache needs no network. Raises RewardError, one line; what was fetched stays.
     """
     if Path(path).is_dir():
         return path
-    from filelock import FileLock
-    from huggingface_hub import constants, errors, list_repo_files, snapshot_download
-
-    repo, _, revision = path.partition("@")
-    lock = Path(constants.HF_HOME, "dancegrpo", f"{repo.replace('/', '--')}.lock")
+    (repo, _, revision), folder = path.partition("@"), cached_folder(path)
+    options = {"repo_id": repo, "revision": revision or None}
     try:
-        if lacking(folder := cached_folder(path), parts, names, weights):
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock):
-                if lacking(folder := cached_folder(path), parts, names, weights):
-                    files = wanted_files(list_repo_files(repo, revision=revision or None), parts, names, weights)
-                    folder = snapshot_download(repo, revision=revision or None, allow_patterns=files)
+        if lacks(folder, choose):
+            with FileLock(in_cache(f"{repo.replace('/', '--')}.lock")):
+                if lacks(folder := cached_folder(path), choose):
+                    files, missing = choose(huggingface_hub.list_repo_files(**options))
+                    require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")
+                    folder = huggingface_hub.snapshot_download(**options, allow_patterns=files)
     except (OSError, errors.HTTPError) as e:
         raise RewardError(f"cannot fetch {path} from the hub: {hub_advice(e, repo)}") from e
-    if missing := lacking(folder, parts, names, weights):
-        raise RewardError(f"{path} on the hub lacks {missing}; give another repository, or a complete folder")
     return folder
+
+
+def lacks(folder: str, choose: Callable) -> str:
+    """What a cached folder lacks, "" if nothing: it may be what a broken fetch has left."""
+    files = Path(folder).rglob("*") if folder else []
+    return choose([file.relative_to(folder).as_posix() for file in files if file.is_file()])[1]
 
 
 def hub_advice(error: Exception, repo: str) -> str:
     """Why a repository cannot be fetched, and what to do."""
-    from huggingface_hub import errors
-
     if isinstance(error, errors.GatedRepoError):
         return f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -675,77 +650,47 @@ def hub_advice(error: Exception, repo: str) -> str:
 
 def cached_folder(path: str) -> str:
     """Where the hub's cache has files of a hub id; "" where it has none."""
-    from huggingface_hub import errors, snapshot_download
-
     repo, _, revision = path.partition("@")
+    # We never fetch all files of a repository. Without allow_patterns huggingface_hub would call the folder incomplete.
+    options = {"revision": revision or None, "local_files_only": True, "allow_patterns": []}
     try:
-        return snapshot_download(repo, revision=revision or None, local_files_only=True)
+        return huggingface_hub.snapshot_download(repo, **options)
     except errors.LocalEntryNotFoundError:
         return ""
 
 
-def wanted_files(files: Sequence[str], parts: Sequence[str], names: Sequence[str] = (), weights=True) -> list[str]:
-    """Those of a repository's files that `hub_folder` fetches: of each part's weights one copy."""
-    chosen = [found[0] for name in names if (found := [file for file in name.split("|") if file in files])]
-    for part in parts:
-        here = [file for file in files if file.rpartition("/")[0] == part]
-        chosen += [file for file in here if file.endswith((".json", ".txt", ".model"))]
-        copies = ([f for f in here if kind.fullmatch(f.rpartition("/")[2])] for kind in WEIGHTS if weights)
-        chosen += next(filter(None, copies), [])
-    return chosen
-
-
-def lacking(folder: str, parts: Sequence[str], names: Sequence[str] = (), weights: bool = True) -> str:
-    """What a folder lacks of what `hub_folder` needs, "" if nothing: it may be what a broken fetch has left."""
-    files = (
-        [file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file()] if folder else []
-    )
-    for name in names:
-        if not wanted_files(files, (), [name]):
-            return name
-    for part in parts:
-        here = [file.rpartition("/")[2] for file in wanted_files(files, [part], (), weights)]
-        vocabulary = {"tokenizer.json", "spiece.model", "tokenizer.model", "merges.txt"}.intersection(here)
-        shards = [name for name in here if name.endswith((".safetensors", ".bin"))]
-        count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
-        if not here:
-            return part or "config.json"
-        if "tokenizer_config.json" in here and not vocabulary:
-            return f"{part}/tokenizer.json".lstrip("/")
-        if weights and "config.json" in here and len(shards) < count:
-            return f"weights in {part}" if part else "weights"
-    return ""
-
-
 def fetched_once(name: str, fetch: Callable[[], str]) -> Path:
     """The file HF_HOME/dancegrpo/NAME, whose text `fetch` gives; the first process makes it, the others wait for it."""
-    from filelock import FileLock
-    from huggingface_hub import constants
-
     file = Path(constants.HF_HOME, "dancegrpo", name)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        with FileLock(in_cache(f"{name}.lock")):
             if not file.is_file():
                 file.with_suffix(".part").write_text(fetch(), encoding="utf-8")
                 file.with_suffix(".part").replace(file)
     return file
 
 
+def in_cache(name: str) -> Path:
+    """HF_HOME/dancegrpo/NAME, in a folder that exists."""
+    folder = Path(constants.HF_HOME, "dancegrpo")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
 def text_at(address: str) -> str:
-    """What stands at an address. Raises OSError."""
-    with urllib.request.urlopen(address, timeout=60) as response:
-        return response.read().decode()
+    """The text at an address. Raises OSError."""
+    response = requests.get(address, timeout=60)
+    response.raise_for_status()
+    return response.content.decode()
 
 
 def text_on_hub(data_set: str, file: str) -> str:
-    """What stands in a file of a data set on the hub. Raises OSError."""
-    from huggingface_hub import errors, hf_hub_download
-
+    """The text of a file of a data set on the hub. Raises OSError."""
     try:
-        return Path(hf_hub_download(data_set, file, repo_type="dataset")).read_text(encoding="utf-8")
+        file = huggingface_hub.hf_hub_download(data_set, file, repo_type="dataset")
     except errors.HTTPError as e:
         raise OSError(first_line(e)) from e
+    return Path(file).read_text(encoding="utf-8")
 
 
 PROBE = "A red Circle, two naïve cats!"  # spaces, capitals, punctuation, a letter that is not ASCII
@@ -759,61 +704,46 @@ def load_tokenizer(folder: str | Path, kind: str, **options):
     """
     import transformers
 
-    check_tokenizer(folder)
-    kind = "PreTrainedTokenizerFast" if Path(folder, "tokenizer.json").is_file() else kind
+    names = {path.name for path in Path(folder).glob("*") if path.is_file()}
+    whole = names & {"tokenizer.json", "spiece.model"} or {"vocab.json", "merges.txt"} <= names
+    whole = whole and "tokenizer_config.json" in names  # without its files transformers would build an empty one
+    require(whole, f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
+    kind = "PreTrainedTokenizerFast" if "tokenizer.json" in names else kind
     tokenizer = getattr(transformers, kind).from_pretrained(folder, **options)
     found, expected = tokenizer(PROBE, add_special_tokens=False)["input_ids"], file_ids(Path(folder), PROBE)
-    if found != expected:
-        raise RewardError(
-            f"{folder}: {type(tokenizer).__name__} reads {PROBE!r} as {found[:8]}…, its files say {expected[:8]}…; "
-            "install another version of transformers, or give a folder whose tokenizer.json is whole"
-        )
+    advice = "install another version of transformers, or give a folder whose tokenizer.json is whole"
+    reads = f"{type(tokenizer).__name__} reads {PROBE!r} as {found[:8]}…, its files say {expected[:8]}…"
+    require(found == expected, f"{folder}: {reads}; {advice}")
     return tokenizer
 
 
 def file_ids(folder: Path, text: str) -> list[int]:
     """The ids of a text that a tokenizer's files give without transformers, without special tokens."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
     elif (folder / "spiece.model").is_file():
-        from sentencepiece import SentencePieceProcessor
-
         return SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode(text)
     else:
-        vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
+        files = str(folder / "vocab.json"), str(folder / "merges.txt")
         is_clip = "a</w>" in json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        bpe = models.BPE.from_file(vocabulary, merges, **({"end_of_word_suffix": "</w>"} if is_clip else {}))
-        tokenizer, to_bytes = Tokenizer(bpe), pre_tokenizers.ByteLevel(False, use_regex=not is_clip)
+        options = {"lowercase": True, "end_of_word_suffix": "</w>"} if is_clip else {}
+        tokenizer = implementations.ByteLevelBPETokenizer(*files, **options)
         if is_clip:
-            tokenizer.normalizer = normalizers.Lowercase()
-            to_bytes = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), to_bytes])
-        tokenizer.pre_tokenizer = to_bytes
+            to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), to_bytes])
     return tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def check_tokenizer(folder: str | Path) -> None:
-    """Raise RewardError if a folder lacks a tokenizer's files: transformers would build an empty one."""
-    names = {path.name for path in Path(folder).glob("*") if path.is_file()}
-    vocabulary = names & {"tokenizer.json", "spiece.model"} or {"vocab.json", "merges.txt"} <= names
-    if not ("tokenizer_config.json" in names and vocabulary):
-        raise RewardError(f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
 
 
 # ------------------------------------------------------------------------------------------------------ small helpers
 
 
-def only_file(name: str, folder: str, pattern: str, hub_file: str = "") -> str:
+def only_file(folder: str, pattern: str, hub_file: str = "") -> Path:
     """The file of a folder that is called as on the hub, else the only one that fits the pattern."""
-    if hub_file and Path(folder, hub_file).is_file():
-        return str(Path(folder, hub_file))
-    files = sorted(Path(folder).glob(pattern))
-    if len(files) != 1:
-        raise RewardError(f"{name}: {folder} must hold exactly one {pattern}, it holds {len(files)}")
-    return str(files[0])
+    files = [Path(folder, hub_file)] if Path(folder, hub_file).is_file() else sorted(Path(folder).glob(pattern))
+    require(len(files) == 1, f"{folder} must hold exactly one {pattern}, it holds {len(files)}")
+    return files[0]
 
 
 @contextlib.contextmanager
@@ -825,19 +755,18 @@ def reading(name: str, path: str, what: str) -> Iterator[None]:
         raise
     except FILE_ERRORS as e:
         # torch's own text advises to load the pickle, which would run what is in it
-        reason = "not a file of weights alone" if isinstance(e, pickle.UnpicklingError) else first_line(e)
-        raise RewardError(
-            f"{name}: could not load {path!r} ({type(e).__name__}: {reason}); "
-            f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
-        ) from e
+        reason = "not a file of weights alone" if isinstance(e, pickle.UnpicklingError) else shorten(str(e), 200)
+        advice = f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
+        raise RewardError(f"{name}: could not load {path!r} ({type(e).__name__}: {reason}); {advice}") from e
 
 
-def check_fit(name: str, path: str, expected: dict, found: dict) -> None:
-    """Raise RewardError unless both have the same weights, of the same shapes."""
-    shapes, own = ({key: tuple(getattr(w, "shape", ())) for key, w in d.items()} for d in (expected, found))
-    if wrong := sorted(shapes.items() ^ own.items()):
-        counts = f"{len(shapes.keys() - own.keys())} weights missing, {len(own.keys() - shapes.keys())} unexpected"
-        raise RewardError(f"{name}: {path} does not fit its config: {counts}, first: {wrong[0][0]}")
+def load_whole(network_class: type, path: str | None, **options) -> torch.nn.Module:
+    """`from_pretrained` of transformers. Raises RewardError where it would fill in random weights, or drop some."""
+    network, info = network_class.from_pretrained(path, output_loading_info=True, **options)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    counts = f"{len(missing)} weights missing, {len(unexpected)} unexpected, first: {[*missing, *unexpected, ''][0]}"
+    require(not missing and not unexpected, f"{path} does not fit its config: {counts}")
+    return network
 
 
 def first_line(error: Exception) -> str:
@@ -847,18 +776,16 @@ def first_line(error: Exception) -> str:
 def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str) -> None:
     """Raise RewardError unless each image ("3, H, W") or video ("F, 3, H, W") is one, in [0, 1], with its prompt."""
     for visual in visuals:
-        if visual.dim() != len(dims.split(",")) or visual.shape[-3] != 3 or 0 in visual.shape:
-            raise RewardError(f"{name}: each must be ({dims}), got {tuple(visual.shape)}")
+        fine = visual.dim() == len(dims.split(",")) and visual.shape[-3] == 3 and 0 not in visual.shape
+        require(fine, f"{name}: each must be ({dims}), got {tuple(visual.shape)}")
     check_prompts(name, visuals, prompts)
+    advice = "NaN comes from the model that drew them: lower the learning rate, the guidance or eta"
     for prompt, visual in zip(prompts, visuals, strict=True):
         low, high = visual.aminmax()
-        if not (low >= 0 and high <= 1):  # also catches NaN
-            raise RewardError(
-                f"{name}: pixels must be in [0, 1], found {low:.3g} to {high:.3g} for {prompt!r}; NaN comes from the "
-                "model that drew them: lower the learning rate, the guidance or eta"
-            )
+        found = f"found {low:.3g} to {high:.3g} for {prompt!r}"
+        require(low >= 0 and high <= 1, f"{name}: pixels must be in [0, 1], {found}; {advice}")  # also catches NaN
 
 
 def check_prompts(name: str, visuals: Visuals, prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str) or len(prompts) != len(visuals):
-        raise RewardError(f"{name}: one prompt per image or video, got {len(visuals)} and prompts {prompts!r:.80}")
+    fine = not isinstance(prompts, str) and len(prompts) == len(visuals)
+    require(fine, f"{name}: one prompt per image or video, got {len(visuals)} and prompts {prompts!r:.80}")

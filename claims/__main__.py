@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import RewardError
-from runtime import data
+from runtime import files
 from runtime.options import Natural, check_ranges, one_line_errors, parse_config, require
 
 from . import (
@@ -53,14 +53,14 @@ def main(name: str, cfg: Config) -> None:
     needed = 3 if name == "one-form" else EXPERIMENTS[name].seeds
     seeds = cfg.seeds or needed
     results = Path("claims/results") if seeds >= needed and not cfg.iterations else folder / "results"
-    with data.writing(results):
+    with files.writing(results):
         results.mkdir(parents=True, exist_ok=True)
     if name == "one-form":
         kind, result = one_form, one_form.run(seeds)
     else:
         kind, claim = experiment, EXPERIMENTS[name]
         result = kind.summarize(claim, kind.run_arms(claim, name, seeds, cfg.iterations, folder))
-    data.write_atomically(results / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    files.write_atomically(results / f"{name}.json", json.dumps(result, indent=1) + "\n")
     kind.draw(result, results / f"{name}.png")
     print(kind.report(result), f"{results / name}.json, .png", sep="\n")
 

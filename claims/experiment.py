@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from runtime import checkpoints, data, output
+from runtime import checkpoints, files, output
 from runtime.options import command_words, latest_checkpoint, parse_config
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this size"
@@ -132,7 +132,7 @@ def digest(*parts) -> str:
 def files_of(options: dict) -> dict[str, str]:
     """Hashes of the models, rewards and prompts that are files here."""
     paths = [*checkpoints.files_of(**options), options.get("prompts", "")]
-    return {path: data.fingerprint(path) for path in paths if path and Path(path).exists()}
+    return {path: files.fingerprint(path) for path in paths if path and Path(path).exists()}
 
 
 def parse(trainer, options: dict):
@@ -328,7 +328,7 @@ def new_figure(panels: int):
 def save_figure(figure, path: Path) -> None:
     """Write it as a PNG, whole or not at all."""
     part = path.with_suffix(".part.png")
-    with data.writing(part):
+    with files.writing(part):
         figure.savefig(part, dpi=110)
         part.replace(path)
 

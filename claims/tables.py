@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from runtime import data
+from runtime import files
 
 from . import experiment, one_form
 
@@ -150,4 +150,4 @@ def filled(text: str, names) -> str:
 
 def write(names, path: Path = ROOT / "RESULTS.md") -> None:
     """Put the tables in their places."""
-    data.write_atomically(path, filled(path.read_text(encoding="utf-8"), names))
+    files.write_atomically(path, filled(path.read_text(encoding="utf-8"), names))

@@ -1,20 +1,17 @@
 """GenEval (2310.11513): does a picture show what its prompt asks for? Objects are detected, counted and compared.
 
-    detector = load_detector("facebook/mask2former-swin-small-coco-instance", device="cuda")
-    judge_picture(detector, picture, metadata)    # → (is it correct, what is wrong)
-
 Metadata are GenEval's: {"tag", "include": [{"class", "count", "color"?, "position"? = [relation, index]}], "exclude"?}.
-The six tags are single_object, two_object, counting, colors, position, color_attr. GenEval's overall figure is the mean
-of the tags' shares of correct pictures.
+The six tags are single_object, two_object, counting, colors, position, color_attr; the overall figure is the mean of
+their shares of correct pictures.
 
-A detector is an object with these attributes. `FILE.py:CLASS` names a class of your own, called without arguments:
+A detector, see `find_detector`, is an object with these attributes; FILE.py:CLASS is called without arguments:
 
     classes                         set of the names of all classes that it can detect
     __call__(picture)               (3, H, W) in [0, 1] → {class: [Found]}
     colors(picture, name, objects)  the name of each object's colour; `objects` are some of those found for class `name`
     NOTE                            one line for the report: what a reader must know about the figures
     metadata(prompt)                optional: GenEval's metadata for a prompt; raises ValueError where it has none
-    load(device)                    optional: loads the weights; called once, before the first picture
+    sources, load(device)           optional: hub ids or folders of the weights; loads them, before the first picture
 
 Legend: H and W the size of a picture in pixels.
 """
@@ -32,7 +29,7 @@ import rewards
 from runtime import loading
 from runtime.options import Lazy, RunError, require
 
-TF = Lazy("torchvision.transforms.functional")
+TF, transformers = Lazy("torchvision.transforms.functional"), Lazy("transformers")
 MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -92,11 +89,6 @@ def relations(a: Sequence[float], b: Sequence[float]) -> set[str]:
     return {name for name, part in zip(RELATIONS, (-x, x, -y, y), strict=True) if part > 0.5}
 
 
-def judge_picture(detector, picture: Tensor, metadata: dict) -> tuple[bool, str]:
-    """`judge` on what the detector finds in a picture (3, H, W) in [0, 1]."""
-    return judge(detector(picture), metadata, partial(detector.colors, picture))
-
-
 class GenEvalReward:
     """The reward `geneval`: 1.0 if a picture shows everything that its prompt asks for, else 0.0.
 
@@ -105,16 +97,15 @@ class GenEvalReward:
     """
 
     def __init__(self, path: str = MASK2FORMER, device="cpu", metadata: Mapping[str, dict] | None = None):
-        self.detector, self.metadata, self.device = load_detector(path, device=device), metadata or {}, device
-        parts = vars(self.detector).values()
-        self.networks = torch.nn.ModuleList(part for part in parts if isinstance(part, torch.nn.Module))
+        self.detector, self.metadata, self.device = find_detector(path, device=device), metadata or {}, device
+        self.networks = torch.nn.ModuleList(x for x in vars(self.detector).values() if isinstance(x, torch.nn.Module))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """images (B, 3, H, W) in [0, 1], one prompt each → (B,) float32, 0.0 or 1.0."""
-        verdicts = [
-            judge_picture(self.detector, image, find_metadata(prompt, self.metadata.get(prompt, {}), self.detector))[0]
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
+        verdicts = []
+        for image, prompt in zip(images, prompts, strict=True):
+            metadata = find_metadata(prompt, self.metadata.get(prompt, {}), self.detector)
+            verdicts.append(judge(self.detector(image), metadata, partial(self.detector.colors, image))[0])
         return torch.tensor(verdicts, dtype=torch.float32, device=self.device)
 
 
@@ -124,9 +115,6 @@ def check(path: str | None, video: bool, prompts: Sequence[str], metadata: Mappi
     detector = find_detector(path or MASK2FORMER)
     for prompt in prompts:
         find_metadata(prompt, (metadata or {}).get(prompt, {}), detector)
-
-
-# ------------------------------------------------------------------------------------------- the prompts' metadata
 
 
 def find_metadata(prompt: str, row: dict, detector) -> dict:
@@ -142,10 +130,9 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
             raise RunError(f"{where}: {rewards.first_line(e)}") from e
     try:
         things = [*row["include"], *row.get("exclude", ())]
+        places = [(i, *thing["position"]) for i, thing in enumerate(row["include"]) if "position" in thing]
         fine = isinstance(row["tag"], str) and len(row["include"]) > 0 and all(x["count"] >= 1 for x in things)
-        for i, wanted in enumerate(row["include"]):
-            relation, target = wanted.get("position", (RELATIONS[0], 0))
-            fine &= relation in RELATIONS and (0 <= target < i or "position" not in wanted)
+        fine = fine and all(relation in RELATIONS and 0 <= target < i for i, relation, target in places)
         unknown = {x["class"] for x in things} - detector.classes
     except (KeyError, TypeError, ValueError, AttributeError):
         fine, unknown = False, ()
@@ -157,8 +144,8 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
 # ------------------------------------------------------------------------------------------------------ the detectors
 
 
-def find_detector(name: str, clip: str = CLIP):
-    """The detector of this name, its weights not loaded yet.
+def find_detector(name: str, clip: str = CLIP, device=None):
+    """The detector of this name, with its weights on the device, or not loaded yet where there is none.
 
     name     hub id or folder of a Mask2Former, or FILE.py:CLASS
     clip     hub id or folder of the CLIPModel that names colours for Mask2Former
@@ -168,25 +155,19 @@ def find_detector(name: str, clip: str = CLIP):
         detector = rewards.load_object(name)()
         lacks = [part for part in ("classes", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
         require(not lacks, f"{name} is no detector: it lacks {', '.join(lacks)}")
-        return detector
-    for option, path in (("--detector", name), ("--detector-clip", clip)):
-        loading.check_path(option, path)
-    return Mask2FormerDetector(name, clip)
+    else:
+        loading.check_path("--detector", name)
+        loading.check_path("--detector-clip", clip)
+        detector = Mask2FormerDetector(name, clip)
+    if device and hasattr(detector, "load"):
+        detector.load(device)
+    return detector
 
 
 def fetch(name: str | None, clip: str = CLIP) -> None:
     """Fetch the files of a detector from the hub, where the cache lacks them."""
-    detector = find_detector(name or MASK2FORMER, clip)
-    if hasattr(detector, "fetch"):
-        detector.fetch()
-
-
-def load_detector(name: str, clip: str = CLIP, device="cpu"):
-    """`find_detector`, with its weights on the device."""
-    detector = find_detector(name, clip)
-    if hasattr(detector, "load"):
-        detector.load(device)
-    return detector
+    for source in getattr(find_detector(name or MASK2FORMER, clip), "sources", ()):
+        rewards.hub_folder(source)
 
 
 class Mask2FormerDetector:
@@ -202,32 +183,23 @@ class Mask2FormerDetector:
     GRAY = 0x99 / 255  # replaces what is not the object
 
     def __init__(self, path: str, clip_path: str):
-        from transformers import Mask2FormerConfig
-
-        self.path, self.clip_path = path, clip_path
+        self.sources = path, clip_path
         try:
-            names = Mask2FormerConfig.from_pretrained(rewards.hub_folder(path, weights=False)).id2label
+            names = transformers.Mask2FormerConfig.from_pretrained(rewards.hub_folder(path, weights=False)).id2label
         except rewards.FILE_ERRORS as e:
             raise RunError(f"--detector: cannot read the config of {path}: {rewards.first_line(e)}") from e
-        names = [names[i] for i in range(len(names))]
-        self.labels = [OTHER_NAMES.get(name, name) for name in names]
+        self.labels = [OTHER_NAMES.get(names[i], names[i]) for i in range(len(names))]
         self.classes = set(self.labels)
 
-    def fetch(self) -> tuple[str, str]:
-        """→ the folders of the detector and of its CLIP, fetched from the hub where the cache lacks them."""
-        return rewards.hub_folder(self.path), rewards.hub_folder(self.clip_path)
-
     def load(self, device) -> None:
-        from transformers import CLIPModel, Mask2FormerForUniversalSegmentation
-
         self.device = device
         try:
-            path, clip_path = self.fetch()
-            self.model = Mask2FormerForUniversalSegmentation.from_pretrained(path).to(device).eval()
-            self.clip = CLIPModel.from_pretrained(clip_path).to(device).eval()
+            path, clip_path = map(rewards.hub_folder, self.sources)
+            self.model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(path).to(device).eval()
+            self.clip = transformers.CLIPModel.from_pretrained(clip_path).to(device).eval()
             self.tokenizer = rewards.load_tokenizer(clip_path, "CLIPTokenizer")
         except rewards.FILE_ERRORS as e:
-            raise RunError(f"cannot load GenEval's {self.path} with {self.clip_path}: {rewards.first_line(e)}") from e
+            raise RunError(f"cannot load GenEval's {' with '.join(self.sources)}: {rewards.first_line(e)}") from e
 
     @torch.no_grad()
     def __call__(self, picture: Tensor) -> dict[str, list[Found]]:
@@ -264,3 +236,6 @@ class Mask2FormerDetector:
         out = self.clip(pixel_values=TF.normalize(torch.cat(crops), rewards.CLIP_MEAN, rewards.CLIP_STD), **tokens)
         colors = F.normalize(out.text_embeds.view(len(COLORS), len(self.TEMPLATES), -1).mean(1), dim=-1)
         return [COLORS[i] for i in (out.image_embeds @ colors.T).argmax(1).tolist()]
+
+
+rewards.register("geneval", GenEvalReward, check=check, fetch=fetch)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
-from runtime import checkpoints, loading, processes
+from runtime import checkpoints, files, loading, processes
 from runtime.options import Lazy, RunError, require
 
 diffusers = Lazy("diffusers")
@@ -46,15 +46,13 @@ def run_options(checkpoint: str) -> dict:
     Models, rewards and prompts are found from the directory where the run was started, too. Raises RunError if there is
     no such checkpoint, or if the file is damaged.
     """
-    require(
-        Path(checkpoint).exists(),
-        f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN or a diffusers folder",
-    )
+    require(Path(checkpoint).exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN")
     for file in [folder / "config.json" for folder in list(Path(checkpoint).parents)[:3]]:
-        stored = loading.read_json(file)
+        stored = files.read_json(file)
         require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
-        if "script" in stored:
+        if "reward" in stored:
             directory, paths = stored.get("directory", ""), split_paths(stored.get("reward_paths", ""))
+            paths.pop("geneval", None)  # an evaluation has --detector
             for name in {"model", "transformer", "prompts"} & stored.keys():
                 stored[name] = from_directory(directory, stored[name])
             return stored | {"reward_paths": {name: from_directory(directory, path) for name, path in paths.items()}}
@@ -79,28 +77,25 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
         require(found == family, f"--checkpoint {checkpoint} is a {found}, but the base {base} is a {family}")
         return "pipeline", checkpoint
     for folder in (path / component, path):
-        own = loading.read_json(folder / "config.json")
+        own = files.read_json(folder / "config.json")
         if found := own.get("_class_name"):
             require(found == network_class, f"--checkpoint {folder} is a {found}, but {base} has a {network_class}")
-            for key in [key for key in original if key[0] != "_" and own.get(key, original[key]) != original[key]]:
-                raise RunError(
-                    f"--checkpoint {folder} was not trained from {base}: its {key} is {own[key]}, the base's is "
-                    f"{original[key]}; name the right --model"
-                )
+            other = [key for key, value in original.items() if key[0] != "_" and own.get(key, value) != value]
+            differs = f"--checkpoint {folder} was not trained from {base}: its config differs in {', '.join(other)}"
+            require(not other, f"{differs}; name the right --model")
             return "network", str(folder)
     lora = path if path.suffix == ".safetensors" else path / loading.LORA_FILE
     if lora.is_file():
         try:
-            names = list(loading.shapes_in(lora))
+            names = list(loading.shapes_in(lora)) or ["no weights"]
         except FILE_ERRORS as e:
             raise RunError(f"--checkpoint: cannot read {lora}: {first_line(e)}; take another") from e
-        fits = bool(names) and all(name.startswith(f"{component}.") for name in names)
-        found = (names or ["no weights"])[0]
-        require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it holds {found}")
+        fits = all(name.startswith(f"{component}.") for name in names)
+        require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it holds {names[0]}")
         return "lora", str(lora)
     raise RunError(
-        f"--checkpoint {checkpoint} has neither a {component} folder with a whole config.json, nor {loading.LORA_FILE}, "
-        f"nor model_index.json; {base}, a {family}, needs one of these"
+        f"--checkpoint {checkpoint} has neither a {component} folder with a whole config.json, nor "
+        f"{loading.LORA_FILE}, nor model_index.json; {base}, a {family}, needs one of these"
     )
 
 
@@ -132,9 +127,6 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: pro
     pipe = loading.load_pretrained(getattr(diffusers, family).from_pretrained, folder, **options)
     if model.kind == "lora":
         file = Path(model.weights)
-        try:
-            pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        except FILE_ERRORS as e:  # sizes or names that the network does not have
-            raise RunError(f"the LoRA {file} does not fit {base}: {first_line(e)}") from e
+        loading.load_pretrained(pipe.load_lora_weights, str(file.parent), "--checkpoint", weight_name=file.name)
     loading.say_once_what_is_cut_off(pipe)
     return pipe.to(world.device)

@@ -1,12 +1,13 @@
 """The prompts of an evaluation: a file, HPS-v2's benchmark, or GenEval's; checked before any model is loaded."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from evaluation import geneval
 from rewards import fetched_once, text_at, text_on_hub
-from runtime import data
+from runtime import data, pictures
 from runtime.options import RunError, require
 
 HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
@@ -21,7 +22,9 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
 
     source: a text or JSONL file, hpsv2 or geneval; detector: GenEval's, or None if it is not a metric.
     """
-    file = fetch_geneval_prompts() if source == "geneval" else Path(source).expanduser()
+    file = Path(source).expanduser()
+    if source == "geneval":
+        file = fetch_set("geneval.jsonl", text_at, GENEVAL_URL)
     if source == "hpsv2":
         rows = [{"prompt": prompt, "style": style} for style in HPS_STYLES for prompt in fetch_hps_prompts(style)]
     else:
@@ -30,29 +33,25 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
     if file.suffix.lower() == ".jsonl":
         rows = [json.loads(line) | row for line, row in zip(data.read_lines(file), rows, strict=True)]
     for number, row in enumerate(rows, 1):
-        for name in {"style", "tag"} & row.keys():
-            require(isinstance(row[name], str), f"{source} line {number}: the {name} must be a string")
+        require(isinstance(row.get("style", ""), str), f"{source} line {number}: the style must be a string")
         if detector:
             row |= geneval.find_metadata(row["prompt"], row, detector)
         if needs_image:
             require("image" in row, f'{source} line {number} has no "image", which the video is to start from')
             row["image"] = str(file.parent / str(row["image"]))
-            data.read_picture(row["image"])
+            pictures.read_picture(row["image"])
     return rows
 
 
-def fetch_hps_prompts(style: str) -> list[str]:
-    """The 800 prompts of one style of HPS-v2's benchmark, from the hub, cached there."""
-    file = f"benchmark/{style}.json"
+def fetch_set(name: str, read: Callable[..., str], *place: str) -> Path:
+    """The file `name` in the hub's cache folder; where it is missing, what `read` finds at a place."""
     try:
-        return json.loads(fetched_once(f"hpsv2-{style}.json", partial(text_on_hub, HPS_REPO, file)).read_text("utf-8"))
+        return fetched_once(name, partial(read, *place))
     except OSError as e:  # every error of the hub's own is one
-        raise RunError(f"cannot fetch {file} of {HPS_REPO} from the hub; give --prompts a file of your own") from e
+        raise RunError(f"cannot fetch {' '.join(place)}; give --prompts a file of your own") from e
 
 
-def fetch_geneval_prompts() -> Path:
-    """evaluation_metadata.jsonl, 553 lines, fetched once and kept in the hub's cache folder."""
-    try:
-        return fetched_once("geneval.jsonl", partial(text_at, GENEVAL_URL))
-    except OSError as e:
-        raise RunError(f"cannot fetch {GENEVAL_URL}; download it and give --prompts its path") from e
+def fetch_hps_prompts(style: str) -> list[str]:
+    """The 800 prompts of one style of HPS-v2's benchmark."""
+    file = fetch_set(f"hpsv2-{style}.json", text_on_hub, HPS_REPO, f"benchmark/{style}.json")
+    return json.loads(file.read_text(encoding="utf-8"))

@@ -1,8 +1,5 @@
 """The report of an evaluation, made of its results alone: results.json, results.md, compare.png and index.html.
 
-results.json has every score of every picture, results.md the table; compare.png shows some prompts, a column for each
-model; index.html is a page with table and pictures that needs no other file.
-
 Legend: P prompts, N pictures of each, F frames of a video, H and W their size in pixels.
 """
 
@@ -17,7 +14,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from runtime import data
+from runtime import files, pictures
 
 PAGE_PROMPTS, SHEET_PROMPTS = 24, 8  # shown in index.html and in compare.png
 
@@ -41,24 +38,18 @@ class Results:
 def write_report(results: Results, folder: Path) -> None:
     """Write results.json, results.md, compare.png and index.html into the folder."""
     table = make_table(results.summary)
-    content = {
-        "settings": results.settings,
-        "versions": results.versions,
-        "models": results.models,
-        "remarks": results.remarks,
-        "summary": results.summary,
-        "pictures": [
-            row | {"picture": path.name, "scores": {name: own[p][n] for name, own in results.scores.items()}}
-            for p, row in enumerate(results.prompts)
-            for n, path in enumerate(next(iter(results.pictures.values()))[p])
-        ],
-    }
+    content = {name: vars(results)[name] for name in ("settings", "versions", "models", "remarks", "summary")}
+    content["pictures"] = [
+        row | {"picture": path.name, "scores": {name: own[p][n] for name, own in results.scores.items()}}
+        for p, row in enumerate(results.prompts)
+        for n, path in enumerate(next(iter(results.pictures.values()))[p])
+    ]
     lines = ["| " + " | ".join(line) + " |" for line in [table[0], ["---"] * len(table[0]), *table[1:]]]
     text = "\n".join(["# Evaluation", "", *lines, "", *(f"- {remark}" for remark in results.remarks), ""])
-    data.write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
-    data.write_atomically(folder / "results.md", text)
-    data.save_image(folder / "compare.png", make_sheet(results))
-    data.write_atomically(folder / "index.html", make_page(results, table))
+    files.write_atomically(folder / "results.json", json.dumps(content, indent=1) + "\n")
+    files.write_atomically(folder / "results.md", text)
+    pictures.save_image(folder / "compare.png", make_sheet(results))
+    files.write_atomically(folder / "index.html", make_page(results, table))
 
 
 def make_table(summary: dict) -> list[list[str]]:
@@ -77,9 +68,6 @@ def make_table(summary: dict) -> list[list[str]]:
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
 def spread(count: int, most: int) -> list[int]:
     """At most `most` of 0 … count - 1, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int)).tolist()
@@ -87,7 +75,7 @@ def spread(count: int, most: int) -> list[int]:
 
 def previews(path: Path, frames: int, most: int, side: int = 256) -> list[Image.Image]:
     """A picture, or at most `most` frames of a video, the longest side `side` pixels; small ones enlarged by pixels."""
-    pixels = np.array(data.read_picture(path))
+    pixels = np.array(pictures.read_picture(path))
     pixels = pixels.reshape(frames, -1, *pixels.shape[1:])  # (F, H, W, 3)
     _, height, width, _ = pixels.shape
     zoom = side / max(height, width)
@@ -114,9 +102,6 @@ def make_sheet(results: Results) -> Image.Image:
             for j, frame in enumerate(frames):
                 sheet.paste(frame, (text + k * column + j * w, top))
     return sheet
-
-
-# --------------------------------------------------------------------------------------------------------------- page
 
 
 def make_page(results: Results, table: list[list[str]]) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from rewards import parse_paths, parse_spec
 
-from .data import FINGERPRINTED, fingerprint, write_atomically, writing
-from .loading import find_init, public_lora, read_json
+from .files import FINGERPRINTED, fingerprint, read_json, write_atomically, writing
+from .loading import find_init
+from .lora import public_lora
 from .options import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, require
 from .processes import EMA, World, local, trainable
 
@@ -104,7 +105,8 @@ def refuse_foreign(folder: Path) -> dict:
         stored = read_json(file)
         require("script" in stored, f"{folder} holds a config.json that is no run's, or is damaged; {advice}")
         return stored
-    foreign = [path.name for path in sorted(folder.glob("*")) if path.suffix in suffixes and path.name not in OWN]
+    names = [path.name for path in sorted(folder.glob("*")) if path.name not in OWN]
+    foreign = [name for name in names if name == SUMS or Path(name).suffix in suffixes]
     require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, which no run wrote; {advice}")
     return {}
 

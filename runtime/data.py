@@ -1,13 +1,10 @@
 """What goes into a run: keyed noise, prompts, first frames. Random numbers are functions of their key alone."""
 
-import contextlib
 import hashlib
 import json
 import re
-import secrets
-import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +14,10 @@ from tqdm import tqdm
 
 from rewards import fetched_once, first_line, text_at, text_on_hub
 
-from .options import Lazy, RunError, find_place, require
+from .files import writing
+from .options import RunError, find_place, require
+from .pictures import read_picture, save_image
 from .processes import World
-
-dcp = Lazy("torch.distributed.checkpoint")
 
 # name: (data set on the hub, its JSON file with a "prompt" in each row), or (address, text file of one prompt a line)
 PROMPT_SETS = {
@@ -208,101 +205,3 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     if world.is_main:
         with writing(index), index.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())
-
-
-# -------------------------------------------------------------------------------------------------------------- files
-
-FINGERPRINTED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".model", ".py"}
-
-
-def fingerprint(path: str) -> str:
-    """A hash of a file, or of the configs and weights in a folder, by which a change is noticed; "" of a hub id.
-
-    Of a file above 8 MiB it covers the size and three parts of 1 MiB: the first, the middle and the last.
-    """
-    place, digest, mib = Path(path).expanduser(), hashlib.sha256(), 2**20
-    files = sorted(p for p in place.rglob("*") if p.suffix in FINGERPRINTED) if place.is_dir() else [place]
-    files = [file for file in files if file.is_file()]
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(place)} {size}\n".encode())
-        with file.open("rb") as content:
-            for start, length in [(0, size)] if size <= 8 * mib else [(0, mib), (size // 2, mib), (size - mib, mib)]:
-                content.seek(start)
-                digest.update(content.read(length))
-    return digest.hexdigest() if files else ""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Turn a failed write of `path` (disk full, no permission) into one line of advice. Yields the path."""
-    from safetensors import SafetensorError
-
-    try:
-        yield path
-    except (torch.OutOfMemoryError, torch.distributed.DistError):  # of what is to be written
-        raise
-    except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:
-        # torch and safetensors report a full disk as errors of their own
-        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
-        raise RunError(
-            f"could not write {path}: {reason}; make room or take another --output-dir; "
-            "checkpoints already there are complete, --resume continues from the newest"
-        ) from e
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """The file is whole or not there, also when several processes write the same one at once."""
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    with writing(path):
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-
-
-def save_image(path: Path, image) -> None:
-    """A PIL image as a PNG file, which is whole or not there."""
-    part = path.with_suffix(".part.png")
-    with writing(path):
-        image.save(part)
-        part.replace(path)
-
-
-def read_picture(path: str | Path):
-    """A picture file as a person sees it, as PIL's RGB image; of an animation the first frame.
-
-    Turned as its EXIF data says; what is transparent lies on white. Raises RunError if it is no readable picture.
-    """
-    from PIL import Image, ImageOps
-
-    verify_picture(path)
-    with reading_picture(path), Image.open(path) as file:
-        picture = ImageOps.exif_transpose(file)
-        if picture.mode[0] == "I":  # 16 bits of grey, which `convert` would cut off at 255
-            picture = Image.fromarray((np.asarray(picture) / 257).round().clip(0, 255).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-
-
-def verify_picture(path: str | Path) -> tuple[int, int]:
-    """Width and height of a picture file. Raises RunError if it is none, or a PNG whose checksums are wrong."""
-    from PIL import Image
-
-    with reading_picture(path), Image.open(path) as picture:
-        picture.verify()
-        return picture.size
-
-
-@contextlib.contextmanager
-def reading_picture(path: str | Path) -> Iterator[None]:
-    """Turn Pillow's errors for broken files into one line."""
-    from PIL import Image
-
-    try:
-        yield
-    except FileNotFoundError as e:
-        raise RunError(f"there is no picture {path}; correct its path, or put the picture there") from e
-    except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
-        advice = "convert it to PNG or JPEG, for instance with ImageMagick, or put a whole one in its place"
-        raise RunError(f"cannot read the picture {path} ({first_line(e)}); {advice}") from e

@@ -28,7 +28,7 @@ from rewards import cached_folder, parse_paths, parse_spec, reading
 
 from . import loading, processes
 from .checkpoints import refuse_foreign
-from .data import write_atomically, writing
+from .files import write_atomically, writing
 from .options import require
 
 GIB = 2**30

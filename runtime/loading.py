@@ -6,10 +6,10 @@ A hub id becomes a folder of the hub's cache, by `find_folder`; everything after
 import contextlib
 import importlib
 import inspect
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +20,16 @@ from rewards import (
     FILE_ERRORS,
     RewardError,
     fetch_rewards,
+    fetched_folder,
     first_line,
     hub_folder,
     is_folder_or_hub_id,
     load_tokenizer,
     parse_paths,
-    wanted_files,
 )
 
+from .files import read_json
+from .lora import LORA_FILE, load_adapter, shapes_in
 from .options import Lazy, RunError, complete_checkpoints, require
 from .processes import World, shard, trainable
 
@@ -60,13 +62,43 @@ def find_folder(
     """
     check_path(option, path)
     try:
-        if not pipeline:
-            return Path(hub_folder(path, weights=weights))
-        names = ["model_index.json"]
-        parts = component_names(Path(hub_folder(path, (), names), *names), option) if not Path(path).is_dir() else {}
-        return Path(hub_folder(path, [name for name in parts if name not in (SAFETY, *but)], names, weights))
+        parts, index = [""], "model_index.json"
+        if pipeline and not Path(path).is_dir():
+            names = component_names(Path(hub_folder(path, [index], weights=False), index), option)
+            parts = [name for name in names if name not in (SAFETY, *but)]
+        return Path(fetched_folder(path, partial(choose_files, parts=parts, weights=weights)))
     except RewardError as e:
         raise RunError(f"{option}: {e}") from e
+
+
+# Names of weights, the best first: safetensors before pickles, a copy in half precision only where nothing else is.
+WEIGHTS = [
+    re.compile(rf"(diffusion_)?(pytorch_)?model{half}(-\d+-of-\d+)?{half}\.{suffix}")
+    for half in ("", r"(\.fp16|\.bf16)?")
+    for suffix in ("safetensors", "bin")
+]
+
+
+def choose_files(files: Iterable[str], parts: Sequence[str], weights: bool = True) -> tuple[list[str], str]:
+    """Those of a repository's files that a model needs, one copy of the weights, and what is lacking, "" if nothing.
+
+    parts: folders that hold a network or a tokenizer each, "" for the root.
+    """
+    wanted, lacking = [], ""
+    for part in parts:
+        here = [name for folder, _, name in (file.rpartition("/") for file in files) if folder == part]
+        small = [name for name in here if name.endswith((".json", ".txt", ".model"))]
+        copies = ([name for name in here if kind.fullmatch(name)] for kind in WEIGHTS if weights)
+        shards = next(filter(None, copies), [])
+        wanted += [f"{part}/{name}".lstrip("/") for name in small + shards]
+        count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
+        if not small:
+            lacking = lacking or part or "config.json"
+        elif "tokenizer_config.json" in small and not {"tokenizer.json", "spiece.model", "merges.txt"} & set(small):
+            lacking = lacking or f"{part}/tokenizer.json".lstrip("/")
+        elif weights and "config.json" in small and len(shards) < count:
+            lacking = lacking or f"weights in {part or 'its root'}"
+    return wanted, lacking
 
 
 def component_names(index: Path, option: str) -> dict[str, tuple[str, str]]:
@@ -155,15 +187,6 @@ def has_config(folder: Path) -> bool:
     return not folder.is_dir() or (bool(contents) and all(contents))
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file, {} if there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 # ------------------------------------------------------------------------------------------------------------- loading
 
 
@@ -189,8 +212,8 @@ def load_weights(network_class: type, folder: Path | str, option: str = "--model
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights in a network's folder that `from_pretrained` is to read; [] if there are none."""
-    names = sorted(file.name for file in folder.glob("*"))
-    return [folder / name for name in wanted_files(names, [""]) if name.endswith((".safetensors", ".bin"))]
+    wanted, _ = choose_files(sorted(file.name for file in folder.glob("*")), [""])
+    return [folder / name for name in wanted if name.endswith((".safetensors", ".bin"))]
 
 
 def load_components(folder: Path, dtype: torch.dtype, but: Iterable[str] = (), option: str = "--model") -> dict:
@@ -344,55 +367,7 @@ def without_adapter(network: nn.Module) -> Iterator[None]:
             network.enable_adapters()
 
 
-# ----------------------------------------------------------------------------------------------------- LoRA and --init
-
-LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
-
-
-def public_lora(network: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
-    """A network's LoRA as it is saved: W + B·A, with alpha = rank, so that it needs no metadata; and its metadata.
-
-    weights: the trained ones, by the network's own names. alpha / rank, here 2, goes into B.
-    """
-    from peft import get_peft_model_state_dict
-
-    config = network.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    layers = get_peft_model_state_dict(network, weights)
-    layers = {name: scale * weight if ".lora_B." in name else weight for name, weight in layers.items()}
-    return layers, config.to_dict() | {"lora_alpha": config.r}
-
-
-def read_lora(file: Path) -> dict[str, Tensor]:
-    """The weights of a LoRA file, B scaled so that W + B·A is what it means.
-
-    alpha stands in `.alpha` weights, in the metadata that diffusers writes, or is the rank.
-    """
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as content:
-        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-        metadata = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    stored = {name.rpartition(".")[2]: value for name, value in metadata.items()}  # transformer.r, …
-    of_all = stored["lora_alpha"] / stored["r"] if {"lora_alpha", "r"} <= stored.keys() else 1.0
-    alphas = {
-        name.removesuffix(".alpha"): weights.pop(name).item() for name in list(weights) if name.endswith(".alpha")
-    }
-    for name in [name for name in weights if ".lora_B." in name]:
-        layer, rank = name.partition(".lora_B.")[0], weights[name].shape[1]
-        weights[name] = weights[name] * (alphas[layer] / rank if layer in alphas else of_all)
-    return weights
-
-
-def load_adapter(network: nn.Module, file: Path) -> None:
-    """Copy a LoRA file's weights into a network's. Names in the file begin with the component's."""
-    from peft import set_peft_model_state_dict
-
-    config = network.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    weights = {name.partition(".")[2]: weight for name, weight in read_lora(file).items()}
-    weights = {name: weight / scale if ".lora_B." in name else weight for name, weight in weights.items()}
-    set_peft_model_state_dict(network, weights)
+# ------------------------------------------------------------------------------------------------------------- --init
 
 
 def find_init(init: str) -> Path:
@@ -462,14 +437,3 @@ def stored_shapes(place: Path) -> dict[str, list[int]]:
         except FILE_ERRORS as e:
             raise RunError(f"--init: cannot read {file} ({first_line(e)}); take another checkpoint") from e
     return shapes
-
-
-def shapes_in(file: Path) -> dict[str, list[int]]:
-    """{name: shape} of the tensors in a file of weights, which are not read."""
-    from safetensors import safe_open
-
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as weights:
-            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
-    stored = torch.load(file, map_location="meta", weights_only=True)
-    return {name: list(weight.shape) for name, weight in stored.get("state_dict", stored).items()}

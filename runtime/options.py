@@ -310,16 +310,3 @@ def complete_checkpoints(output_dir: Path) -> list[Path]:
 def latest_checkpoint(output_dir: Path) -> Path | None:
     """The newest complete checkpoint."""
     return (complete_checkpoints(output_dir) or [None])[-1]
-
-
-# TEMPORARY, until eval.py no longer asks
-def seal(content):
-    return content
-
-
-def is_sealed(content):
-    return True
-
-
-def read_sealed(file):
-    return json.loads(file.read_text(encoding="utf-8"))

@@ -6,21 +6,23 @@ import json
 import os
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from rewards import first_line, load_reward, parse_paths
 
 from .checkpoints import Checkpoints, Folder, name_of, open_folder
-from .data import keyed_noise, load_metadata, save_image, write_atomically, writing
-from .loading import LORA_FILE, fetch_all
+from .data import keyed_noise, load_metadata
+from .files import write_atomically, writing
+from .loading import fetch_all
+from .lora import LORA_FILE
 from .options import RunError, command_words
+from .pictures import save_pictures, save_videos
 from .processes import EMA, Preemption, PromptCache, World, adamw, start_world, trainable
 
 
@@ -258,10 +260,7 @@ class Metrics:
             axis.set(title=title, xlabel="iteration")
             axis.legend()
             axis.grid(alpha=0.3)
-        part = self.path.with_name("reward.part.png")
-        with writing(part):
-            figure.savefig(part, dpi=110)
-            part.replace(self.path.with_name("reward.png"))
+        write_atomically(self.path.with_name("reward.png"), partial(figure.savefig, dpi=110))
         plt.close(figure)
 
 
@@ -477,49 +476,3 @@ def loading_lines(config, checkpoints: Checkpoints, iteration: int) -> list[str]
         f'pipe = {kind}.from_pretrained("{model}", {tokenizer}{part}{dtype})',
         f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")',
     ]
-
-
-# ---------------------------------------------------------------------------------------------------- pictures, films
-
-
-def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: int = 4) -> None:
-    """images (N, 3, H, W) in [0, 1] as one PNG, each with its caption below."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    zoom = max(1, 192 // images.shape[-2])  # small pictures are shown larger, pixel for pixel
-    pixels = (images.float().cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    height, width = images.shape[-2] * zoom, images.shape[-1] * zoom
-    size = max(12, height // 24)
-    font, strip, gap = ImageFont.load_default(size), int(size * 3.2), size // 2
-    rows = -(-len(pixels) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + strip) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
-        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + strip)
-        sheet.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (left, top))
-        line_length = max(8, int(width / (0.55 * size)))
-        lines = textwrap.wrap(caption, line_length)[:2]
-        draw.multiline_text((left, top + height + 2), "\n".join(lines), fill="black", font=font)
-    save_image(path, sheet)
-
-
-def save_videos(path: Path, videos: Tensor, captions: Sequence[str], fps: float) -> None:
-    """videos (N, F, 3, H, W) in [0, 1] as path.png, six frames of each in a row, and path.mp4, side by side.
-
-    One frame is a picture, and becomes path.png only.
-    """
-    frames = videos.shape[1]
-    shown = torch.linspace(0, frames - 1, min(frames, 6)).round().long()
-    rows = torch.cat(videos[:, shown].unbind(1), -1)  # (N, 3, H, 6 W)
-    save_pictures(path.with_suffix(".png"), rows, captions, columns=1 if frames > 1 else 4)
-    if frames == 1:
-        return
-    import imageio.v3 as imageio
-
-    zoom = max(1, 192 // videos.shape[-2])
-    film = torch.cat(videos.unbind(0), -1).repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)  # (F, 3, H', W')
-    pixels = (film.float().cpu() * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    part = path.with_suffix(".part.mp4")
-    with writing(path.with_suffix(".mp4")):
-        imageio.imwrite(part, pixels, plugin="FFMPEG", fps=fps, quality=8, macro_block_size=2)
-        part.replace(path.with_suffix(".mp4"))

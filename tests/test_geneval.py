@@ -18,7 +18,6 @@ from evaluation.geneval import (
     find_detector,
     find_metadata,
     judge,
-    load_detector,
     relations,
 )
 from rewards import RewardError
@@ -241,7 +240,7 @@ def test_the_tiny_detector_judges_all_six_tags():
     torch.manual_seed(3)
     wanted = [tiny.random_metadata(rng, tiny.TAGS[i % 6]) for i in range(60)]
     pictures = tiny.render([tiny.random_scene(rng, metadata) for metadata in wanted])
-    detector = load_detector(TINY)
+    detector = find_detector(TINY)
     for picture, metadata in zip(pictures, wanted, strict=True):
         found = detector(picture)
         for asked in (metadata, rng.choice(tiny.hard_negatives(metadata))):
@@ -254,7 +253,7 @@ def test_the_tiny_detector_judges_all_six_tags():
 
 @pytest.fixture(scope="module")
 def mask2former(mask2former_folders):
-    detector = load_detector(*mask2former_folders)
+    detector = find_detector(*mask2former_folders, "cpu")
     assert detector.classes == {"person", "computer mouse", "dog"}
     return detector
 

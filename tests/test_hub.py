@@ -16,7 +16,7 @@ import grpo_flux
 import grpo_sd
 import rewards
 from fake_hub import COMMIT, FakeHub
-from runtime import loading, processes
+from runtime import loading, lora, processes
 from runtime.options import RunError, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,6 +123,7 @@ def test_eight_processes_of_a_machine_make_one_request_for_a_file(repositories, 
     assert len(hub.fetched()) == len(set(hub.fetched())) > 30
 
 
+@pytest.mark.slow
 def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
     file = "diffusion_pytorch_model-00003-of-00007.safetensors"
     code = "import sys; from runtime.loading import find_folder; from runtime.options import *\n"
@@ -163,7 +164,7 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json"])
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json", "model.safetensors"])
     monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
     with pytest.raises(rewards.RewardError, match=r"the disk is full; make room or set HF_HOME, and run again"):
         rewards.hub_folder("a/b")
@@ -180,7 +181,8 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
     "others": (["flux1-dev.safetensors", "open_clip_pytorch_model.bin", "flax_model.msgpack"], []),
 }.values())  # fmt: skip
 def test_the_copy_that_is_chosen(files, expected):
-    assert rewards.wanted_files([f"unet/{file}" for file in files], ["unet"]) == [f"unet/{file}" for file in expected]
+    found, _ = loading.choose_files([f"unet/{file}" for file in files], ["unet"])
+    assert found == [f"unet/{file}" for file in expected]
 
 
 # ------------------------------------------------------------------------------------------------- forms of folders
@@ -256,7 +258,7 @@ def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     z, text = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in ((1, 4, 8, 8), (1, 77, 64)))
     expected = network(z, 501, text).sample
-    layers, _ = loading.public_lora(network, network.state_dict())
+    layers, _ = lora.public_lora(network, network.state_dict())
     ours = {f"unet.{name}": weight for name, weight in layers.items()}
     save_file(convert_state_dict_to_kohya(ours), tmp_path / "kohya.safetensors")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained("tiny/sd")
@@ -274,7 +276,7 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
     _, network, _ = grpo_flux.load_models(cfg, world, None)
     for number, parameter in enumerate(processes.trainable(network)):
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(number))
-    layers, metadata = loading.public_lora(network, network.state_dict())
+    layers, metadata = lora.public_lora(network, network.state_dict())
     assert metadata["lora_alpha"] == metadata["r"] == 2
     weights = {f"transformer.{name}": weight.clone() for name, weight in layers.items()}
     stored = {f"transformer.{name}": metadata[name] for name in ("lora_alpha", "r")}

@@ -26,7 +26,7 @@ PAGES = [
     *sorted(f"docs/{file.name}" for file in ROOT.glob("docs/*.md")),
 ]
 LINK = re.compile(r"\| `(?P<function>\w+)` \| \[`(?P<code>.+?)`\]\((?P<file>\w+\.py)#L(?P<line>\d+)\) \|")
-EQUATIONS = [f"({n})" for n in range(1, 11)] + ["Alg. 1, 8", "Alg. 1, 10"]  # of version 4
+EQUATIONS = [f"({n})" for n in range(1, 11)] + ["Alg. 1, line 8", "Alg. 1, line 10"]  # of version 4
 ORDER = "`grpo_sd.py` → `sampling.py` → `grpo_flux.py` → `rewards.py` → `grpo_video.py`"
 
 
@@ -54,7 +54,7 @@ def test_the_readme_is_short():
 
 def test_the_status_stands_before_the_first_command_of_full_size():
     text = read("README.md")
-    assert text.index("not verified: nothing was run on a GPU or with real weights") < text.index("torchrun")
+    assert text.index("not verified (no GPU, no real weights so far)") < text.index("torchrun")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reading.md"])
@@ -111,7 +111,7 @@ def find_line(row):
 
 def test_the_table_has_every_equation_once():
     lines = [line for line in read("README.md").splitlines() if LINK.search(line)]
-    found = [name for line in lines for name in re.findall(r"\(\d+\)|Alg\. 1, \d+", line.split(" | ")[0])]
+    found = [name for line in lines for name in re.findall(r"\(\d+\)|Alg\. 1, line \d+", line.split(" | ")[0])]
     assert sorted(found) == sorted(EQUATIONS)
 
 
@@ -126,7 +126,7 @@ def test_an_equation_stands_in_the_line_that_the_table_names(row):
 
 def test_the_readme_s_figures_are_those_of_the_claims():
     """Base and mean over the seeds, from the files that `python -m claims` made."""
-    found = table("README.md", "| reward (HPS)")
+    found = table("README.md", "| reward (`tiny/hps`)")
     assert len(found) == 2
     for command, claim in (("grpo_flux.py", "quick-start-flux"), ("grpo_sd.py", "quick-start-sd")):
         heldout = json.loads(read(f"claims/results/{claim}.json"))["heldout"]["DanceGRPO"]
@@ -139,7 +139,7 @@ def test_the_readme_s_figures_are_those_of_the_claims():
 
 def test_the_time_of_the_quick_start_is_what_was_measured():
     measured = json.loads(read("benchmarks/results/commands.json"))
-    assert "Each training takes two minutes on two CPU cores." in read("README.md") and measured["cores"] == 2
+    assert "Each run takes about two minutes on two CPU cores" in read("README.md") and measured["cores"] == 2
     assert all(100 < measured[script]["whole"] < 130 for script in ("grpo_flux", "grpo_sd"))  # seconds
 
 

@@ -298,7 +298,7 @@ def test_a_function_of_ones_own_is_a_reward(own, tiny_reward):
 
 
 def test_the_example_of_the_readme(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", Path("docs/rewards.md").read_text(encoding="utf-8"), re.DOTALL)
     (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
     spec = f"hps,{tmp_path}/my_rewards.py:red:0.5"
     check_reward(spec, "hps=tiny/hps")

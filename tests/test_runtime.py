@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime import data, output, processes
+from runtime import data, files, output, pictures, processes
 from runtime.data import keyed_noise, prompt_batch
 from runtime.options import RunError, parse_config
 from runtime.processes import EMA
@@ -210,7 +210,7 @@ def test_the_picture_of_the_curves_holds_the_sample_scores(tmp_path, monkeypatch
 def test_captioned_pictures_keep_their_pixels(tmp_path):
     images = torch.zeros(3, 3, 256, 256)
     images[1, 0] = 1.0
-    output.save_pictures(tmp_path / "a.png", images, ["first", "second", "a long caption " * 20], columns=2)
+    pictures.save_pictures(tmp_path / "a.png", images, ["first", "second", "a long caption " * 20], columns=2)
     sheet = Image.open(tmp_path / "a.png")
     colors = {color: count for count, color in sheet.getcolors(1_000_000)}
     assert colors[(255, 0, 0)] == 256 * 256
@@ -222,7 +222,7 @@ def test_videos_become_a_film_and_a_sheet_of_frames(tmp_path):
 
     videos = torch.zeros(2, 13, 3, 32, 48)
     videos[1] = 1.0
-    output.save_videos(tmp_path / "000010", videos, ["dark", "bright"], fps=8)
+    pictures.save_videos(tmp_path / "000010", videos, ["dark", "bright"], fps=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.mp4", "000010.png"]
     film = read_frames(str(tmp_path / "000010.mp4"))
     about = next(film)
@@ -329,8 +329,8 @@ def test_signals_are_noted_during_a_run_only():
 def test_only_a_failed_write_is_reported_as_one(tmp_path):
     with (
         pytest.raises(RunError, match=r"could not write .*out: OSError; make room"),
-        data.writing(tmp_path / "out"),
+        files.writing(tmp_path / "out"),
     ):
         raise OSError
-    with pytest.raises(torch.OutOfMemoryError), data.writing(tmp_path / "out"):  # while weights are gathered
+    with pytest.raises(torch.OutOfMemoryError), files.writing(tmp_path / "out"):  # while weights are gathered
         raise torch.OutOfMemoryError("CUDA out of memory")

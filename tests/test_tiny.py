@@ -141,6 +141,7 @@ def test_hps_prefers_clean_pictures_and_true_captions():
     assert max(make_clip_hps.preference(hps, batches=4).values()) < 0.6
 
 
+@pytest.mark.slow
 def test_flux_loads_in_stock_diffusers_and_draws_what_is_asked():
     pipe = FluxPipeline.from_pretrained(ROOT / "tiny/flux")
     singles = [prompt for prompt in heldout() if pictures.parse(prompt)["tag"] in ("single_object", "colors")] * 4
@@ -176,6 +177,7 @@ def test_the_models_are_small():
     assert sum(file.stat().st_size for file in (ROOT / "tiny").rglob("*")) < 25e6
 
 
+@pytest.mark.slow
 def test_check_prints_every_figure_and_writes_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "FIGURES", tmp_path / "figures.json")
     for part in ("check_clips", "check_judges", "check_image_models", "check_video_models"):

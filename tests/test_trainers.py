@@ -262,6 +262,7 @@ def test_interrupted_while_saving_a_run_resumes_bit_for_bit(case, small_run, tmp
         assert a and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_the_learning_rate_may_be_changed_on_resume_and_that_is_written_down(small_run, tmp_path):
     out = copy_of(small_run("flux"), tmp_path)
     shutil.rmtree(out / "checkpoint-000003")
@@ -412,6 +413,7 @@ def test_the_average_moves_once_an_iteration_whatever_the_number_of_updates(tmp_
     assert distance(average, {k: base[k] + 0.1 * (trained[k] - base[k]) for k in base}) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_micro_batch_of_another_size_gives_the_same_run(small_run, tmp_path):
     other = train("flux", tmp_path / "other", micro_batch=3, num_samples=1)
     assert distance(weights("flux", small_run("flux"), 3), weights("flux", other, 3)) < 1e-4
@@ -764,6 +766,7 @@ def judge(images, prompts):
 """
 
 
+@pytest.mark.slow
 def test_a_reward_of_ones_own_that_fails_later_names_its_line_and_nothing_is_lost(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(FAILING)
     options = dict(reward=f"{tmp_path}/own.py:judge", num_samples=1, save_every=1)
@@ -813,6 +816,7 @@ print(*sorted({"diffusers", "transformers", "peft", "torchvision", "torch._dynam
 """
 
 
+@pytest.mark.slow
 def test_a_wrong_option_answers_before_heavy_packages_are_imported():
     done = subprocess.run([sys.executable, "-c", WRONG_OPTION], capture_output=True, text=True, timeout=300)
     *errors, heavy = done.stdout.splitlines()

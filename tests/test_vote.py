@@ -42,20 +42,6 @@ def colour(uri):
     return red // 10, green // 20
 
 
-@pytest.mark.parametrize(
-    "wins, votes, low, high",
-    [
-        (0, 0, 0.0, 1.0),
-        (0, 10, 0.0, 0.2775),  # z² / (n + z²), with z² = 3.8415
-        (5, 10, 0.2366, 0.7634),  # 1/2 ± 1.96 / 13.84 · sqrt(2.5 + 0.9604)
-        (8, 10, 0.4902, 0.9433),
-        (10, 10, 0.7225, 1.0),
-    ],
-)
-def test_wilsons_interval(wins, votes, low, high):
-    assert vote.wilson(wins, votes) == pytest.approx((low, high), abs=1e-4)
-
-
 def test_the_page_has_every_prompt_of_every_model_beside_the_base(tmp_path):
     vote.write_page(make_results(tmp_path), tmp_path)
     page, data = content(tmp_path)
@@ -84,11 +70,11 @@ def test_the_page_is_blind(tmp_path):
 
 def test_sides_and_order_are_random_and_the_same_each_time():
     pairs = vote.make_pairs(300, 1, 200)
-    assert len({pair["prompt"] for pair in pairs}) == 200 and pairs == vote.make_pairs(300, 1, 200)
-    sides = np.array([pair["trained"] == "left" for pair in pairs])
+    assert len({prompt for prompt, _, _ in pairs}) == 200 and pairs == vote.make_pairs(300, 1, 200)
+    sides = np.array([side == "left" for _, _, side in pairs])
     assert sides.sum() == 100
     assert 80 < (sides[1:] != sides[:-1]).sum() < 120  # changes of side; 100 are expected, with deviation 7
-    ranks = np.array([pair["prompt"] for pair in pairs])
+    ranks = np.array([prompt for prompt, _, _ in pairs])
     assert abs(np.corrcoef(ranks, np.arange(200))[0, 1]) < 0.2
 
 
@@ -123,6 +109,22 @@ def test_votes_of_several_people_are_added(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "wins, losses, expected",
+    [
+        (0, 0, "- (0.000 to 1.000)"),
+        (0, 10, "0.000 (0.000 to 0.278)"),  # z² / (n + z²), with z² = 3.8415
+        (5, 5, "0.500 (0.237 to 0.763)"),  # 1/2 ± 1.96 / 13.84 · sqrt(2.5 + 0.9604)
+        (8, 2, "0.800 (0.490 to 0.943)"),
+        (10, 0, "1.000 (0.722 to 1.000)"),
+    ],
+)
+def test_the_share_has_wilsons_interval(wins, losses, expected, tmp_path, capsys):
+    votes = [("left", "left")] * wins + [("left", "right")] * losses + [("right", "tie")]
+    vote.main([export(tmp_path / "1.json", *votes)])
+    assert capsys.readouterr().out.splitlines()[2] == f"| m | {wins} | {losses} | 1 | {expected} |"
+
+
+@pytest.mark.parametrize(
     "name, text, expected",
     [
         ("none.json", None, "cannot be read as votes"),
@@ -130,8 +132,16 @@ def test_votes_of_several_people_are_added(tmp_path, capsys):
         ("list.json", "[1]", "cannot be read as votes"),
         ("other.json", '{"page": "p"}', "cannot be read as votes"),
         ("number.json", '{"page": "p", "votes": [3]}', "cannot be read as votes"),
-        ("choice.json", '{"page": "p", "votes": [{"model": "m", "trained": "left", "choice": "up"}]}', "is damaged"),
-        ("model.json", '{"page": "p", "votes": [{"model": 1, "trained": "left", "choice": "left"}]}', "is damaged"),
+        (
+            "choice.json",
+            '{"page": "p", "votes": [{"model": "m", "trained": "left", "choice": "up"}]}',
+            "cannot be read as votes",
+        ),
+        (
+            "model.json",
+            '{"page": "p", "votes": [{"model": 1, "trained": "left", "choice": "left"}]}',
+            "cannot be read as votes",
+        ),
         ("page.json", '{"page": "q", "votes": []}', "votes on different pages, p, q"),
     ],
 )

@@ -1,0 +1,66 @@
+"""LoRA files, and what files of weights hold."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
+
+
+def public_lora(network: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """A network's LoRA as it is saved: W + B·A, with alpha = rank, so that it needs no metadata; and its metadata.
+
+    weights: the trained ones, by the network's own names. alpha / rank, here 2, goes into B.
+    """
+    from peft import get_peft_model_state_dict
+
+    config = network.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    layers = get_peft_model_state_dict(network, weights)
+    layers = {name: scale * weight if ".lora_B." in name else weight for name, weight in layers.items()}
+    return layers, config.to_dict() | {"lora_alpha": config.r}
+
+
+def read_lora(file: Path) -> dict[str, Tensor]:
+    """The weights of a LoRA file, B scaled so that W + B·A is what it means.
+
+    alpha stands in `.alpha` weights, in the metadata that diffusers writes, or is the rank.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as content:
+        weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        metadata = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    stored = {name.rpartition(".")[2]: value for name, value in metadata.items()}  # transformer.r, …
+    of_all = stored["lora_alpha"] / stored["r"] if {"lora_alpha", "r"} <= stored.keys() else 1.0
+    alphas = {
+        name.removesuffix(".alpha"): weights.pop(name).item() for name in list(weights) if name.endswith(".alpha")
+    }
+    for name in [name for name in weights if ".lora_B." in name]:
+        layer, rank = name.partition(".lora_B.")[0], weights[name].shape[1]
+        weights[name] = weights[name] * (alphas[layer] / rank if layer in alphas else of_all)
+    return weights
+
+
+def load_adapter(network: nn.Module, file: Path) -> None:
+    """Copy a LoRA file's weights into a network's. Names in the file begin with the component's."""
+    from peft import set_peft_model_state_dict
+
+    config = network.peft_config["default"]
+    scale = config.lora_alpha / config.r
+    weights = {name.partition(".")[2]: weight for name, weight in read_lora(file).items()}
+    weights = {name: weight / scale if ".lora_B." in name else weight for name, weight in weights.items()}
+    set_peft_model_state_dict(network, weights)
+
+
+def shapes_in(file: Path) -> dict[str, list[int]]:
+    """{name: shape} of the tensors in a file of weights, which are not read."""
+    from safetensors import safe_open
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as weights:
+            return {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118
+    stored = torch.load(file, map_location="meta", weights_only=True)
+    return {name: list(weight.shape) for name, weight in stored.get("state_dict", stored).items()}
