@@ -319,7 +319,7 @@ def dry_run(cfg: Config) -> dict:
         diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE, latent_channels=16, shift_factor=0.1159
     )
     rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
-    dtype, length = processes.compute_dtype(cfg.dtype, cuda=True), cfg.max_sequence_length
+    dtype, length = processes.compute_dtype(cfg.dtype), cfg.max_sequence_length
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
     return dryrun.run(
         cfg, diffusers.FluxTransformer2DModel, config,

@@ -319,7 +319,7 @@ def dry_run(cfg: Config) -> dict:
     config = dryrun.config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE)
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
-    dtype = processes.compute_dtype(cfg.dtype, cuda=True)
+    dtype = processes.compute_dtype(cfg.dtype)
     return dryrun.run(
         cfg, kind, config,
         predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),

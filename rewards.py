@@ -17,6 +17,7 @@ import base64
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import pickle
@@ -36,6 +37,7 @@ import torch
 from einops import rearrange
 from filelock import FileLock
 from huggingface_hub import constants, errors
+from PIL import Image
 from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
@@ -60,18 +62,15 @@ def require(condition, message: str) -> None:
         raise RewardError(message)
 
 
-# ---------------------------------------------------------------------------------------------------- image rewards
-
-
 class Scorer:
-    """A model whose files are in a folder, or on the hub.
+    """A model that scores, with its files in a folder or on the hub.
 
-    A subclass sets name, FILES (what a folder holds) and HUB (arguments of `hub_folder`, of each folder that it needs),
-    and has a method `load`, which gets these folders.
+    A subclass has a name, FILES (what a folder holds), HUB (`hub_folder`'s arguments, for each folder it needs) and
+    `load`, which gets these folders and sets self.model.
     """
 
     def __init__(self, path: str | None = None, device="cpu"):
-        """path: a folder with all files, or a hub id instead of the first of HUB. Raises RewardError."""
+        """path: a folder with all files, or a hub id in place of the first one. Raises RewardError."""
         self.device = device
         with reading(self.name, path or self.HUB[0][0], self.FILES):
             self.load(*self.fetch(path))
@@ -79,16 +78,19 @@ class Scorer:
 
     @classmethod
     def fetch(cls, path: str | None = None) -> list[str]:
+        (repo, *files), *others = cls.HUB
         if path and Path(path).is_dir():
             return [path] * len(cls.HUB)
-        (repo, *files), *others = cls.HUB
         return [hub_folder(path or repo, *files), *(hub_folder(*other) for other in others)]
 
 
-class CosineReward(Scorer):
-    """What HPS, CLIP score and PickScore have in common: the cosine of a CLIP model's image and text features.
+# ---------------------------------------------------------------------------------------------------- image rewards
 
-    A subclass loads model, tokenizer, size and mode (of `resize`), and may set mean and std (of colours).
+
+class CosineReward(Scorer):
+    """The cosine of a CLIP model's image and text features.
+
+    A subclass also sets tokenizer, size and mode (of `resize`), and mean and std of colours where they are not CLIP's.
     """
 
     mean, std = CLIP_MEAN, CLIP_STD
@@ -119,15 +121,16 @@ class HPSReward(CosineReward):
     """
 
     name, mode, FILES = "hps", "longest", "HPS_v2.1_compressed.pt"
-    HUB = [("xswu/HPSv2", (), FILES)]
+    HUB = (("xswu/HPSv2", (), FILES),)
 
     def load(self, folder: str) -> None:
         import open_clip
 
-        weights, config = only_file(folder, "*.pt", self.FILES), open_clip.get_model_config("ViT-H-14")
+        config = open_clip.get_model_config("ViT-H-14")
         if any(Path(folder).glob("*.json")):
             config = json.loads(only_file(folder, "*.json").read_text())
         self.model = open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+        weights = only_file(folder, self.FILES, "*.pt")
         self.model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["state_dict"])
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
         self.size = config["vision_cfg"]["image_size"]
@@ -140,9 +143,9 @@ class CLIPReward(CosineReward):
     resize are the model's own; DFN5B squashes to a square. Typical scores on real images: 0.3 to 0.4.
     """
 
-    name, FILES = "clip", "an open_clip model folder"
+    name, FILES = "clip", "open_clip_config.json and weights"
     WEIGHTS = "open_clip_model.safetensors|open_clip_pytorch_model.bin"
-    HUB = [("apple/DFN5B-CLIP-ViT-H-14-378", ["open_clip_config.json"], WEIGHTS)]
+    HUB = (("apple/DFN5B-CLIP-ViT-H-14-378", ("open_clip_config.json",), WEIGHTS),)
 
     def load(self, folder: str) -> None:
         import open_clip
@@ -162,7 +165,7 @@ class PickScoreReward(CosineReward):
     """
 
     name, mode, FILES = "pickscore", "shortest", "a CLIPModel folder with its tokenizer"
-    HUB = [("yuvalkirstain/PickScore_v1",), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ["tokenizer_config.json"], "")]
+    HUB = (("yuvalkirstain/PickScore_v1",), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer_config.json",), ""))
 
     def load(self, folder: str, tokenizer: str) -> None:
         from transformers import CLIPModel
@@ -211,35 +214,36 @@ class VideoAlignReward(Scorer):
     """
 
     name, FILES = "videoalign", f"model.pth, config.json, tokenizer and prompt_template.txt ({TEMPLATE_URL})"
-    HUB = [
-        ("KlingTeam/VideoReward", (), "checkpoint-11352/model.pth"),
-        ("Qwen/Qwen2-VL-2B-Instruct", ["config.json", "tokenizer_config.json"], ""),
-    ]
+    WEIGHTS, CONFIGS = "checkpoint-11352/model.pth", ("config.json", "tokenizer_config.json")
+    HUB = (("KlingTeam/VideoReward", (), WEIGHTS), ("Qwen/Qwen2-VL-2B-Instruct", CONFIGS, ""))
     NAMES = ("vq", "mq", "ta")
     MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)  # of the released model's raw scores
     LORA_SCALE, PIXELS = 2.0, (128 * 28**2, 256 * 28**2)  # alpha / rank; least and most of a frame
 
-    def load(self, folder: str, base: str) -> None:
+    @classmethod
+    def fetch(cls, path: str | None = None) -> list[str]:
+        template = Path(path or "-", "prompt_template.txt")
+        if not template.is_file():
+            with reading(cls.name, path or cls.HUB[0][0], cls.FILES):
+                template = fetched_once("videoalign_prompt_template.py", partial(text_at, TEMPLATE_URL))
+        return [*super().fetch(path), str(template)]
+
+    def load(self, folder: str, base: str, template: str) -> None:
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
-        weights, config = only_file(folder, "model.pth", self.HUB[0][2]), Qwen2VLConfig.from_pretrained(base)
-        self.template = load_template(folder, getattr(config, "prompt_template_sha256", TEMPLATE_SHA256))
+        config = Qwen2VLConfig.from_pretrained(base)
+        self.template = load_template(Path(template), getattr(config, "prompt_template_sha256", TEMPLATE_SHA256))
         self.tokenizer = load_tokenizer(base, "Qwen2Tokenizer", padding_side="right")
         reward_tokens = [f"<|{name.upper()}_reward|>" for name in self.NAMES]
         self.tokenizer.add_special_tokens({"extra_special_tokens": reward_tokens})
         self.reward_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(reward_tokens), device=self.device)
         config.text_config.vocab_size = len(self.tokenizer)  # the reward tokens are new
-        state_dict = fold_lora(torch.load(weights, map_location="cpu", weights_only=True), self.LORA_SCALE)
-        head = state_dict.pop("rm_head.weight").view(config.text_config.hidden_size)
+        weights = torch.load(only_file(folder, self.WEIGHTS, "model.pth"), map_location="cpu", weights_only=True)
+        weights = fold_lora(weights, self.LORA_SCALE)
+        head = weights.pop("rm_head.weight").view(config.text_config.hidden_size)
         self.head = head.to(self.device)  # (D,), float32
         dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
-        self.model = load_whole(Qwen2VLModel, None, config=config, state_dict=state_dict, dtype=dtype)
-
-    @classmethod
-    def fetch(cls, path: str | None = None) -> list[str]:
-        with reading("videoalign", path or "the prompt", cls.FILES):
-            template_file(path)
-        return super().fetch(path)
+        self.model = load_whole(Qwen2VLModel, None, config=config, state_dict=weights, dtype=dtype)
 
     @torch.no_grad()
     def __call__(self, videos: Visuals, prompts: Sequence[str], fps: float | None = None, normalize=True) -> dict:
@@ -247,7 +251,7 @@ class VideoAlignReward(Scorer):
 
         Returns {"vq": (B,), "mq": (B,), "ta": (B,)} float32: (raw - mean) / std of the released model, or raw.
         """
-        check_visuals("videoalign", videos, prompts, "F, 3, H, W")
+        check_visuals(self.name, videos, prompts, "F, 3, H, W")
         known, shortest = fps is not None and 0 < fps < math.inf, min(map(len, videos))
         require(known, f"videoalign: fps must be the videos' frames per second, above 0, got {fps}")
         require(shortest >= 4, f"videoalign: a video must have at least 4 frames, got {shortest}")
@@ -260,9 +264,11 @@ class VideoAlignReward(Scorer):
         video = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids, device=self.device)}
         with torch.autocast(torch.device(self.device).type, enabled=False):
             out = self.model(**tokens, **video, position_ids=positions, use_cache=False)
-            hidden = out.last_hidden_state  # (B, L, D)
             at = (tokens.input_ids[:, None] == self.reward_ids[:, None]).int().argmax(-1)  # (B, 3)
-            raw = hidden[torch.arange(len(at), device=at.device)[:, None], at].float() @ self.head  # (B, 3)
+            hidden = out.last_hidden_state[
+                torch.arange(len(at), device=at.device)[:, None], at
+            ]  # (B, 3, D) of (B, L, D)
+            raw = hidden.float() @ self.head  # (B, 3)
         if normalize:
             raw = (raw - raw.new_tensor(self.MEAN)) / raw.new_tensor(self.STD)
         return dict(zip(self.NAMES, raw.unbind(1), strict=True))
@@ -311,15 +317,8 @@ def fold_lora(state_dict: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     return {re.sub(r"^model\.", "language_model.", name.replace(".base_layer", "")): w for name, w in folded.items()}
 
 
-def template_file(folder: str | None) -> Path:
-    """The file with the prompt template in a folder; where there is none, the authors' file, which is fetched once."""
-    file = Path(folder or "-", "prompt_template.txt")
-    return file if file.is_file() else fetched_once("videoalign_prompt_template.py", partial(text_at, TEMPLATE_URL))
-
-
-def load_template(folder: str, sha256: str) -> str:
-    """The prompt template of a folder. Raises RewardError if its hash is another one."""
-    file = template_file(folder)
+def load_template(file: Path, sha256: str) -> str:
+    """The prompt template, a text file or the authors' Python file. Raises RewardError if its hash is another one."""
     text = file.read_bytes().decode(errors="replace")  # the hash decides
     if file.suffix == ".py":  # read, never executed
         assigned = {node.targets[0].id: node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)}
@@ -327,15 +326,6 @@ def load_template(folder: str, sha256: str) -> str:
     found = hashlib.sha256(text.encode()).hexdigest()
     require(found == sha256, f"videoalign: the prompt template {file} has sha256 {found[:12]}…, not {sha256[:12]}…")
     return text
-
-
-def mean_over_frames(scorer: Callable, videos: Visuals, prompts: Sequence[str]) -> Tensor:
-    """A reward for images on videos: the mean of up to 8 evenly spaced frames. → (B,)"""
-    if not isinstance(videos, Tensor):
-        return torch.cat([mean_over_frames(scorer, v[None], [p]) for v, p in zip(videos, prompts, strict=True)])
-    frames = torch.linspace(0, videos.shape[1] - 1, min(videos.shape[1], 8)).round().long()
-    prompts = [prompt for prompt in prompts for _ in frames]
-    return scorer(videos[:, frames].flatten(0, 1), prompts).view(len(videos), -1).mean(1)
 
 
 # ------------------------------------------------------------------------------------------------------- own rewards
@@ -348,69 +338,10 @@ def own_reward(place: str, visuals: Visuals, prompts: Sequence[str]) -> Tensor:
         scores = function(visuals, list(prompts))
     except Exception as e:  # the function is not ours: it may raise anything
         raise RewardError(f"reward {name}: {where(e, file)}") from e
-    found = f"one of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-    fine = found == f"one of shape {(len(prompts),)}"
-    require(fine, f"reward {name}: {file} must return a tensor of shape {(len(prompts),)}, it returned {found}")
+    expected = f"a tensor of shape {(len(prompts),)}"
+    found = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+    require(found == expected, f"reward {name}: {file} must return {expected}, it returned {found}")
     return scores.detach().to(visuals[0].device)
-
-
-class HTTPReward:
-    """A scorer on a server, called over HTTP: for a judge too large to run in the trainer's process.
-
-    It gets a POST with JSON, at most BATCH samples at a time, and answers with one score for each prompt:
-        {"prompts": ["a red circle", …], "images": ["iVBORw0…", …]}                             PNG files in base64
-        {"prompts": ["a red circle", …], "videos": [["iVBORw0…", …], …], "fps": 8.0}            their frames
-        → {"scores": [0.27, …]}
-    If no answer comes within SECONDS, or one with a status of 500 and above, it is asked again, ATTEMPTS times in all.
-    After that, and on any other bad answer: RewardError. Proxies are taken from the environment.
-    """
-
-    BATCH, SECONDS, ATTEMPTS, BACKOFF = 8, 120.0, 3, 5.0  # BACKOFF: seconds, see urllib3.Retry
-
-    def __init__(self, name: str, url: str):
-        self.name, self.url, self.session = name, url, requests.Session()
-        options = {"raise_on_status": False, "respect_retry_after_header": False, "backoff_factor": self.BACKOFF}
-        retry = Retry(self.ATTEMPTS - 1, allowed_methods=None, status_forcelist=range(500, 600), **options)
-        self.session.mount(url, HTTPAdapter(max_retries=retry))
-
-    def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
-        """Images (B, 3, H, W) or videos (B, F, 3, H, W), or a list of (F, 3, H, W), in [0, 1] → (B,) float32."""
-        scores = []
-        for i in range(0, len(prompts), self.BATCH):
-            request, part = {"prompts": list(prompts[i : i + self.BATCH])}, visuals[i : i + self.BATCH]
-            if part[0].dim() == 3:
-                request["images"] = [png(image) for image in part]
-            else:
-                request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
-            scores.append(self.ask(request))
-        return torch.cat(scores).to(visuals[0].device)
-
-    def ask(self, request: dict) -> Tensor:
-        try:
-            answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
-            answer.raise_for_status()
-            scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
-        except FILE_ERRORS as e:  # requests' are OSErrors
-            reason = f"{type(e).__name__}: {first_line(e)}"
-            raise RewardError(f"reward {self.name}: no scores from {self.url} ({reason}); fix the server") from e
-        shape, expected = tuple(scores.shape), (len(request["prompts"]),)
-        require(shape == expected, f"reward {self.name}: {self.url} gave scores of shape {shape}, not {expected}")
-        return scores
-
-    def check(self) -> None:
-        """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
-        try:
-            requests.get(self.url, timeout=self.SECONDS, stream=True).close()
-        except FILE_ERRORS as e:
-            reason = f"nothing answers at {self.url} ({first_line(e)})"
-            raise RewardError(f"reward {self.name}: {reason}; start the server") from e
-
-
-def png(image: Tensor) -> str:
-    """(3, H, W) in [0, 1] as a PNG file in base64."""
-    from torchvision.io import encode_png
-
-    return base64.b64encode(encode_png((image.float() * 255).round().byte().cpu()).numpy()).decode()
 
 
 def load_object(place: str) -> Callable:
@@ -437,6 +368,65 @@ def where(error: Exception, file: str) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f", line {frame.lineno}" for frame in frames if frame.filename == str(Path(file).resolve())]
     return f"{file}{''.join(lines[-1:])}: {type(error).__name__}: {first_line(error)}"
+
+
+class HTTPReward:
+    """A scorer on a server, called over HTTP: for a judge too large to run in the trainer's process.
+
+    It gets a POST with JSON, at most BATCH samples at a time, and answers with one score for each prompt:
+        {"prompts": ["a red circle", …], "images": ["iVBORw0…", …]}                             PNG files in base64
+        {"prompts": ["a red circle", …], "videos": [["iVBORw0…", …], …], "fps": 8.0}            their frames
+        → {"scores": [0.27, …]}
+    If no answer begins within SECONDS, or its status is 500 or above, the same is asked again, ATTEMPTS times in all.
+    After that, and on any other bad answer: RewardError. Proxies are taken from the environment.
+    """
+
+    BATCH, SECONDS, ATTEMPTS, BACKOFF = 8, 120.0, 3, 5.0  # BACKOFF: urllib3.Retry's, in seconds
+
+    def __init__(self, name: str, url: str):
+        self.name, self.url, self.session = name, url, requests.Session()
+        options = {"raise_on_status": False, "respect_retry_after_header": False, "backoff_factor": self.BACKOFF}
+        retry = Retry(self.ATTEMPTS - 1, allowed_methods=None, status_forcelist=range(500, 600), **options)
+        self.session.mount(url, HTTPAdapter(max_retries=retry))
+
+    def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W), or a list of (F, 3, H, W), in [0, 1] → (B,) float32."""
+        scores = []
+        for i in range(0, len(prompts), self.BATCH):
+            request, part = {"prompts": list(prompts[i : i + self.BATCH])}, visuals[i : i + self.BATCH]
+            if part[0].dim() == 3:
+                request["images"] = [png(image) for image in part]
+            else:
+                request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
+            scores.append(self.ask(request))
+        return torch.cat(scores).to(visuals[0].device)
+
+    def ask(self, request: dict) -> Tensor:
+        try:
+            answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
+            answer.raise_for_status()
+            scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
+        except FILE_ERRORS as e:  # requests raises OSErrors
+            reason = f"no scores from {self.url} ({type(e).__name__}: {first_line(e)})"
+            raise RewardError(f"reward {self.name}: {reason}; fix the server") from e
+        found, expected = tuple(scores.shape), (len(request["prompts"]),)
+        require(found == expected, f"reward {self.name}: {self.url} gave scores of shape {found}, not {expected}")
+        return scores
+
+    def check(self) -> None:
+        """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
+        try:
+            requests.get(self.url, timeout=self.SECONDS, stream=True).close()
+        except FILE_ERRORS as e:
+            reason = f"nothing answers at {self.url} ({first_line(e)})"
+            raise RewardError(f"reward {self.name}: {reason}; start the server") from e
+
+
+def png(image: Tensor) -> str:
+    """(3, H, W) in [0, 1] as a PNG file in base64."""
+    file = io.BytesIO()
+    Image.fromarray((image.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 # -------------------------------------------------------------------------------------- from a spec to one callable
@@ -466,30 +456,24 @@ def parse_spec(spec: str) -> list[Term]:
     for part in map(str.strip, spec.split(",")):
         match = re.fullmatch(rf"(.+\.py:|https?://[^/@]+/(?:[^:@]*/)?)?(\w+)(?:@{number})?(?::{number})?", part)
         file, name, threshold, weight = match.groups() if match else (None, None, None, None)
-        fine = file or name in MODEL_OF
-        require(fine, f"unknown reward {part!r}; write {known}; threshold and weight must be numbers")
-        is_new = name not in [term.name for term in terms]
-        require(is_new, f"reward {name!r} is given twice in {spec!r}; give each name once")
+        model = file + name if file else MODEL_OF.get(name)
+        require(model, f"unknown reward {part!r}; write {known}; threshold and weight must be numbers")
+        require(name not in [t.name for t in terms], f"reward {name!r} is given twice in {spec!r}; give each name once")
         # metrics.jsonl has reward_mean and reward_std
         require(name not in ("mean", "std"), f"reward {part!r}: the function must not be called {name}; rename it")
-        model = file + name if file else MODEL_OF[name]
         terms.append(Term(name, model, None if threshold is None else float(threshold), float(weight or 1)))
     require(any(term.weight for term in terms), f"every weight in {spec!r} is 0, so nothing is rewarded; change one")
     return terms
 
 
-def parse_paths(text: str) -> dict[str, str]:
-    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError as `check_paths` does."""
-    return check_paths(split_paths(text))
-
-
 def split_paths(text: str) -> dict[str, str]:
-    """What `parse_paths` returns, unchecked."""
+    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}, unchecked."""
     return dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
 
 
-def check_paths(paths: dict[str, str]) -> dict[str, str]:
-    """Raise RewardError on a name that is no reward model, or a path that is neither a folder nor a hub id."""
+def parse_paths(paths: str | dict[str, str]) -> dict[str, str]:
+    """`split_paths`. Raises RewardError on a name that is no reward model, or a path that is no folder or hub id."""
+    paths = split_paths(paths) if isinstance(paths, str) else paths
     for name, path in paths.items():
         given, known = f"reward path {name}={path}", ", ".join(LOADERS)
         require(name in LOADERS, f"{given}: {name!r} is no reward model; known: {known}")
@@ -506,8 +490,8 @@ def is_folder_or_hub_id(path: str) -> bool:
 
 def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[str] = (), metadata=None) -> None:
     """Raise an error of one line, without loading weights, if these rewards could not score these prompts."""
-    places = parse_paths(paths)
-    for term in parse_spec(spec):
+    terms, places = parse_spec(spec), parse_paths(paths)
+    for term in terms:
         fine = video or term.model != "videoalign"
         require(fine, f"reward {term.name} judges video; for images take hps, clip or pickscore")
         if term.model in CHECKS:
@@ -516,6 +500,35 @@ def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[s
             HTTPReward(term.name, term.model).check()
         elif term.model not in LOADERS:
             load_object(term.model)
+
+
+def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
+    """Fetch the files of all rewards that `spec` names from the hub, where they are not here. Raises RewardError."""
+    for model in {term.model for term in parse_spec(spec)} & FETCHES.keys():
+        FETCHES[model](paths.get(model))
+
+
+def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None) -> "Reward":
+    """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
+
+    NAME      hps, clip, pickscore, vq, mq, ta, one that was given to `register` (geneval),
+              FILE.py:FUNCTION (see `own_reward`) or http://HOST:PORT/NAME (see `HTTPReward`)
+    paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
+    metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
+    hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
+    """
+    terms, paths, scorers = parse_spec(spec), parse_paths(paths or {}), {}
+    for model, name in {term.model: term.name for term in terms}.items():
+        if model in LOADERS:
+            options = {"path": paths[model]} if model in paths else {}
+            options |= {"metadata": metadata} if model in CHECKS else {}
+            scorers[model] = LOADERS[model](**options, device=device)
+        elif "://" in model:
+            scorers[model] = HTTPReward(name, model)
+        else:
+            load_object(model)  # what is not there raises here already
+            scorers[model] = partial(own_reward, model)
+    return Reward(terms, scorers)
 
 
 class Reward:
@@ -536,7 +549,7 @@ class Reward:
 
         fps: the videos' frames per second. A built-in reward for images gives a video the mean over up to 8 frames.
         """
-        check_prompts("reward", visuals, prompts)
+        check_visuals("reward", visuals, prompts)
         is_video = not isinstance(visuals, Tensor) or visuals.dim() == 5
         scores, judged = {}, {}
         for term in self.terms:
@@ -557,49 +570,29 @@ class Reward:
         return scores
 
 
-def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None) -> Reward:
-    """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
-
-    NAME      hps, clip, pickscore, vq, mq, ta, a name that is `register`ed (geneval),
-              FILE.py:FUNCTION (see `own_reward`) or http://HOST:PORT/NAME (see `HTTPReward`)
-    paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
-    metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
-    hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
-    """
-    terms, paths, scorers = parse_spec(spec), check_paths(paths or {}), {}
-    for model, name in {term.model: term.name for term in terms}.items():
-        if model in LOADERS:
-            options = {"path": paths[model]} if model in paths else {}
-            options |= {"metadata": metadata} if model in CHECKS else {}
-            scorers[model] = LOADERS[model](**options, device=device)
-        elif "://" in model:
-            scorers[model] = HTTPReward(name, model)
-        else:
-            load_object(model)  # what is not there raises here already
-            scorers[model] = partial(own_reward, model)
-    return Reward(terms, scorers)
-
-
-def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
-    """Fetch the files of all rewards that `spec` names from the hub, where they are not here. Raises RewardError."""
-    for model in {term.model for term in parse_spec(spec)} & FETCHES.keys():
-        FETCHES[model](paths.get(model))
+def mean_over_frames(scorer: Callable, videos: Visuals, prompts: Sequence[str]) -> Tensor:
+    """A reward for images on videos: the mean of up to 8 evenly spaced frames. → (B,)"""
+    if not isinstance(videos, Tensor):
+        return torch.cat([mean_over_frames(scorer, v[None], [p]) for v, p in zip(videos, prompts, strict=True)])
+    frames = torch.linspace(0, videos.shape[1] - 1, min(videos.shape[1], 8)).round().long()
+    prompts = [prompt for prompt in prompts for _ in frames]
+    return scorer(videos[:, frames].flatten(0, 1), prompts).view(len(videos), -1).mean(1)
 
 
 # ------------------------------------------------------------------------------------------------- files and the hub
 
-WEIGHTS = "model.safetensors|pytorch_model.bin"  # of transformers
+WEIGHTS, VOCABULARY = "model.safetensors|pytorch_model.bin", "tokenizer.json|spiece.model|merges.txt"  # transformers'
 
 
 def hub_folder(path: str, names: Sequence[str] = ("config.json",), weights: str = WEIGHTS) -> str:
-    """`fetched_folder` of a repository's files with these names ("a|b": one of them), with its small files (configs,
-    tokenizers) where names are given. The defaults are a model of transformers; weights=False: without its weights.
+    """`fetched_folder` for files of a repository: weights, names ("a|b": one of them) and, with names, small files.
+
+    Small are the root's configs and tokenizers. The default is a model of transformers; weights=False: without weights.
     """
 
     def choose(files: Sequence[str]) -> tuple[list[str], str]:
         small = [file for file in files if names and "/" not in file and file.endswith((".json", ".txt", ".model"))]
-        vocabulary = "tokenizer.json|spiece.model|merges.txt" if "tokenizer_config.json" in small else ""
-        needed = [name for name in (*names, weights, vocabulary) if name]
+        needed = [*names, *([weights] if weights else []), *([VOCABULARY] if "tokenizer_config.json" in small else [])]
         found = [next((file for file in name.split("|") if file in files), "") for name in needed]
         return small + found, next((name for name, file in zip(needed, found, strict=True) if not file), "")
 
@@ -613,26 +606,26 @@ def fetched_folder(path: str, choose: Callable[[Sequence[str]], tuple[list[str],
     The first process of a machine fetches what the cache lacks; the others wait, and find everything there. So a full
     cache needs no network. Raises RewardError, one line; what was fetched stays.
     """
-    if Path(path).is_dir():
-        return path
-    (repo, _, revision), folder = path.partition("@"), cached_folder(path)
+    repo, _, revision = path.partition("@")
     options = {"repo_id": repo, "revision": revision or None}
+
+    def found() -> str:
+        """The cached folder; "" where it lacks something, as after a broken fetch."""
+        folder = cached_folder(path)
+        files = [file.relative_to(folder).as_posix() for file in Path(folder or "-").rglob("*") if file.is_file()]
+        return "" if choose(files)[1] else folder
+
     try:
-        if lacks(folder, choose):
-            with FileLock(in_cache(f"{repo.replace('/', '--')}.lock")):
-                if lacks(folder := cached_folder(path), choose):
-                    files, missing = choose(huggingface_hub.list_repo_files(**options))
-                    require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")
-                    folder = huggingface_hub.snapshot_download(**options, allow_patterns=files)
+        if folder := path if Path(path).is_dir() else found():
+            return folder
+        with FileLock(Path(constants.HF_HOME, "dancegrpo", f"{repo.replace('/', '--')}.lock")):
+            if folder := found():
+                return folder
+            files, missing = choose(huggingface_hub.list_repo_files(**options))
+            require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")
+            return huggingface_hub.snapshot_download(**options, allow_patterns=files)
     except (OSError, errors.HTTPError) as e:
         raise RewardError(f"cannot fetch {path} from the hub: {hub_advice(e, repo)}") from e
-    return folder
-
-
-def lacks(folder: str, choose: Callable) -> str:
-    """What a cached folder lacks, "" if nothing: it may be what a broken fetch has left."""
-    files = Path(folder).rglob("*") if folder else []
-    return choose([file.relative_to(folder).as_posix() for file in files if file.is_file()])[1]
 
 
 def hub_advice(error: Exception, repo: str) -> str:
@@ -663,18 +656,11 @@ def fetched_once(name: str, fetch: Callable[[], str]) -> Path:
     """The file HF_HOME/dancegrpo/NAME, whose text `fetch` gives; the first process makes it, the others wait for it."""
     file = Path(constants.HF_HOME, "dancegrpo", name)
     if not file.is_file():
-        with FileLock(in_cache(f"{name}.lock")):
+        with FileLock(f"{file}.lock"):  # makes the folder, too
             if not file.is_file():
                 file.with_suffix(".part").write_text(fetch(), encoding="utf-8")
                 file.with_suffix(".part").replace(file)
     return file
-
-
-def in_cache(name: str) -> Path:
-    """HF_HOME/dancegrpo/NAME, in a folder that exists."""
-    folder = Path(constants.HF_HOME, "dancegrpo")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
 
 
 def text_at(address: str) -> str:
@@ -687,10 +673,9 @@ def text_at(address: str) -> str:
 def text_on_hub(data_set: str, file: str) -> str:
     """The text of a file of a data set on the hub. Raises OSError."""
     try:
-        file = huggingface_hub.hf_hub_download(data_set, file, repo_type="dataset")
+        return Path(huggingface_hub.hf_hub_download(data_set, file, repo_type="dataset")).read_text(encoding="utf-8")
     except errors.HTTPError as e:
         raise OSError(first_line(e)) from e
-    return Path(file).read_text(encoding="utf-8")
 
 
 PROBE = "A red Circle, two naïve cats!"  # spaces, capitals, punctuation, a letter that is not ASCII
@@ -705,8 +690,8 @@ def load_tokenizer(folder: str | Path, kind: str, **options):
     import transformers
 
     names = {path.name for path in Path(folder).glob("*") if path.is_file()}
-    whole = names & {"tokenizer.json", "spiece.model"} or {"vocab.json", "merges.txt"} <= names
-    whole = whole and "tokenizer_config.json" in names  # without its files transformers would build an empty one
+    whole = "tokenizer_config.json" in names  # of an incomplete folder transformers would make an empty tokenizer
+    whole &= any(files <= names for files in ({"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"}))
     require(whole, f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
     kind = "PreTrainedTokenizerFast" if "tokenizer.json" in names else kind
     tokenizer = getattr(transformers, kind).from_pretrained(folder, **options)
@@ -719,30 +704,40 @@ def load_tokenizer(folder: str | Path, kind: str, **options):
 
 def file_ids(folder: Path, text: str) -> list[int]:
     """The ids of a text that a tokenizer's files give without transformers, without special tokens."""
+    vocabulary, merges = str(folder / "vocab.json"), str(folder / "merges.txt")
     if (folder / "tokenizer.json").is_file():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizer.no_truncation()
         tokenizer.no_padding()
     elif (folder / "spiece.model").is_file():
         return SentencePieceProcessor(model_file=str(folder / "spiece.model")).encode(text)
+    elif "a</w>" in json.loads(Path(vocabulary).read_text(encoding="utf-8")):  # CLIP's
+        options = {"lowercase": True, "end_of_word_suffix": "</w>"}
+        tokenizer = implementations.ByteLevelBPETokenizer(vocabulary, merges, **options)
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), to_bytes])
     else:
-        files = str(folder / "vocab.json"), str(folder / "merges.txt")
-        is_clip = "a</w>" in json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        options = {"lowercase": True, "end_of_word_suffix": "</w>"} if is_clip else {}
-        tokenizer = implementations.ByteLevelBPETokenizer(*files, **options)
-        if is_clip:
-            to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.BertPreTokenizer(), to_bytes])
+        tokenizer = implementations.ByteLevelBPETokenizer(vocabulary, merges)
     return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 # ------------------------------------------------------------------------------------------------------ small helpers
 
 
-def only_file(folder: str, pattern: str, hub_file: str = "") -> Path:
-    """The file of a folder that is called as on the hub, else the only one that fits the pattern."""
-    files = [Path(folder, hub_file)] if Path(folder, hub_file).is_file() else sorted(Path(folder).glob(pattern))
-    require(len(files) == 1, f"{folder} must hold exactly one {pattern}, it holds {len(files)}")
+def load_whole(network_class: type, path: str | None, **options) -> torch.nn.Module:
+    """`from_pretrained` of transformers. Raises ValueError where it would fill in random weights, or drop some."""
+    network, info = network_class.from_pretrained(path, output_loading_info=True, **options)
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if wrong := missing + unexpected:
+        raise ValueError(f"{len(missing)} weights missing, {len(unexpected)} unexpected, first: {wrong[0]}")
+    return network
+
+
+def only_file(folder: str, *patterns: str) -> Path:
+    """The only file of a folder that fits the first of these patterns which any fits. Raises ValueError."""
+    files = next(filter(None, (list(Path(folder).glob(pattern)) for pattern in patterns)), [])
+    if len(files) != 1:
+        raise ValueError(f"{folder} must hold exactly one {patterns[-1]}, it holds {len(files)}")
     return files[0]
 
 
@@ -760,32 +755,19 @@ def reading(name: str, path: str, what: str) -> Iterator[None]:
         raise RewardError(f"{name}: could not load {path!r} ({type(e).__name__}: {reason}); {advice}") from e
 
 
-def load_whole(network_class: type, path: str | None, **options) -> torch.nn.Module:
-    """`from_pretrained` of transformers. Raises RewardError where it would fill in random weights, or drop some."""
-    network, info = network_class.from_pretrained(path, output_loading_info=True, **options)
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    counts = f"{len(missing)} weights missing, {len(unexpected)} unexpected, first: {[*missing, *unexpected, ''][0]}"
-    require(not missing and not unexpected, f"{path} does not fit its config: {counts}")
-    return network
-
-
 def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str) -> None:
-    """Raise RewardError unless each image ("3, H, W") or video ("F, 3, H, W") is one, in [0, 1], with its prompt."""
-    for visual in visuals:
+def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str = "") -> None:
+    """Raise RewardError unless there is a prompt for each image or video and, given dims ("3, H, W" or "F, 3, H, W"),
+    each has these and is in [0, 1]."""
+    fine = not isinstance(prompts, str) and len(prompts) == len(visuals)
+    require(fine, f"{name}: one prompt per image or video, got {len(visuals)} and prompts {prompts!r:.80}")
+    advice = "NaN comes from the model that drew them: lower the learning rate, the guidance or eta"
+    for prompt, visual in zip(prompts, visuals, strict=True) if dims else []:
         fine = visual.dim() == len(dims.split(",")) and visual.shape[-3] == 3 and 0 not in visual.shape
         require(fine, f"{name}: each must be ({dims}), got {tuple(visual.shape)}")
-    check_prompts(name, visuals, prompts)
-    advice = "NaN comes from the model that drew them: lower the learning rate, the guidance or eta"
-    for prompt, visual in zip(prompts, visuals, strict=True):
         low, high = visual.aminmax()
         found = f"found {low:.3g} to {high:.3g} for {prompt!r}"
         require(low >= 0 and high <= 1, f"{name}: pixels must be in [0, 1], {found}; {advice}")  # also catches NaN
-
-
-def check_prompts(name: str, visuals: Visuals, prompts: Sequence[str]) -> None:
-    fine = not isinstance(prompts, str) and len(prompts) == len(visuals)
-    require(fine, f"{name}: one prompt per image or video, got {len(visuals)} and prompts {prompts!r:.80}")

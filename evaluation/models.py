@@ -51,6 +51,8 @@ def run_options(checkpoint: str) -> dict:
         stored = files.read_json(file)
         require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
         if "reward" in stored:
+            lacking = {"model", "prompts", "reward_paths", "directory"} - stored.keys()
+            require(not lacking, f"{file} is damaged, it lacks {', '.join(sorted(lacking))}; restore it")
             directory, paths = stored.get("directory", ""), split_paths(stored.get("reward_paths", ""))
             paths.pop("geneval", None)  # an evaluation has --detector
             for name in {"model", "transformer", "prompts"} & stored.keys():

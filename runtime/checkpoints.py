@@ -57,6 +57,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
         advice = "take another --output-dir"
+        refuse_foreign(output_dir)  # before a lock lies in it
+        lock_folder(output_dir)
         stored = refuse_foreign(output_dir) or content
         require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
         content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
@@ -64,7 +66,6 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         require(
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
         )
-        lock_folder(output_dir)
         if config.resume:
             changed = [path for path, sha256 in content["files"].items() if stored["files"].get(path) != sha256]
             changed += [config.prompts] if stored["prompts_sha256"] != content["prompts_sha256"] else []

@@ -182,7 +182,7 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
     from diffusers import AutoPipelineForText2Image
 
-    from .loading import find_folder, load_components, load_pretrained
+    from .loading import SAFETY, component_names, find_folder, load_components, load_pretrained
 
     index = _first_frame_index(config)
     listed = _listed_first_frames(index) if pictures else {}
@@ -192,6 +192,7 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     option, kind = "--first-frame-model", AutoPipelineForText2Image
     folder = find_folder(config.first_frame_model, option)
     parts = load_components(folder, world.dtype, option=option)
+    parts |= {SAFETY: None} if SAFETY in component_names(folder / "model_index.json", option) else {}
     pipe = load_pretrained(kind.from_pretrained, folder, option, dtype=world.dtype, **parts)
     pipe.to(world.device).set_progress_bar_config(disable=True)
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}

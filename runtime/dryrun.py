@@ -230,7 +230,7 @@ def run(
     refuse_foreign(Path(cfg.output_dir))
     node = min(cfg.processes, NODE)
     shard_size = processes.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
-    dtype = processes.compute_dtype(cfg.dtype, cuda=True)
+    dtype = processes.compute_dtype(cfg.dtype)
     with contextlib.ExitStack() as stack:
         if cfg.processes > 1:
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=cfg.processes)

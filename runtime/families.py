@@ -161,7 +161,7 @@ def dry_configs(cfg) -> tuple:
 
 def empty_condition(cfg, family: type, config: dict, shape: tuple, count: int) -> list[Tensor]:
     """Empty tensors of the shapes that `encode` in grpo_video.py gives for so many prompts, for the dry run."""
-    n, dtype = 1 if cfg.true_guidance == 1 else 2, compute_dtype(cfg.dtype, cuda=True)
+    n, dtype = 1 if cfg.true_guidance == 1 else 2, compute_dtype(cfg.dtype)
     text = [torch.empty(count, n, *size, dtype=dtype) for size in family.sizes(config, cfg.max_sequence_length)]
     return [*text, torch.empty(count, config["in_channels"] - config["out_channels"], *shape[1:])]
 

@@ -179,6 +179,8 @@ def stored_options(file: Path, config_class: type) -> tuple[dict, str]:
             f"another version or changed by hand; {advice}",
         )
         options[field.name] = value
+    lacking = {"directory", "files", "prompts_sha256"} - stored.keys()
+    require(not lacking, f"cannot resume: {file} lacks {', '.join(sorted(lacking))}; {advice}")
     return options, stored["directory"]
 
 

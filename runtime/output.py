@@ -147,15 +147,17 @@ class Run:
 
 
 def start_line(config, checkpoints: Checkpoints, done: int) -> str:
-    """What is trained, where the run is, and how to watch it."""
-    count = sum(weight.numel() for weight in trainable(checkpoints.network)) / 1e6
+    """What is trained, on what, where the run is, and how to watch it."""
+    count, world = sum(weight.numel() for weight in trainable(checkpoints.network)) / 1e6, checkpoints.world
     what = f"LoRA of rank {config.lora_rank}" if checkpoints.is_lora else "all weights"
     todo = f"iterations {done + 1} to {config.iterations}" + f", after {name_of(done)}" * bool(done)
     if done >= config.iterations:
         todo = f"all {done} iterations are done; raise --iterations to go on"
     model = getattr(config, "transformer", "") or config.model
+    where = f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}, processes: {world.size}"
+    where += f", {world.shard_size} of them share a copy of the network" * (world.shard_size > 1)
     return (
-        f"{model}, {checkpoints.component}: {what}, {count:.3g} million; reward {config.reward}; {todo}; "
+        f"{model}, {checkpoints.component}: {what}, {count:.3g} million; on {where}; reward {config.reward}; {todo}; "
         f"in {config.output_dir}: reward.png and samples/ show how it goes, metrics.jsonl has the numbers"
     )
 
@@ -171,7 +173,7 @@ def end_line(config, checkpoints: Checkpoints, done: int) -> str:
 
 
 class Stopwatch:
-    """Seconds spent in each part of an iteration; waits for the device so that they are true on CUDA."""
+    """Seconds spent in each part of an iteration; waits for the device so that they are true on a GPU."""
 
     def __init__(self, world: World):
         self.world = world
@@ -182,8 +184,8 @@ class Stopwatch:
 
     def lap(self, part: str) -> None:
         """Add the time since the last lap to `part`."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        if self.world.device.type != "cpu":
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
         self.last = now

@@ -1,11 +1,13 @@
 """Processes, sharding, gradients, EMA."""
 
 import contextlib
+import os
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,35 +129,56 @@ def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False, fits_whole: bool = True) -> World:
-    """Join the processes that torchrun started, if it did: nccl on CUDA, gloo on CPU.
+    """Join the processes that torchrun started, if it did, each with an accelerator of its own, or all on the CPU.
 
     dtype, shard_size and offload are the options of these names; `fits_whole` says what shard_size 0 means, see
     `choose_shard_size`. Raises RunError before anything is loaded.
     """
-    cuda = torch.cuda.is_available()
-    compute = compute_dtype(dtype, cuda)
+    kind = find_accelerator()
     rank, size, local_rank, local_size = find_place()
     shard_size = choose_shard_size(shard_size, size, local_size, fits_whole)
-    if cuda:
-        cards = torch.cuda.device_count()
+    if kind != "cpu":
+        cards = torch.accelerator.device_count()
         require(local_rank < cards, f"this node has {cards} GPUs; start at most one process for each of them")
-        torch.cuda.set_device(local_rank)
+        torch.accelerator.set_device_index(local_rank)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: rewards are scored in it
-    if size > 1:
+    if size > 1 and not dist.is_initialized():
+        backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=FOREVER))
             store.set(f"{rank} is here", "")  # some may still fetch or check files: no limit of time holds for that
             store.wait([f"{rank} is here" for rank in range(size)], FOREVER)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank, world_size=size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         except (OSError, ValueError, dist.DistError) as e:
             raise RunError(f"the processes cannot connect: {first_line(e)}; check torchrun's address and port") from e
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return World(rank, size, device, compute, shard_size, offload, shard_mesh(device.type, size, shard_size))
+    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
+    return World(
+        rank, size, device, compute_dtype(dtype, kind), shard_size, offload, shard_mesh(kind, size, shard_size)
+    )
 
 
-def compute_dtype(option: str, cuda: bool) -> torch.dtype:
-    """What --dtype means, with or without CUDA."""
-    return DTYPES["bfloat16" if cuda else "float32"] if option == "auto" else DTYPES[option]
+def find_accelerator() -> str:
+    """The type of the accelerator that torch can use (cuda, also for ROCm; xpu, mps, …), else "cpu".
+
+    Raises RunError if a GPU is here and torch cannot use it: a run on the CPU would take months and say nothing.
+    """
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    drivers = [path for path in DRIVERS if Path(path).exists()]
+    require(
+        not drivers or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
+        f"a GPU is here ({', '.join(drivers)}), but torch {torch.__version__} cannot use it; install a torch built for "
+        "its driver, see https://pytorch.org, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
+    )
+    return "cpu"
+
+
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # of CUDA and of ROCm
+
+
+def compute_dtype(option: str, kind: str = "cuda") -> torch.dtype:
+    """What --dtype means on this type of device: auto is bfloat16, but for the CPU and Apple's MPS float32."""
+    return DTYPES["float32" if kind in ("cpu", "mps") else "bfloat16"] if option == "auto" else DTYPES[option]
 
 
 def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: bool) -> int:

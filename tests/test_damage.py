@@ -384,7 +384,7 @@ def test_300_random_faults_give_the_right_result_or_one_line(finished, run):
         if chosen in (NEWEST, OLDER):
             assert tree(run / chosen).items() <= whole.items(), path
         else:
-            assert chosen.startswith("error: cannot resume: ") and path == run / "config.json"
+            assert chosen.startswith("error: ") and path == run / "config.json"
         weights = outcome(evaluate, run / NEWEST)
         assert weights.startswith("error: ") or Path(weights).read_bytes() == whole[Path(weights)], path
         refused += weights.startswith("error: ")

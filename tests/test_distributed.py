@@ -138,6 +138,17 @@ def test_a_copy_of_the_network_is_shared_by_the_processes_of_a_node_if_it_does_n
     assert processes.choose_shard_size(4, size=16, local_size=8, fits_whole=True) == 4
 
 
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(monkeypatch, tmp_path):
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(processes, "DRIVERS", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(RunError, match=r"a GPU is here .*nvidiactl.* cannot use it; install a torch built for"):
+        processes.start_world()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert processes.start_world().device.type == "cpu"
+
+
 def test_the_compute_dtype_is_an_option(monkeypatch):
     assert processes.start_world().dtype == torch.float32
     world = processes.start_world("bfloat16")

@@ -103,9 +103,10 @@ def repositories(tmp_path):
 def test_one_copy_of_the_weights_is_fetched_and_nothing_else(repositories, tmp_path):
     with FakeHub(repositories) as hub:
         assert python(FETCH, tmp_path, SD, HF_ENDPOINT=hub.address).returncode == 0
-        fetched = hub.fetched()
+        fetched, requests = hub.fetched(), len(hub.requests)
         assert python(FETCH, tmp_path, SD, SD, HF_ENDPOINT=hub.address).returncode == 0
-        assert hub.fetched() == fetched  # the second process asks for nothing
+        assert len(hub.requests) == requests  # the second process asks for nothing
+    assert python(FETCH, tmp_path, SD, HF_HUB_OFFLINE="1").returncode == 0
     assert fetched == sorted({
         f"{SD}/{file.relative_to(HUB / 'stable-diffusion-v1-4').as_posix()}"
         for file in (HUB / "stable-diffusion-v1-4").rglob("*")
@@ -138,6 +139,42 @@ def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
         assert python(code, tmp_path, name, HF_ENDPOINT=hub.address).returncode == 0
     assert f"{name}/transformer/{file}" in hub.fetched()
     assert not [path for path in hub.fetched() if path.endswith("config.json")]  # those stayed
+
+
+REWARDS = """
+from rewards import *
+print(hub_folder("a/clip", ["open_clip_config.json"], "open_clip_model.safetensors|open_clip_pytorch_model.bin"))
+print(hub_folder("a/hps", (), "HPS.pt"), hub_folder("a/network"), hub_folder("a/tokenizer", weights=False))
+for name, files in (("a/hps", "model.safetensors"), ("a/clip", "b|c")):
+    try: hub_folder(name, ["config.json"], files)
+    except RewardError as e: print(e)
+"""
+
+
+def test_a_reward_s_files_are_fetched_and_nothing_else(tmp_path):
+    files = {
+        "clip": ["open_clip_config.json", "vocab.json", "open_clip_pytorch_model.bin"],
+        "hps": ["HPS.pt"],
+        "network": ["config.json", "model.safetensors"],
+        "tokenizer": ["config.json", "tokenizer_config.json", "merges.txt", "vocab.json"],
+    }
+    others = {"hps": ["old.json", "HPS2.pt"], "tokenizer": ["model.safetensors"]}
+    others["network"] = ["pytorch_model.bin", "README.md", "part/config.json"]
+    for name, wanted in files.items():
+        for file in [*wanted, *others.get(name, [])]:
+            (tmp_path / "hub/a" / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "hub/a" / name / file).write_text(file)
+    with FakeHub(tmp_path / "hub") as hub:
+        run = python(REWARDS, tmp_path, HF_ENDPOINT=hub.address)
+    assert run.returncode == 0, run.stderr
+    assert hub.fetched() == sorted(f"a/{name}/{file}" for name, wanted in files.items() for file in wanted)
+    assert run.stdout.splitlines()[2:] == [
+        "a/hps on the hub lacks config.json; give another one, or a complete folder",
+        "a/clip on the hub lacks config.json; give another one, or a complete folder",
+    ]
+    shutil.rmtree(tmp_path / "hub")
+    offline = python(REWARDS.partition("for")[0], tmp_path, HF_HUB_OFFLINE="1")
+    assert offline.stdout.splitlines() == run.stdout.splitlines()[:2], offline.stderr
 
 
 def test_what_cannot_be_fetched_is_one_line_with_advice(repositories, tmp_path):

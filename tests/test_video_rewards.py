@@ -264,11 +264,12 @@ def test_bad_checkpoints_are_refused(tmp_path):
         return str(caught.value)
 
     assert "1 weights missing, 0 unexpected" in error(**{"base_model.model.model.norm.weight": None})
-    assert "1 weights missing, 0 unexpected" in error(**{"base_model.model.rm_head.weight": None})
+    assert "KeyError: 'rm_head.weight'" in error(**{"base_model.model.rm_head.weight": None})
     assert "0 weights missing, 1 unexpected, first: new" in error(new=torch.zeros(1))
     assert "lacks a LoRA weight" in error(**{f"{name}.lora_B.default.weight": None})
     assert "2 unexpected" in error(**{f"{name}.base_layer.weight": None})
-    assert "0 weights missing, 0 unexpected" in error(**{"base_model.model.rm_head.weight": torch.zeros(2, 32)})
+    assert "videoalign: could not load" in error(**{"base_model.model.rm_head.weight": torch.zeros(2, 32)})
+    assert "videoalign: could not load" in error(**{"base_model.model.model.norm.weight": torch.zeros(33)})
     (tmp_path / "model.pth").unlink()
     with pytest.raises(RewardError, match=r"exactly one model.pth"):
         VideoAlignReward(str(tmp_path))
@@ -278,7 +279,7 @@ def test_another_template_is_refused(tmp_path, monkeypatch):
     make_judge(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
     (tmp_path / "prompt_template.txt").write_text(TEMPLATE + " ")
-    with pytest.raises(RewardError, match=r"prompt template of .* has sha256"):
+    with pytest.raises(RewardError, match=r"prompt template .* has sha256"):
         VideoAlignReward(str(tmp_path))
     (tmp_path / "prompt_template.txt").write_text(TEMPLATE)
     VideoAlignReward(str(tmp_path))
@@ -290,19 +291,25 @@ def test_another_template_is_refused(tmp_path, monkeypatch):
 
 
 def test_the_template_is_fetched_once_read_not_run_and_checked(tmp_path, monkeypatch):
-    source = f"OTHER = 'x'\nraise_if_run = 1 / 0\n{rewards.TEMPLATE_NAME} = {TEMPLATE!r}\n"
-    (tmp_path / "prompt_template.py").write_text(source)
+    texts = [f"OTHER = 'x'\nraise_if_run = 1 / 0\n{rewards.TEMPLATE_NAME} = {TEMPLATE!r}\n"]
+    monkeypatch.setattr(rewards, "text_at", lambda address: texts.pop())
+    monkeypatch.setattr(rewards, "hub_folder", lambda path, *_: path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(rewards, "TEMPLATE_URL", (tmp_path / "prompt_template.py").as_uri())
-    sha256 = hashlib.sha256(TEMPLATE.encode()).hexdigest()
+    for _ in range(2):
+        *_, template = VideoAlignReward.fetch("OWNER/NAME")
+    assert rewards.load_template(Path(template), hashlib.sha256(TEMPLATE.encode()).hexdigest()) == TEMPLATE
     with pytest.raises(RewardError, match="not fdb6309bac61…"):
-        rewards.load_template("OWNER/NAME", rewards.TEMPLATE_SHA256)
-    assert rewards.load_template("OWNER/NAME", sha256) == TEMPLATE
-    (tmp_path / "prompt_template.py").unlink()
-    assert rewards.load_template("OWNER/NAME", sha256) == TEMPLATE
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "empty"))
-    with pytest.raises(RewardError, match=r"download prompt_template\.txt"):
-        rewards.load_template("OWNER/NAME", sha256)
+        rewards.load_template(Path(template), rewards.TEMPLATE_SHA256)
+
+
+def test_a_template_that_cannot_be_fetched(tmp_path, monkeypatch):
+    def fetch(address):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(rewards, "text_at", fetch)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    with pytest.raises(RewardError, match=r"no route to host.*download .*prompt_template\.txt"):
+        rewards.fetch_rewards("vq", {"videoalign": "OWNER/NAME"})
 
 
 # ----------------------------------------------------------------------------------------------------------- pickscore

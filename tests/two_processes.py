@@ -42,7 +42,6 @@ def refused() -> str:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")  # the processes meet once, not in every run
-    dist.init_process_group = lambda backend: None
     for case in small.TRAINERS:
         run(case, folder)
     text = refused()
