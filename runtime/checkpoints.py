@@ -67,8 +67,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
             config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
         )
         if config.resume:
-            changed = [path for path, sha256 in content["files"].items() if stored["files"].get(path) != sha256]
-            changed += [config.prompts] if stored["prompts_sha256"] != content["prompts_sha256"] else []
+            changed = [path for path, sha256 in content["files"].items() if stored.get("files", {}).get(path) != sha256]
+            changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
             require(
                 not changed,
                 f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "

@@ -179,8 +179,7 @@ def stored_options(file: Path, config_class: type) -> tuple[dict, str]:
             f"another version or changed by hand; {advice}",
         )
         options[field.name] = value
-    lacking = {"directory", "files", "prompts_sha256"} - stored.keys()
-    require(not lacking, f"cannot resume: {file} lacks {', '.join(sorted(lacking))}; {advice}")
+    require("directory" in stored, f"cannot resume: {file} does not say where the run was started; {advice}")
     return options, stored["directory"]
 
 
