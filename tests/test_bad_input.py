@@ -27,8 +27,9 @@ EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids
 
 
 def tree(folder):
-    """All files and folders in a folder, with their contents."""
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(Path(folder).rglob("*"))}
+    """All files and folders in a folder but a lock's, with their contents."""
+    found = [path for path in sorted(Path(folder).rglob("*")) if path.name != ".lock"]
+    return {path: path.read_bytes() if path.is_file() else None for path in found}
 
 
 def complaint(trainer, *words):
