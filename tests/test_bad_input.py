@@ -588,9 +588,9 @@ def test_resume_with_a_learning_rate_that_is_none(value, tmp_path):
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
     out = a_run(tmp_path / "run")
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    before = tree(out)
     assert "already holds a run; add --resume" in complaint(grpo_flux, "--output-dir", str(out))
-    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert tree(out) == before
 
 
 def test_an_output_folder_that_cannot_be_written(tmp_path):
