@@ -299,7 +299,7 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
     trajectories, log_probs, videos = [], [], []
     for chunk in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout"):
         # Shared noise: all samples of a prompt start from one z, so that they differ in their actions only (paper).
-        starts = [(*keys[b][:3], 0) if cfg.shared_noise else keys[b] for b in chunk]
+        starts = [(*keys[i][:3], 0) if cfg.shared_noise else keys[i] for i in chunk]
         z = data.keyed_noise(shape, starts, "initial noise", world.device)
         of_sample = [x[chunk // cfg.group_size] for x in conditions]
         trajectory, log_prob, z0_hat = [z], torch.zeros(len(chunk), T, device=world.device), z
@@ -309,7 +309,7 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
             mean, std, z0_hat = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta if t in window else 0.0)
             z = mean
             if t in window:
-                noise = data.keyed_noise(shape, [(*keys[b], t) for b in chunk], "step noise", world.device)
+                noise = data.keyed_noise(shape, [(*keys[i], t) for i in chunk], "step noise", world.device)
                 z = mean + std * noise  # the action: a draw from the policy
                 log_prob[:, t] = log_prob_of(z, mean, std)  # how probable this draw was
             trajectory.append(z)
@@ -401,9 +401,9 @@ def main(cfg: Config) -> None:
         for p, group in enumerate(best_and_worst(A, G, cfg.keep_best_worst).tolist()):
             dealt = deal(group, len(updates), data.keyed_rng("updates", cfg.seed, iteration, first + p))
             for pairs, samples in zip(updates, dealt, strict=True):
-                for b in samples:
-                    steps = choose_steps(window, tau, cfg.timesteps, data.keyed_rng("timesteps", *keys[b]))
-                    pairs += [(b, t) for t in steps]
+                for i in samples:
+                    steps = choose_steps(window, tau, cfg.timesteps, data.keyed_rng("timesteps", *keys[i]))
+                    pairs += [(i, t) for t in steps]
 
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
