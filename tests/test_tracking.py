@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from runtime import output
+from runtime import output, tracking
 from runtime.options import RunError
 from small import train
 
@@ -94,7 +94,7 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(tmp_path, mo
     def log(*args):
         raise OSError("no space left\non this device")
 
-    monkeypatch.setattr(output.TensorBoard, "log", log)
+    monkeypatch.setattr(tracking.TensorBoard, "log", log)
     train("flux", tmp_path / "out", track="tensorboard", iterations=1, num_samples=1)
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 1
     assert (tmp_path / "out" / "checkpoint-000001").is_dir()

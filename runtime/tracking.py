@@ -1,0 +1,116 @@
+"""--track: metrics and samples in TensorBoard or Weights & Biases."""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from rewards import first_line
+
+from .options import RunError
+
+
+class Tracker:
+    """--track: metrics and samples in TensorBoard or Weights & Biases, beside metrics.jsonl. kind "": nowhere.
+
+    config: the content of config.json; checkpoint: where the run is continued from. Raises RunError if it cannot start.
+    If it fails later it says so, and is left out from then on: metrics.jsonl and samples/ hold everything.
+    """
+
+    def __init__(self, kind: str, config: dict, checkpoint: Path | None):
+        self.kind, self.backend = kind, None
+        try:
+            self.backend = {"tensorboard": TensorBoard, "wandb": WandB}[kind](config, checkpoint) if kind else None
+        except Exception as e:  # a tracker is not ours: it may raise anything
+            advice = (
+                "log in with `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "leave the option out"
+            )
+            raise RunError(f"--track {kind} cannot start ({type(e).__name__}: {first_line(e)}); {advice}") from e
+
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None = None) -> None:
+        """The values after an iteration, and the sample pictures drawn then: the .png, and the .mp4 if there is one."""
+        film = samples and samples.with_suffix(".mp4")
+        self._call("log", iteration, values, samples, film if film and film.exists() else None)
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *args) -> None:
+        if self.backend is None:
+            return
+        try:
+            getattr(self.backend, method)(*args)
+        except Exception as e:
+            self.backend = None
+            message = (
+                f"warning: --track {self.kind} failed ({type(e).__name__}: {first_line(e)}) and is left out from now"
+            )
+            print(
+                f"{message} on; metrics.jsonl and samples/ hold everything; --resume starts it again", file=sys.stderr
+            )
+
+
+class TensorBoard:
+    """What goes to OUTPUT_DIR/tensorboard; see `Tracker`."""
+
+    def __init__(self, config: dict, checkpoint: Path | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What was logged after the checkpoint is dropped, for these iterations are run again.
+        purge = int(checkpoint.name[11:]) + 1 if checkpoint else None
+        self.writer = SummaryWriter(str(Path(config["output_dir"], "tensorboard")), purge_step=purge)
+
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None, film: Path | None) -> None:
+        from PIL import Image
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+        if samples:
+            self.writer.add_image("samples", np.array(Image.open(samples)), iteration, dataformats="HWC")
+        if film:  # TensorBoard plays GIFs, but no MP4
+            import imageio.v3 as imageio
+
+            frames, fps = imageio.imread(film, plugin="FFMPEG"), imageio.immeta(film, plugin="FFMPEG")["fps"]
+            content = imageio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+            height, width = frames.shape[1:3]
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+            summary = Summary(value=[Summary.Value(tag="film", image=image)])
+            self.writer.file_writer.add_summary(summary, iteration)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """What goes to Weights & Biases, or with WANDB_MODE=offline to OUTPUT_DIR/wandb; see `Tracker`.
+
+    A resumed run goes on under its id. Iterations that are run again are logged again, with the same values.
+    """
+
+    def __init__(self, config: dict, checkpoint: Path | None):
+        import wandb
+
+        self.wandb, out = wandb, Path(config["output_dir"]).resolve()
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "dancegrpo"),
+            name=out.name,
+            id=config["tracker_id"],
+            resume="allow",
+            dir=str(out),
+            config=config,
+            allow_val_change=True,
+            settings=wandb.Settings(console="off"),  # the progress bar would fill its log
+        )
+        self.run.define_metric("*", step_metric="iteration")
+
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None, film: Path | None) -> None:
+        row = values | {"iteration": iteration}
+        row |= {"samples": self.wandb.Image(str(samples))} if samples else {}
+        row |= {"film": self.wandb.Video(str(film), format="mp4")} if film else {}
+        self.run.log(row)
+
+    def close(self) -> None:
+        self.run.finish()
