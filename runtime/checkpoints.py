@@ -44,7 +44,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     and rewards that are files here, and versions.
     """
     output_dir, init = Path(config.output_dir), None
-    content = {"script": Path(inspect.getfile(type(config))).name} | dataclasses.asdict(config) | {"resume": False}
+    content = {"script": script_of(config)} | dataclasses.asdict(config) | {"resume": False}
     content["directory"], content["processes"] = os.getcwd(), world.size
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if config.init and not world.from_main(complete_checkpoints(output_dir)):
@@ -56,16 +56,10 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         content["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
         with writing(output_dir):
             output_dir.mkdir(parents=True, exist_ok=True)
-        advice = "take another --output-dir"
         refuse_foreign(output_dir)  # before a lock lies in it
         lock_folder(output_dir)
-        stored = refuse_foreign(output_dir) or content
-        require(stored["script"] == content["script"], f"{output_dir} belongs to {stored['script']}; {advice}")
+        stored = check_folder(config) or content
         content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
-        found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
-        require(
-            config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}"
-        )
         if config.resume:
             changed = [path for path, sha256 in content["files"].items() if stored.get("files", {}).get(path) != sha256]
             changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
@@ -82,6 +76,21 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         f"--iterations {config.iterations} is below the {done} that the run in {output_dir} has done; raise it",
     )
     return Folder(content, checkpoint, init)
+
+
+def check_folder(config) -> dict:
+    """Raise RunError unless --output-dir is new, or this run's and to be resumed. Returns its config.json, or {}."""
+    output_dir, script, advice = Path(config.output_dir), script_of(config), "take another --output-dir"
+    stored = refuse_foreign(output_dir)
+    require(stored.get("script", script) == script, f"{output_dir} belongs to {stored.get('script')}; {advice}")
+    found = (output_dir / "metrics.jsonl").exists() or latest_checkpoint(output_dir)
+    require(config.resume or not found, f"{output_dir} already holds a run; add --resume to continue it, or {advice}")
+    return stored
+
+
+def script_of(config) -> str:
+    """The file name of the trainer whose options these are."""
+    return Path(inspect.getfile(type(config))).name
 
 
 def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):

@@ -15,7 +15,7 @@ import torch
 
 from rewards import load_reward, parse_paths
 
-from .checkpoints import Checkpoints, Folder, name_of, open_folder
+from .checkpoints import Checkpoints, Folder, check_folder, name_of, open_folder
 from .data import keyed_noise, load_metadata
 from .files import write_atomically, writing
 from .loading import fetch_all
@@ -43,6 +43,7 @@ def start(
     fits_whole      whether a GPU holds the whole network, see `processes.choose_shard_size`
     before_loading  called with the world before models are loaded
     """
+    check_folder(config)  # before gigabytes are fetched
     fetch_all(config)
     world = start_world(config.dtype, config.shard_size, config.offload, fits_whole)
     folder = open_folder(config, world, prompts)
