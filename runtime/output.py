@@ -247,7 +247,7 @@ class Metrics:
         panels = {
             "reward": names,
             "spread of rewards": ["reward_std"],
-            "share of ratios clipped": ["clip_fraction"],
+            "ratios outside the clip range": ["clip_fraction"],
             "gradient norm": ["grad_norm"],
         }
         figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
