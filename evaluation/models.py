@@ -50,10 +50,8 @@ def run_options(checkpoint: str) -> dict:
     for file in [folder / "config.json" for folder in list(Path(checkpoint).parents)[:3]]:
         stored = files.read_json(file)
         require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
-        if "reward" in stored:
-            lacking = {"model", "prompts", "reward_paths", "directory"} - stored.keys()
-            require(not lacking, f"{file} is damaged, it lacks {', '.join(sorted(lacking))}; restore it")
-            directory, paths = stored.get("directory", ""), split_paths(stored.get("reward_paths", ""))
+        if {"model", "reward", "prompts", "reward_paths", "directory"} <= stored.keys():
+            directory, paths = stored["directory"], split_paths(stored["reward_paths"])
             paths.pop("geneval", None)  # an evaluation has --detector
             for name in {"model", "transformer", "prompts"} & stored.keys():
                 stored[name] = from_directory(directory, stored[name])
