@@ -182,8 +182,13 @@ def read_sums(checkpoint: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    unlisted = [name for name in files if name not in sums and name.endswith((".safetensors", ".distcp"))]
-    return {} if unlisted else sums  # it was cut off
+    weights = [name for name in files if name.endswith((".safetensors", ".distcp")) and "state.part/" not in name]
+    return sums if sums.keys() >= set(weights) else {}  # it was cut off
+
+
+def write_sums(checkpoint: Path, sums: dict[str, str]) -> None:
+    """The SHA256SUMS of a checkpoint, {name: sha256}."""
+    write_atomically(checkpoint / SUMS, "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
 
 
 def find_difference(checkpoint: Path, run: dict) -> str:
@@ -275,7 +280,7 @@ class Checkpoints:
             if self.world.is_main:
                 if card:
                     self._write_card(part, iteration, card)
-                write_atomically(part / SUMS, "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
+                write_sums(part, sums)
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
                 self._delete_old_states(final)
@@ -303,9 +308,10 @@ class Checkpoints:
         upto = [path for path in complete_checkpoints(newest.parent) if int(path.name[11:]) <= int(newest.name[11:])]
         for checkpoint in upto[: -self.keep_states]:
             if (checkpoint / "state").is_dir():
-                sums = {name: sha256 for name, sha256 in read_sums(checkpoint).items() if not name.startswith("state/")}
-                write_atomically(checkpoint / SUMS, "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()))
                 (checkpoint / "state").rename(checkpoint / "state.part")  # never half of one under its own name
+            sums = read_sums(checkpoint)  # may still list a state that an earlier, killed run had begun to delete
+            if kept := {name: sha256 for name, sha256 in sums.items() if not name.startswith("state/")}:
+                write_sums(checkpoint, kept)
             shutil.rmtree(checkpoint / "state.part", ignore_errors=True)
 
     def _public_weights(self) -> dict[str, Tensor]:

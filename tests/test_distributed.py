@@ -4,10 +4,12 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 import distributed_cases
 import launch
 import small
-from runtime import data, loading, processes
+from runtime import checkpoints, data, loading, processes
 from runtime.checkpoints import Checkpoints, newest_whole_checkpoint
 from runtime.options import RunError, latest_checkpoint
 
@@ -179,6 +181,31 @@ def test_only_the_newest_checkpoints_keep_their_state(tmp_path, capsys):
     with pytest.raises(RunError, match=r"has no whole checkpoint"):
         newest_whole_checkpoint(tmp_path, world, {})
     assert "checkpoint-000002 is skipped: it keeps no state" in capsys.readouterr().err
+
+
+def test_a_state_whose_deletion_was_interrupted_leaves_the_weights_listed(tmp_path, monkeypatch):
+    """Killed after any step of the deletion; the next save completes it."""
+    world, weights = processes.start_world(), "network/diffusion_pytorch_model.safetensors"
+    for number, killer in enumerate((Path, shutil, checkpoints)):
+        saver, out = small_checkpoints(world, keep_states=1), tmp_path / str(number)
+        saver.save(out, 1)
+        with monkeypatch.context() as patch:
+            name = {Path: "rename", shutil: "rmtree", checkpoints: "write_sums"}[killer]
+            whole = getattr(killer, name)
+
+            def killed(first, *arguments, whole=whole, **options):
+                if "checkpoint-000001" in str(first):
+                    raise KeyboardInterrupt
+                return whole(first, *arguments, **options)
+
+            patch.setattr(killer, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                saver.save(out, 2)
+        assert not checkpoints.find_fault(out / "checkpoint-000001", world, "network")
+        saver.save(out, 3)
+        for old in ("checkpoint-000001", "checkpoint-000002"):
+            assert not (out / old / "state").exists() and not (out / old / "state.part").exists()
+            assert not checkpoints.find_fault(out / old, world) and weights in checkpoints.read_sums(out / old)
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
