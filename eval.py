@@ -204,9 +204,7 @@ def check_sizes(cfg: Config, component: str) -> None:
 
 def fetch(cfg: Config) -> None:
     """Fetch from the hub what the cache lacks, before the process group exists, which has a limit of time."""
-    loading.find_folder(cfg.model, but=["transformer"] if cfg.transformer else [])
-    if cfg.transformer:
-        loading.find_folder(cfg.transformer, "--transformer", pipeline=False)
+    loading.fetch_model(cfg.model, cfg.transformer)
     if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
         fetch_rewards(rewards, parse_paths(cfg.reward_paths))
     if "geneval" in metric_specs(cfg.metrics):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rewards import (
     FILE_ERRORS,
+    VOCABULARY,
     RewardError,
     fetch_rewards,
     fetched_folder,
@@ -94,7 +95,7 @@ def choose_files(files: Iterable[str], parts: Sequence[str], weights: bool = Tru
         count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
         if not small:
             lacking = lacking or part or "config.json"
-        elif "tokenizer_config.json" in small and not {"tokenizer.json", "spiece.model", "merges.txt"} & set(small):
+        elif "tokenizer_config.json" in small and not set(VOCABULARY.split("|")) & set(small):
             lacking = lacking or f"{part}/tokenizer.json".lstrip("/")
         elif weights and "config.json" in small and len(shards) < count:
             lacking = lacking or f"weights in {part or 'its root'}"
@@ -114,13 +115,17 @@ def fetch_all(cfg) -> None:
 
     Before the process group exists: the processes of a machine wait for the first one for as long as it takes.
     """
-    transformer = getattr(cfg, "transformer", "")
-    find_folder(cfg.model, but=["transformer"] if transformer else [])
-    if transformer:
-        find_folder(transformer, "--transformer", pipeline=False)
+    fetch_model(cfg.model, getattr(cfg, "transformer", ""))
     if painter := getattr(cfg, "first_frame_model", ""):
         find_folder(painter, "--first-frame-model")
     fetch_rewards(cfg.reward, parse_paths(cfg.reward_paths))
+
+
+def fetch_model(model: str, transformer: str = "") -> None:
+    """Fetch the weights of a pipeline; with `transformer`, which lies elsewhere, without the pipeline's own."""
+    find_folder(model, but=["transformer"] if transformer else [])
+    if transformer:
+        find_folder(transformer, "--transformer", pipeline=False)
 
 
 def load_pretrained(loader: Callable, folder: Path | str, option: str = "--model", **options):

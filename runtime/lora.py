@@ -18,8 +18,7 @@ def public_lora(network: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[st
 
     config = network.peft_config["default"]
     scale = config.lora_alpha / config.r
-    layers = get_peft_model_state_dict(network, weights)
-    layers = {name: scale * weight if ".lora_B." in name else weight for name, weight in layers.items()}
+    layers = with_b_times(scale, get_peft_model_state_dict(network, weights))
     return layers, config.to_dict() | {"lora_alpha": config.r}
 
 
@@ -51,8 +50,12 @@ def load_adapter(network: nn.Module, file: Path) -> None:
     config = network.peft_config["default"]
     scale = config.lora_alpha / config.r
     weights = {name.partition(".")[2]: weight for name, weight in read_lora(file).items()}
-    weights = {name: weight / scale if ".lora_B." in name else weight for name, weight in weights.items()}
-    set_peft_model_state_dict(network, weights)
+    set_peft_model_state_dict(network, with_b_times(1 / scale, weights))
+
+
+def with_b_times(factor: float, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a LoRA with every B multiplied by the factor."""
+    return {name: factor * weight if ".lora_B." in name else weight for name, weight in weights.items()}
 
 
 def shapes_in(file: Path) -> dict[str, list[int]]:
