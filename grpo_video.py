@@ -202,6 +202,16 @@ def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
     return sorted(int(t) for t in steps[: int(len(window) * fraction)])
 
 
+def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:
+    """Which of the pairs (sample, step) the network evaluates, and for each pair the place of its prediction there.
+
+    With shared noise a group starts from one latent: at step 0 one evaluation serves all samples, and is exact.
+    """
+    states = [(i - i % group_size if shared_noise and t == 0 else i, t) for i, t in pairs]
+    once = list(dict.fromkeys(states))
+    return [states.index(state) for state in once], [once.index(state) for state in states]
+
+
 def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
     """The stochastic steps: with size 0 all but the last, else a window of `size` steps (MixGRPO, 2507.21802).
 
@@ -305,7 +315,8 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
         trajectory, log_prob, z0_hat = [z], torch.zeros(len(chunk), T, device=world.device), z
         for t in range(T):  # `sampling.rollout` is this loop for any model
             # The policy: given z, the next latent is Gaussian. Outside the window it is the next point of the ODE.
-            v = velocity(transformer, z, sigmas[t], of_sample, cfg)
+            seen, place = distinct([(i, t) for i in chunk.tolist()], cfg.group_size, cfg.shared_noise)
+            v = velocity(transformer, z[seen], sigmas[t], [x[seen] for x in of_sample], cfg)[place]
             mean, std, z0_hat = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta if t in window else 0.0)
             z = mean
             if t in window:
@@ -408,13 +419,15 @@ def main(cfg: Config) -> None:
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
+            pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
                 processes.sync_gradients(network, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[b, t], trajectories[b, t + 1]
-                of_sample = [x[b // G] for x in conditions]
+                seen, place = distinct(part, G, cfg.shared_noise)
+                state = z[seen], sigmas[t[seen]], [x[b[seen] // G] for x in conditions]
                 # The current policy at z, and the log-probability that it gives the rollout's draw.
-                v = velocity(network, z, sigmas[t], of_sample, cfg)
+                v = velocity(network, *state, cfg)[place]
                 mean, std, _ = step(v, z, sigmas[t], sigmas[t + 1], cfg.eta)
                 log_prob, old_log_prob = log_prob_of(z_next, mean, std), old_log_probs[b, t]
                 loss, rho = grpo_loss(log_prob, old_log_prob, A[b], cfg.clip_range)
@@ -426,7 +439,7 @@ def main(cfg: Config) -> None:
                     loss, rho = guarded_loss(cfg.ratio, log_ratio, kl, A[b], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
                     with torch.no_grad(), loading.without_adapter(reference):
-                        v_ref = velocity(reference, z, sigmas[t], of_sample, cfg)
+                        v_ref = velocity(reference, *state, cfg)[place]
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
                 share = len(part) / len(pairs)
                 (loss * share).backward()

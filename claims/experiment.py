@@ -98,12 +98,18 @@ def mean(key: str) -> Callable[[Run], float]:
     return lambda run: float(np.mean([row[key] for row in run.rows]))
 
 
-def evaluations(config: dict) -> int:
-    """Passes of one sample through the network in an iteration; a backward pass counts as two."""
-    c = config
-    trained = c["sde_window"] or int((c["steps"] - 1) * c["timestep_fraction"])  # steps of each sample
-    samples = 2 * c["keep_best_worst"] or c["group_size"]
-    return c["prompts_per_iteration"] * (c["group_size"] * c["steps"] + 3 * samples * trained)
+def evaluations(config: dict) -> float:
+    """Passes of one sample through the network in an iteration; a backward pass counts as two.
+
+    With shared noise a group's first step is one pass, in the rollout and in each update that trains it.
+    """
+    c, T, G, shared = config, config["steps"], config["group_size"], config["shared_noise"]
+    trained = c["sde_window"] or int((T - 1) * c["timestep_fraction"])  # steps of each sample
+    samples, updates = 2 * c["keep_best_worst"] or G, c["updates_per_rollout"]
+    first = 1.0 if c["sde_window"] else trained / (T - 1)  # how often a sample's first step is among them
+    once = updates * (1 - (1 - first) ** (samples / updates))  # updates of a group that train it
+    rollout, update = G * T - shared * (G - 1), samples * trained - shared * (samples * first - once)
+    return c["prompts_per_iteration"] * (rollout + 3 * update)
 
 
 def sums(values: list[float]) -> np.ndarray:

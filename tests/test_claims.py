@@ -53,6 +53,7 @@ def main(cfg):
 
 
 CONFIG = dict(sde_window=2, steps=6, timestep_fraction=0.6, keep_best_worst=0, group_size=8, prompts_per_iteration=8)
+CONFIG |= dict(shared_noise=False, updates_per_rollout=1)
 CONFIG |= dict(seed=1, iterations=20, versions={"torch": "0"}, reward="hps")
 
 
@@ -86,10 +87,12 @@ def test_measures_of_a_run():
         ({"sde_window": 0}, 960),  # int(5 · 0.6) = 3 steps
         ({"sde_window": 0, "timestep_fraction": 1.0}, 1344),
         ({"group_size": 32, "keep_best_worst": 4}, 1920),  # 8 x (32 x 6 + 3 x 8 x 2)
+        ({"shared_noise": True}, 544),  # 8 x (1 + 8 x 5 + 3 x (1 + 8 x 1))
+        ({"shared_noise": True, "updates_per_rollout": 2}, 568),  # the first step in both updates
     ],
 )
 def test_evaluations_of_the_network(changes, expected):
-    assert experiment.evaluations(CONFIG | changes) == expected
+    assert experiment.evaluations(CONFIG | changes) == pytest.approx(expected)
 
 
 def test_positions_on_the_axes():

@@ -14,7 +14,16 @@ import torch
 import grpo_flux
 import grpo_sd
 import grpo_video
-from grpo_flux import best_and_worst, choose_steps, deal, group_advantages, grpo_loss, sde_window, statistics
+from grpo_flux import (
+    best_and_worst,
+    choose_steps,
+    deal,
+    distinct,
+    group_advantages,
+    grpo_loss,
+    sde_window,
+    statistics,
+)
 from runtime import checkpoints, data, dryrun, families, loading, output, processes
 from runtime.options import check_options, parse_config
 from sampling import gaussian_kl, gaussian_log_prob, guarded_loss
@@ -22,7 +31,8 @@ from sampling import gaussian_kl, gaussian_log_prob, guarded_loss
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 ROOMS = (checkpoints, data, dryrun, families, loading, output, processes)
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
-SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps", "sde_window", "statistics"]
+SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps", "distinct", "sde_window"]
+SHARED += ["statistics"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
 group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
 micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
@@ -50,6 +60,7 @@ def test_a_grpo_function_works_when_its_source_alone_is_copied(name):
         "best_and_worst": [x, 4, 1],
         "deal": [[3, 4, 5, 6], 2],
         "choose_steps": [range(9), 0.5, "random"],
+        "distinct": [[(4, 0), (5, 0), (5, 1), (6, 1)], 4, True],
     }[name]
     copied, original = (
         function(*arguments, *[data.keyed_rng("a test", 0)] * (name in ("deal", "choose_steps")))
@@ -327,6 +338,12 @@ def test_the_first_or_the_last_steps_are_trained_in_every_sample(timesteps, expe
 def test_of_all_steps_it_does_not_matter_which_come_first():
     random, first, last = (pairs_of(torch.randn(4), timesteps=which) for which in ("random", "first", "last"))
     assert random == first == last
+
+
+def test_a_groups_first_step_is_evaluated_once_with_shared_noise():
+    pairs = [(1, 0), (3, 0), (4, 0), (1, 1), (3, 1)]  # groups of 4: samples 1 and 3 start from one latent, 4 does not
+    assert distinct(pairs, 4, True) == ([0, 2, 3, 4], [0, 0, 1, 2, 3])
+    assert distinct(pairs, 4, False) == ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4])
 
 
 def test_the_window_slides_over_all_steps_but_the_last():

@@ -463,6 +463,31 @@ def test_video_guidance_off_costs_half():
 
 
 @EACH
+def test_a_groups_first_step_costs_one_evaluation_and_changes_nothing(case, tmp_path, monkeypatch):
+    """In a run with shared noise, beside the same run that evaluates the first step for every sample."""
+    trainer, network, rows, seen = TRAINERS[case], {}, {}, {"once": 0, "each": 0}
+    load = trainer.load_models
+
+    def counted(*args):
+        pipe, trained, reference = load(*args)
+        count = lambda _, args, kwargs: seen.update({name: seen[name] + len(args[0] if args else kwargs["hidden_states"])})
+        trained.register_forward_pre_hook(count, with_kwargs=True)
+        return pipe, trained, reference
+
+    monkeypatch.setattr(trainer, "load_models", counted)
+    options = dict(iterations=1, num_samples=1, updates_per_rollout=1, timestep_fraction=1.0, micro_batch=16)
+    for name in seen:
+        if name == "each":
+            monkeypatch.setattr(trainer, "distinct", lambda pairs, *_: ([*range(len(pairs))],) * 2)
+        rows[name] = metrics(train(case, tmp_path / name, **options))[0]
+    for key in ("loss", "grad_norm", "reward_mean", "advantage_abs", "kl"):
+        assert rows["once"][key] == pytest.approx(rows["each"][key], rel=1e-5, abs=1e-6), key
+    passes = 2 if case in ("sd", "i2v", "wan") else 1  # with guidance each sample is seen twice
+    saved = 2 * (2 * (4 - 1)) * passes  # rollout and update, 2 prompts, groups of 4
+    assert seen["each"] - seen["once"] == saved
+
+
+@EACH
 def test_best_of_n_trains_on_the_best_and_worst_of_each_prompts_own_group(case, tmp_path, monkeypatch):
     """The official video code sorts across prompts."""
     trained, advantages, trainer = [], [], TRAINERS[case]
