@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import open_clip
@@ -16,7 +17,7 @@ from tiny import make_clip_hps, make_image_models, pictures, text
 from tiny.training import MODELS, sample
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT_FILES = ("tiny.txt", "tiny_heldout.txt")
+PROMPT_FILES = ("tiny.txt", "tiny_dev.txt", "tiny_heldout.txt")
 
 
 def scenes(count, seed=0):
@@ -90,12 +91,24 @@ def test_every_prompt_parses_and_says_what_was_meant(name):
     prompts = (ROOT / "prompts" / name).read_text().split("\n")
     assert prompts.pop() == "" and "" not in prompts and len(set(prompts)) == len(prompts)
     tags = [pictures.parse(prompt)["tag"] for prompt in prompts]
-    assert {tags.count(tag) for tag in pictures.TAGS} == {len(prompts) // 6}
+    assert name == "tiny.txt" or {tags.count(tag) for tag in pictures.TAGS} == {17}
 
 
 def test_the_prompt_files_share_nothing():
-    train, held = ({*(ROOT / "prompts" / name).read_text().splitlines()} for name in PROMPT_FILES)
-    assert len(train) >= 200 and len(held) >= 100 and not train & held
+    train, dev, held = ({*(ROOT / "prompts" / name).read_text().splitlines()} for name in PROMPT_FILES)
+    assert len(train) == 192 and len(dev) == len(held) == 102 and not train & held and not train & dev | dev & held
+
+
+def test_the_training_prompts_name_every_colour_shape_number_and_relation_equally_often():
+    asked = [pictures.parse(prompt) for prompt in (ROOT / "prompts/tiny.txt").read_text().splitlines()]
+    things = [item for metadata in asked for item in metadata["include"]]
+    colors = Counter(item["color"] for item in things if "color" in item)
+    assert len(colors) == 6 and set(colors.values()) == {28}
+    assert set(Counter(item["class"] for item in things).values()) == {78}
+    assert set(Counter(item["position"][0] for item in things if "position" in item).values()) == {12}
+    counted = Counter(m["include"][0]["count"] for m in asked if m["tag"] == "counting")
+    assert len(counted) == 4 and set(counted.values()) == {4}
+    assert sum("color" in m["include"][0] for m in asked) >= len(asked) / 2
 
 
 def test_parse_gives_back_the_metadata_of_any_phrasing():

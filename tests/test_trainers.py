@@ -470,7 +470,9 @@ def test_a_groups_first_step_costs_one_evaluation_and_changes_nothing(case, tmp_
 
     def counted(*args):
         pipe, trained, reference = load(*args)
-        count = lambda _, args, kwargs: seen.update({name: seen[name] + len(args[0] if args else kwargs["hidden_states"])})
+        count = lambda _, args, kwargs: seen.update(
+            {name: seen[name] + len(args[0] if args else kwargs["hidden_states"])}
+        )
         trained.register_forward_pre_hook(count, with_kwargs=True)
         return pipe, trained, reference
 
