@@ -96,7 +96,7 @@ def test_every_prompt_parses_and_says_what_was_meant(name):
 
 def test_the_prompt_files_share_nothing():
     train, dev, held = ({*(ROOT / "prompts" / name).read_text().splitlines()} for name in PROMPT_FILES)
-    assert len(train) == 192 and len(dev) == len(held) == 102 and not train & held and not train & dev | dev & held
+    assert len(train) == 216 and len(dev) == len(held) == 102 and not train & held and not train & dev | dev & held
 
 
 def test_the_training_prompts_name_every_colour_shape_number_and_relation_equally_often():
@@ -104,10 +104,10 @@ def test_the_training_prompts_name_every_colour_shape_number_and_relation_equall
     things = [item for metadata in asked for item in metadata["include"]]
     colors = Counter(item["color"] for item in things if "color" in item)
     assert len(colors) == 6 and set(colors.values()) == {28}
-    assert set(Counter(item["class"] for item in things).values()) == {78}
+    assert set(Counter(item["class"] for item in things).values()) == {87}
     assert set(Counter(item["position"][0] for item in things if "position" in item).values()) == {12}
     counted = Counter(m["include"][0]["count"] for m in asked if m["tag"] == "counting")
-    assert len(counted) == 4 and set(counted.values()) == {4}
+    assert len(counted) == 4 and set(counted.values()) == {8}
     assert sum("color" in m["include"][0] for m in asked) >= len(asked) / 2
 
 
