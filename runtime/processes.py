@@ -38,6 +38,7 @@ class World:
     shard_size: int = 1  # processes that share one copy of the trained network
     offload: bool = False  # frozen models wait in host memory
     mesh: DeviceMesh | None = None  # (replicate, shard) if the network is sharded
+    poll: Callable[[], None] = lambda: None  # called between chunks of work, on every process equally often
 
     @property
     def is_main(self) -> bool:
@@ -119,8 +120,9 @@ class World:
 
     def chunks(self, items: Sequence, size: int, text: str) -> Iterator[Sequence]:
         """items[0:size], items[size:2 size], … under a progress bar of its own that disappears when it is done."""
-        starts = self.progress(range(0, len(items), size), desc=text, leave=False, mininterval=1.0, delay=2.0)
-        return (items[start : start + size] for start in starts)
+        for start in self.progress(range(0, len(items), size), desc=text, leave=False, mininterval=1.0, delay=2.0):
+            self.poll()
+            yield items[start : start + size]
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
