@@ -214,6 +214,7 @@ def sha256_of(folder: Path, names: list[str], world: World) -> dict[str, str]:
                 digests.append(list(hashlib.file_digest(file, "sha256").digest()))
         except OSError:
             digests.append([0] * 32)
+    world.barrier()  # some read much more than others
     digests = world.collect(torch.tensor(digests, dtype=torch.uint8).view(-1, 32), len(names))
     return {name: bytes(digest).hex() for name, digest in zip(names, digests.tolist(), strict=True)}
 
@@ -257,17 +258,19 @@ class Checkpoints:
         card: the text of its README.md, if it shall have one; the run's curves and newest samples come with it.
         Raises RunError, and writes nothing, if a weight is not finite.
         """
-        self.require_finite(iteration)
         final = Path(output_dir) / name_of(iteration)
         part = final.with_name(final.name + ".part")
         if self.world.is_main:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
-        self.world.barrier()
+        self.world.barrier()  # rank 0 may have drawn curves until now
+        self.require_finite(iteration)
         with writing(final), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-            dcp.save(self._state(), checkpoint_id=part / "state", no_dist=self.world.size == 1)
+            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
+            dcp.save(self._state(), checkpoint_id=part / "state", **group)
             self._save_public(part, "")
             if self.ema.average:
+                self.world.barrier()  # rank 0 may write for long
                 with self.ema.swapped_in():
                     self._save_public(part, "_ema")
             if self.world.is_main:
@@ -346,7 +349,8 @@ class Checkpoints:
         state = self._state()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=self.world.size == 1)
+            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
+            dcp.load(state, checkpoint_id=checkpoint / "state", **group)
         options = state_dict.StateDictOptions(strict=False)
         state_dict.set_model_state_dict(self.network, state["network"], options=options)
         state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])
