@@ -72,6 +72,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate  # it may have been changed on --resume
         if world.is_main:
+            self.checkpoints.check_room(config, self.done)
             with writing(Path(config.output_dir, "samples")) as samples:
                 samples.mkdir(exist_ok=True)
             write_atomically(Path(config.output_dir, "config.json"), json.dumps(folder.config, indent=2) + "\n")

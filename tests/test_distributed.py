@@ -273,6 +273,30 @@ def test_a_state_whose_deletion_was_interrupted_leaves_the_weights_listed(tmp_pa
             assert not checkpoints.find_fault(out / old, world) and weights in checkpoints.read_sums(out / old)
 
 
+def test_too_little_room_for_a_run_is_said_and_for_a_checkpoint_refused(tmp_path, monkeypatch, capsys):
+    saver = small_checkpoints(processes.start_world())  # 20 weights and their average: 160 bytes, and 320 of state
+    config = {"output_dir": str(tmp_path), "iterations": 10, "save_every": 3, "keep_states": 2, "ema_decay": 0.5}
+    config = SimpleNamespace(**config, lora_rank=0)
+
+    def check(free, done=0):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        saver.check_room(config, done)
+        return capsys.readouterr().err
+
+    assert checkpoints.checkpoint_bytes(config, 20, 20, torch.float32) == (160, 320)
+    assert check(4 * 160 + 3 * 320) == ""  # after 3, 6, 9 and 10 iterations
+    warning = check(4 * 160 + 3 * 320 - 1)
+    assert warning.startswith("warning: checkpoints of the run: 4, with state at most 3 of them, 1.49e-06 GiB, but ")
+    with pytest.raises(RunError, match=r"a checkpoint takes 4.47e-07 GiB, but .* has 4.46e-07 GiB of room; make room"):
+        check(479)
+    assert check(479, done=10) == ""
+    for iteration in (6, 9):
+        (tmp_path / f"checkpoint-{iteration:06d}" / "state").mkdir(parents=True)
+    assert check(480, done=9) == ""  # one more, with the third state
+    config.lora_rank, config.ema_decay = 4, 0.0
+    assert checkpoints.checkpoint_bytes(config, 1000, 20, torch.bfloat16) == (80, 240)
+
+
 def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
     world = processes.start_world()
     checkpoints = small_checkpoints(world, keep_states=1)

@@ -711,6 +711,13 @@ def test_sigterm_ends_a_run_at_once_while_the_iteration_has_changed_no_weight(sm
         assert distance(weights("flux", out, 3, suffix), weights("flux", small_run("flux"), 3, suffix)) == 0
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, but .*run has 0.000931 GiB of room; make room"):
+        train("flux", tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
+
+
 def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(small_run, tmp_path):
     """A limit on file sizes stands in for the full disk: writes fail in the same places."""
     out = copy_of(small_run("flux"), tmp_path)
