@@ -26,6 +26,7 @@ from .processes import EMA, World, local, trainable
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
 SUMS = "SHA256SUMS"  # of a checkpoint: `sha256sum -c` reads it
+GIB = 2**30
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
 
 
@@ -214,6 +215,7 @@ def sha256_of(folder: Path, names: list[str], world: World) -> dict[str, str]:
                 digests.append(list(hashlib.file_digest(file, "sha256").digest()))
         except OSError:
             digests.append([0] * 32)
+    world.barrier()  # some read much more than others
     digests = world.collect(torch.tensor(digests, dtype=torch.uint8).view(-1, 32), len(names))
     return {name: bytes(digest).hex() for name, digest in zip(names, digests.tolist(), strict=True)}
 
@@ -224,6 +226,23 @@ def sha256_of(folder: Path, names: list[str], world: World) -> dict[str, str]:
 def name_of(iteration: int) -> str:
     """The folder of the checkpoint after so many iterations."""
     return f"checkpoint-{iteration:06d}"
+
+
+def checkpoint_bytes(config, whole: int, trained: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Of a checkpoint's public weights, and of its state. whole, trained: elements of the network."""
+    copies = 2 if config.ema_decay else 1
+    public = trained * 4 if config.lora_rank else whole * dtype.itemsize
+    return copies * public, (2 + copies) * trained * 4  # master weights, Adam's two moments, the average
+
+
+def checkpoints_to_come(config, done: int = 0, states: int = 0) -> tuple[int, int]:
+    """How many a run has still to save, and how many states will be there at a time beside the `states` that are.
+
+    An old state is deleted when the new one is complete.
+    """
+    count = -(-config.iterations // config.save_every) - done // config.save_every
+    count = count if done < config.iterations else 0
+    return count, max(0, min(config.keep_states + 1 - states, count))
 
 
 class Checkpoints:
@@ -257,17 +276,19 @@ class Checkpoints:
         card: the text of its README.md, if it shall have one; the run's curves and newest samples come with it.
         Raises RunError, and writes nothing, if a weight is not finite.
         """
-        self.require_finite(iteration)
         final = Path(output_dir) / name_of(iteration)
         part = final.with_name(final.name + ".part")
         if self.world.is_main:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
-        self.world.barrier()
+        self.world.barrier()  # rank 0 may have drawn curves until now
+        self.require_finite(iteration)
         with writing(final), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-            dcp.save(self._state(), checkpoint_id=part / "state", no_dist=self.world.size == 1)
+            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
+            dcp.save(self._state(), checkpoint_id=part / "state", **group)
             self._save_public(part, "")
             if self.ema.average:
+                self.world.barrier()  # rank 0 may write for long
                 with self.ema.swapped_in():
                     self._save_public(part, "_ema")
             if self.world.is_main:
@@ -285,6 +306,25 @@ class Checkpoints:
                 part.rename(final)
                 self._delete_old_states(final)
             self.world.barrier()
+
+    def check_room(self, config, done: int) -> None:
+        """Warn if the disk has no room for what a run will still save. Raises RunError if not for one checkpoint."""
+        whole, trained = (sum(p.numel() for p in ps) for ps in (self.network.parameters(), trainable(self.network)))
+        public, state = checkpoint_bytes(config, whole, trained, self.world.dtype)
+        count, states = checkpoints_to_come(config, done, len([*Path(config.output_dir).glob("checkpoint-*/state")]))
+        free = shutil.disk_usage(config.output_dir).free
+        where = f"{config.output_dir} has {free / GIB:.3g} GiB of room"
+        require(
+            not count or public + state <= free,
+            f"a checkpoint takes {(public + state) / GIB:.3g} GiB, but {where}; make room or take another --output-dir",
+        )
+        if count * public + states * state > free:
+            print(
+                f"warning: checkpoints of the run: {count}, with state at most {states} of them, "
+                f"{(count * public + states * state) / GIB:.3g} GiB, but {where}; make room, raise --save-every or "
+                "lower --keep-states",
+                file=sys.stderr,
+            )
 
     def _write_card(self, folder: Path, iteration: int, card: str) -> None:
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -346,7 +386,8 @@ class Checkpoints:
         state = self._state()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, checkpoint_id=checkpoint / "state", no_dist=self.world.size == 1)
+            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
+            dcp.load(state, checkpoint_id=checkpoint / "state", **group)
         options = state_dict.StateDictOptions(strict=False)
         state_dict.set_model_state_dict(self.network, state["network"], options=options)
         state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])

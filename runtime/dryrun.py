@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import json
 import math
+import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,11 +28,10 @@ from torch.utils._pytree import tree_leaves
 from rewards import cached_folder, parse_paths, parse_spec, reading
 
 from . import loading, processes
-from .checkpoints import refuse_foreign
+from .checkpoints import GIB, checkpoint_bytes, checkpoints_to_come, refuse_foreign
 from .files import write_atomically, writing
 from .options import require
 
-GIB = 2**30
 NODE = 8  # processes of a node
 CUDA_CONTEXT = 1.0  # GiB of GPU memory of a process beside its tensors: CUDA, NCCL, workspaces (an estimate)
 HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python, torch, CUDA (an estimate)
@@ -270,9 +270,8 @@ def run(
         encoders = parts["frozen"] - vae_bytes - (parts["parameters"] if shard_size == 1 else 0)
         waits = max(encoders, vae_bytes + decoding, parts["reward"])
         peak = max(sum(parts.values()) - waiting, at_rest - waiting + waits)
-    public = measured["trainable"] * 4 if cfg.lora_rank else whole * dtype.itemsize
-    copies = 2 if cfg.ema_decay else 1
-    host = max(whole * master, waiting, public) + (node * waiting if cfg.offload else 0)
+    public, state = checkpoint_bytes(cfg, whole, measured["trainable"], dtype)
+    host = max(whole * master, waiting, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
     beside = CUDA_CONTEXT + processes.PromptCache.SIZE * measured["condition_bytes"] / GIB
@@ -284,10 +283,7 @@ def run(
         "fits": peak <= cfg.gpu_memory,
         "gpu_gib": {"peak": peak} | gpu,
         "host_gib": host / GIB + node * HOST_PROCESS,
-        "checkpoint_gib": {
-            "public": public * copies / GIB,
-            "state": measured["trainable"] * 4 * (3 + copies - 1) / GIB,
-        },
+        "checkpoint_gib": {"public": public / GIB, "state": state / GIB},
         "pflop": {
             "rollout": forwards * measured["forward_flops"] / 1e15,
             "update": micro_batches * measured["forward_flops_update"] / 1e15,
@@ -299,6 +295,12 @@ def run(
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=2) + "\n")
     print(text_of(result, cfg.gpu_memory))
+    (count, states), free = checkpoints_to_come(cfg), shutil.disk_usage(path.parent).free / GIB
+    disk = (count * public + states * state) / GIB
+    print(
+        f"checkpoints of the run: {count}, with state at most {states} of them, {disk:.0f} GiB; {cfg.output_dir} has "
+        f"{free:.0f} GiB of room"
+    )
     return result
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .options import Lazy, RunError
+from .options import GLOO, Lazy, RunError
 
 dcp = Lazy("torch.distributed.checkpoint")
 
@@ -54,6 +54,8 @@ def writing(path: Path) -> Iterator[Path]:
     except (torch.OutOfMemoryError, torch.distributed.DistError):  # of what is to be written
         raise
     except (OSError, SafetensorError, RuntimeError, dcp.CheckpointException) as e:
+        if GLOO in str(e):  # another process is lost
+            raise
         # torch and safetensors report a full disk as errors of their own
         reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         raise RunError(

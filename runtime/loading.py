@@ -270,6 +270,7 @@ def load_network(
         return source.to(world.device)
     config = load_pretrained(network_class.load_config, folder, option, **options)
     network = shard(empty_network(network_class, config, dtype, *prepare), world).to_empty(device=world.device)
+    world.barrier()  # rank 0 may read for long
     buffers = dict(source.named_buffers()) if world.is_main else {}
     for name, buffer in network.named_buffers():  # not all of them are in the state dict
         if world.is_main:

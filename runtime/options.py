@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,11 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     except (RunError, *errors) as e:
         sys.exit(f"error: {e}")
     except (MemoryError, RuntimeError) as e:  # torch's errors of this kind are RuntimeErrors
+        if GLOO in str(e):
+            sys.exit(
+                f"error: {lost_process(str(e))}; its own output says why; run the command again to continue "
+                "(a training run: with --resume)"
+            )
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
         reason, advice = (str(e) or "out of memory").splitlines()[0], "--micro-batch (in eval.py --batch-size)"
@@ -48,6 +54,23 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+GLOO = "gloo/transport"  # in every error of a collective that another process did not take part in
+
+
+def lost_process(error: str) -> str:
+    """Which process made a collective fail with this error of gloo's: one that does not have an error, too."""
+    limit, silent = re.search(r"Timed out waiting (\d+)ms", error), []
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{dist.get_rank()} has an error", "")
+        time.sleep(5)  # until the others have theirs
+        silent = [str(r) for r in range(dist.get_world_size()) if not store.check([f"{r} has an error"])]
+    except dist.DistError:  # the process with the store has ended
+        pass
+    who = f"process {', '.join(silent)}" if silent else "another process"
+    return f"{who} did not answer within {int(limit[1]) / 1000:g} seconds" if limit else f"{who} has ended"
 
 
 # Options that may differ between a run and its continuation: they do not change what an iteration computes, but for the

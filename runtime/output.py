@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rewards import load_reward, parse_paths
 
@@ -71,11 +72,16 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate  # it may have been changed on --resume
         if world.is_main:
+            self.checkpoints.check_room(config, self.done)
             with writing(Path(config.output_dir, "samples")) as samples:
                 samples.mkdir(exist_ok=True)
             write_atomically(Path(config.output_dir, "config.json"), json.dumps(folder.config, indent=2) + "\n")
         self.metrics = Metrics(config.output_dir, world, folder.checkpoint)
         self.preempted, self.flat, self.stopwatch = Preemption(world), 0, Stopwatch(world)
+        # The weights are those after `done` iterations until the next one's first optimizer step: till then it may end.
+        self.saved, self.row, self.intact = self.done, {}, True
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.world = dataclasses.replace(world, poll=self.poll)
 
     def cached(self, encode: Callable, *encoders) -> PromptCache:
         """`encode`, a function of a list of prompts, that encodes each prompt once; encoders: the networks it uses."""
@@ -108,6 +114,33 @@ class Run:
     def lap(self, part: str) -> None:
         """The time since the last lap, or since the iteration began, was spent in `part`."""
         self.stopwatch.lap(part)
+        self.poll()
+
+    def poll(self) -> None:
+        """End the run if a signal asks for it, unless this iteration has changed a weight. A collective.
+
+        What was begun is dropped: the resumed run does it again.
+        """
+        c = self.config
+        if not self.intact or self.done >= c.iterations or not self.preempted():
+            return
+        if self.saved < self.done:
+            self.save()
+        if self.world.is_main:
+            self.metrics.path.touch()  # by which --resume knows a run, also before its first iteration is done
+            self.metrics.draw()  # after saving: there may be little time
+            tqdm.write(f"stopped after iteration {self.done}; continue with --output-dir {c.output_dir} --resume")
+        raise SystemExit(self.preempted.exit_code)
+
+    def _before_step(self, *_) -> None:
+        self.poll()
+        self.intact = False
+
+    def save(self) -> None:
+        """Save a checkpoint of the iterations that are done."""
+        card = model_card(self.config, self.checkpoints, self.done, self.row)
+        self.checkpoints.save(self.config.output_dir, self.done, card)
+        self.saved = self.done
 
     def finish(self, iteration: int, row: dict, samples: int) -> None:
         """Update the EMA, write the line of metrics; draw sample pictures and save a checkpoint if it is time.
@@ -125,17 +158,11 @@ class Run:
         self.tracker.log(done, row, self.samples.sheet(done) if drawn else None)
         self.bar.set_postfix_str(f"reward {row['reward_mean']:.4f}")
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
-        stop = self.preempted() and done < c.iterations
-        if stop or done == c.iterations or done % c.save_every == 0:
-            if not stop:  # else there may be little time
-                self.metrics.draw()
-            self.checkpoints.save(c.output_dir, done, model_card(c, self.checkpoints, done, row))
-        if stop:
+        self.done, self.row, self.intact = done, row, True
+        self.poll()
+        if done == c.iterations or done % c.save_every == 0:
             self.metrics.draw()
-            message = f"stopped after iteration {done}; continue with --output-dir {c.output_dir} --resume"
-            if self.world.is_main:
-                self.bar.write(message)
-            raise SystemExit(self.preempted.exit_code)
+            self.save()
 
     def check_spread(self, flat: bool) -> None:
         """Say so when no group has had any spread of rewards for ten iterations: then nothing is learned."""

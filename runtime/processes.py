@@ -23,7 +23,8 @@ from .options import Lazy, RunError, find_place, require
 fsdp = Lazy("torch.distributed.fsdp")
 state_dict = Lazy("torch.distributed.checkpoint.state_dict")
 
-FOREVER = timedelta(days=30)
+LIMIT = timedelta(minutes=30)  # of a collective in training, after which a process hangs
+FOREVER = timedelta(days=30)  # loading, painting first frames, saving: as long as they take
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -38,6 +39,8 @@ class World:
     shard_size: int = 1  # processes that share one copy of the trained network
     offload: bool = False  # frozen models wait in host memory
     mesh: DeviceMesh | None = None  # (replicate, shard) if the network is sharded
+    patient: dist.ProcessGroup | None = None  # all processes, with no limit of time
+    poll: Callable[[], None] = lambda: None  # called between chunks of work, on every process equally often
 
     @property
     def is_main(self) -> bool:
@@ -71,8 +74,9 @@ class World:
         return box[0]
 
     def barrier(self) -> None:
+        """Wait for all processes, however long one of them loads or writes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -119,8 +123,9 @@ class World:
 
     def chunks(self, items: Sequence, size: int, text: str) -> Iterator[Sequence]:
         """items[0:size], items[size:2 size], … under a progress bar of its own that disappears when it is done."""
-        starts = self.progress(range(0, len(items), size), desc=text, leave=False, mininterval=1.0, delay=2.0)
-        return (items[start : start + size] for start in starts)
+        for start in self.progress(range(0, len(items), size), desc=text, leave=False, mininterval=1.0, delay=2.0):
+            self.poll()
+            yield items[start : start + size]
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
@@ -136,25 +141,33 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
     """
     kind = find_accelerator()
     rank, size, local_rank, local_size = find_place()
+    unequal = "the nodes have unequal numbers of processes; give torchrun the same --nproc_per_node on each"
+    require(size % local_size == 0, unequal)
     shard_size = choose_shard_size(shard_size, size, local_size, fits_whole)
     if kind != "cpu":
         cards = torch.accelerator.device_count()
         require(local_rank < cards, f"this node has {cards} GPUs; start at most one process for each of them")
         torch.accelerator.set_device_index(local_rank)
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32: rewards are scored in it
+    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
     if size > 1 and not dist.is_initialized():
         backend = "gloo" if kind == "cpu" else f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
         try:
             store, _, _ = next(dist.rendezvous("env://", timeout=FOREVER))
-            store.set(f"{rank} is here", "")  # some may still fetch or check files: no limit of time holds for that
-            store.wait([f"{rank} is here" for rank in range(size)], FOREVER)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        except (OSError, ValueError, dist.DistError) as e:
-            raise RunError(f"the processes cannot connect: {first_line(e)}; check torchrun's address and port") from e
-    device = torch.device("cpu") if kind == "cpu" else torch.device(kind, local_rank)
-    return World(
-        rank, size, device, compute_dtype(dtype, kind), shard_size, offload, shard_mesh(kind, size, shard_size)
-    )
+            here = [f"{number} is here, of so many on its node" for number in range(size)]
+            store.set(here[rank], str(local_size))
+            store.wait(here, FOREVER)  # some may still fetch or check files
+            require(len(set(store.multi_get(here))) == 1, unequal)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LIMIT)
+            dist.all_reduce(torch.zeros(1, device=device))  # what cannot connect fails here
+        except (OSError, ValueError, RuntimeError) as e:
+            raise RunError(
+                f"the processes cannot connect: {first_line(e)}; check torchrun's address and port; on several nodes, "
+                "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface that connects them"
+            ) from e
+    patient = dist.new_group(timeout=FOREVER, backend="gloo") if size > 1 else None
+    mesh = shard_mesh(kind, size, shard_size)
+    return World(rank, size, device, compute_dtype(dtype, kind), shard_size, offload, mesh, patient)
 
 
 def find_accelerator() -> str:

@@ -125,6 +125,49 @@ def test_a_checkpoint_holds_the_whole_network_and_continues_on_copies_of_another
     assert distance(two["continued", shard_size]["weights"], one["six iterations"]["weights"]) < 1e-5
 
 
+@pytest.mark.slow
+def test_what_lasts_longer_than_a_collective_may_is_waited_for(tmp_path):
+    """A late start, slow reading, writing and hashing, each on one of two processes."""
+    changes = {"output_dir": str(tmp_path / "run"), "iterations": 1, "num_samples": 2, "ema_decay": 0.5}
+    launch.run("launch_cases", "train_in_places_slowly", ("flux", changes), 2, tmp_path / "logs")
+    changes |= {"iterations": 2, "resume": True}
+    launch.run("launch_cases", "train_in_places_slowly", ("flux", changes), 2, tmp_path / "logs")
+    texts = [(tmp_path / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    for name in ("load_prompts", "load_components", "write_data", "read_data", "file_digest"):
+        assert f"{name} is slow" in texts[1]
+    for name in ("load_weights", "save_torch_state_dict"):
+        assert texts[0].count(f"{name} is slow") == 2  # the logs have both runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "told"), [("__call__", "did not answer within 5 seconds"), ("write_data", "has ended")]
+)
+def test_a_process_that_hangs_or_ends_is_named(where, told, tmp_path):
+    changes = {"output_dir": str(tmp_path / "run"), "iterations": 1, "num_samples": 2}
+    case = ("flux", changes, where)
+    first, second = launch.start("launch_cases", "train_in_places_slowly", case, 2, tmp_path / "logs")
+    first.join(300)
+    second.kill()
+    assert first.exitcode == 1
+    last = (tmp_path / "logs" / "rank-0.log").read_text().splitlines()[-1]
+    assert last == f"error: process 1 {told}; its own output says why; run the command again to continue " + (
+        "(a training run: with --resume)"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "code"), [([2, 1], 1), ([2, 1, 1], 1), ([1, 1], 0)])
+def test_nodes_of_unequal_numbers_of_processes_are_refused(sizes, code, tmp_path):
+    started = launch.start("launch_cases", "meet", (sizes,), sum(sizes), tmp_path)
+    started[0].join(300)
+    text = (tmp_path / "rank-0.log").read_text()
+    assert started[0].exitcode == code, text
+    assert not code or text.startswith("error: the nodes have unequal numbers of processes; give torchrun the same")
+    for process in started[1:]:
+        process.terminate()  # torchrun would
+
+
 def test_options_that_do_not_fit_are_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -132,6 +175,28 @@ def test_options_that_do_not_fit_are_refused(monkeypatch):
         processes.start_world(shard_size=3)
     with pytest.raises(RunError, match="got -1"):
         processes.start_world(shard_size=-1)
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "init_process_group"])
+def test_processes_that_cannot_reach_each_other_are_told_what_to_set(monkeypatch, name):
+    def fail(*_, **__):
+        raise RuntimeError(
+            "Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: "
+            "Connection refused, remote=[127.0.0.1]:25498$0"
+        )
+
+    names = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for variable, value in names.items():
+        monkeypatch.setenv(variable, value)
+    store = torch.distributed.HashStore()
+    store.set("1 is here, of so many on its node", "1")
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, name, fail)
+    with pytest.raises(
+        RunError, match=r"cannot connect: Gloo connectFullMesh .* refused.*set GLOO_SOCKET_IFNAME and NC"
+    ):
+        processes.start_world()
 
 
 def test_a_copy_of_the_network_is_shared_by_the_processes_of_a_node_if_it_does_not_fit_whole():
@@ -206,6 +271,30 @@ def test_a_state_whose_deletion_was_interrupted_leaves_the_weights_listed(tmp_pa
         for old in ("checkpoint-000001", "checkpoint-000002"):
             assert not (out / old / "state").exists() and not (out / old / "state.part").exists()
             assert not checkpoints.find_fault(out / old, world) and weights in checkpoints.read_sums(out / old)
+
+
+def test_too_little_room_for_a_run_is_said_and_for_a_checkpoint_refused(tmp_path, monkeypatch, capsys):
+    saver = small_checkpoints(processes.start_world())  # 20 weights and their average: 160 bytes, and 320 of state
+    config = {"output_dir": str(tmp_path), "iterations": 10, "save_every": 3, "keep_states": 2, "ema_decay": 0.5}
+    config = SimpleNamespace(**config, lora_rank=0)
+
+    def check(free, done=0):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        saver.check_room(config, done)
+        return capsys.readouterr().err
+
+    assert checkpoints.checkpoint_bytes(config, 20, 20, torch.float32) == (160, 320)
+    assert check(4 * 160 + 3 * 320) == ""  # after 3, 6, 9 and 10 iterations
+    warning = check(4 * 160 + 3 * 320 - 1)
+    assert warning.startswith("warning: checkpoints of the run: 4, with state at most 3 of them, 1.49e-06 GiB, but ")
+    with pytest.raises(RunError, match=r"a checkpoint takes 4.47e-07 GiB, but .* has 4.46e-07 GiB of room; make room"):
+        check(479)
+    assert check(479, done=10) == ""
+    for iteration in (6, 9):
+        (tmp_path / f"checkpoint-{iteration:06d}" / "state").mkdir(parents=True)
+    assert check(480, done=9) == ""  # one more, with the third state
+    config.lora_rank, config.ema_decay = 4, 0.0
+    assert checkpoints.checkpoint_bytes(config, 1000, 20, torch.bfloat16) == (80, 240)
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):

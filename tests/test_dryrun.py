@@ -115,7 +115,7 @@ def test_checkpointing_and_smaller_micro_batches_take_less_memory(tmp_path):
 
 @pytest.mark.slow
 def test_the_result_is_written_and_says_whether_it_fits(tmp_path, capsys):
-    result = grpo_flux.dry_run(options(tmp_path, gpu_memory=1.05))
+    result = grpo_flux.dry_run(options(tmp_path, gpu_memory=1.05, iterations=40, save_every=5))
     assert json.loads((tmp_path / "dryrun.json").read_text()) == result
     assert set(result) == {
         "processes", "shard_size", "fits", "gpu_gib", "host_gib", "checkpoint_gib", "pflop", "gathered_gib"
@@ -123,7 +123,10 @@ def test_the_result_is_written_and_says_whether_it_fits(tmp_path, capsys):
     parts = "peak parameters gradients optimizer ema frozen reward activations buffers trajectories"
     assert set(result["gpu_gib"]) == set(parts.split())
     assert result["gpu_gib"]["peak"] == pytest.approx(sum(result["gpu_gib"].values()) - result["gpu_gib"]["peak"])
-    assert not result["fits"] and "DOES NOT FIT in 1.05 GiB" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert not result["fits"] and "DOES NOT FIT in 1.05 GiB" in text
+    gib = 8 * result["checkpoint_gib"]["public"] + 3 * result["checkpoint_gib"]["state"]
+    assert f"checkpoints of the run: 8, with state at most 3 of them, {gib:.0f} GiB; {tmp_path} has " in text
     assert grpo_flux.dry_run(options(tmp_path, gpu_memory=2.0))["fits"]
     offloaded = grpo_flux.dry_run(options(tmp_path, offload=True))
     assert offloaded["gpu_gib"]["peak"] < result["gpu_gib"]["peak"]

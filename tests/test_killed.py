@@ -4,6 +4,7 @@ Three kills by default; KILLS=20 pytest -m slow tests/test_killed.py kills twent
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -102,15 +103,74 @@ def finish(straight, killed, logs):
     for process in (processes := begin(killed, logs)):
         process.join(600)
     assert [p.exitcode for p in processes] == [0, 0], (logs / "rank-0.log").read_text()[-3000:]
+    assert_equal(straight, killed, ITERATIONS)
+
+
+def assert_equal(straight, killed, iterations):
+    """The two runs wrote the same, bit for bit."""
     assert rows(killed) == rows(straight)
-    assert [row["iteration"] for row in rows(killed)] == list(range(1, ITERATIONS + 1))
+    assert [row["iteration"] for row in rows(killed)] == list(range(1, iterations + 1))
     for part in ("transformer", "transformer_ema"):
-        name = f"checkpoint-{ITERATIONS:06d}/{part}/diffusion_pytorch_model.safetensors"
+        name = f"checkpoint-{iterations:06d}/{part}/diffusion_pytorch_model.safetensors"
         a, b = load_file(killed / name), load_file(straight / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for picture in straight.glob("samples/*.png"):
         assert (killed / "samples" / picture.name).read_bytes() == picture.read_bytes()
     assert not list(killed.glob("*.part"))
+
+
+STOPPED = {"iterations": 3, "save_every": 1000, "ema_decay": 0.5, "num_samples": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of a run on so many processes that gets no signal."""
+
+    @functools.cache
+    def run(processes):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        changes = STOPPED | {"output_dir": str(folder / "run")}
+        launch.run("launch_cases", "train", ("flux", changes), processes, folder / "logs")
+        return folder / "run"
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("phase", "time_of_phase", "processes", "done", "changes"),
+    [
+        ("rollout", 2, 1, 1, {}),
+        ("rollout", 2, 1, 1, {"save_every": 1}),  # which is saved already
+        ("rollout", 2, 2, 1, {}),
+        ("reward", 3, 1, 1, {}),  # first: that of the sample pictures
+        ("update 1", 2, 1, 1, {}),
+        ("update 1", 2, 2, 1, {}),
+        ("update 2", 2, 1, 2, {}),  # a weight has changed: the iteration is finished
+        ("rollout", 1, 1, 0, {}),
+        ("sample pictures", 1, 1, 0, {}),
+    ],
+)
+def test_sigterm_ends_a_run_at_once_and_loses_no_finished_iteration(
+    phase, time_of_phase, processes, done, changes, undisturbed, tmp_path
+):
+    out = tmp_path / "run"
+    out.mkdir()
+    changes = STOPPED | changes | {"output_dir": str(out)}
+    case = ("flux", changes, phase, time_of_phase)
+    started = launch.start("launch_cases", "train_until_sigterm", case, processes, tmp_path / "logs")
+    for process in started:
+        process.join(600)
+    ended, sent = time.time(), (out / "sent").stat().st_mtime
+    text = (tmp_path / "logs" / "rank-0.log").read_text()
+    assert [process.exitcode for process in started] == [0] * processes, text
+    assert f"stopped after iteration {done}; continue with --output-dir {out} --resume\n" in text
+    assert ended - sent < 15  # three seconds on a machine that has nothing else to do
+    assert newest(out) == done and len(rows(out)) == done
+    state = out / f"checkpoint-{done:06d}" / "state"
+    assert not done or (state.stat().st_mtime < sent) == (changes["save_every"] == 1)
+    launch.run("launch_cases", "train", ("flux", changes | {"resume": True}), processes, tmp_path / "logs-resumed")
+    assert_equal(undisturbed(processes), out, 3)
 
 
 PATIENT = """

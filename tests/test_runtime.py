@@ -334,3 +334,6 @@ def test_only_a_failed_write_is_reported_as_one(tmp_path):
         raise OSError
     with pytest.raises(torch.OutOfMemoryError), files.writing(tmp_path / "out"):  # while weights are gathered
         raise torch.OutOfMemoryError("CUDA out of memory")
+    lost = "[third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:53437"
+    with pytest.raises(RuntimeError, match="closed by peer"), files.writing(tmp_path / "out"):
+        raise RuntimeError(lost)

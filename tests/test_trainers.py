@@ -8,11 +8,13 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 import resource
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -712,6 +714,35 @@ def mode_only(encoded):
 
 
 # ----------------------------------------------------------------------------------------------------- when it breaks
+
+
+def test_sigterm_ends_a_run_at_once_while_the_iteration_has_changed_no_weight(small_run, tmp_path, monkeypatch):
+    """tests/test_killed.py has the other phases of an iteration, and several processes."""
+    calls, out = [], tmp_path / "run"
+
+    def loss(*arguments):
+        calls.append(1)
+        if len(calls) == 5:  # the second iteration's first; each has two updates of two micro-batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return grpo_loss(*arguments)
+
+    grpo_loss = grpo_flux.grpo_loss
+    monkeypatch.setattr(grpo_flux, "grpo_loss", loss)
+    with pytest.raises(SystemExit) as caught:
+        train("flux", out, **small.FINISHED)
+    assert caught.value.code == 0 and len(calls) == 5
+    assert len(metrics(out)) == 1 and not checkpoints.find_fault(out / "checkpoint-000001", processes.start_world())
+    train("flux", out, **small.FINISHED, resume=True)
+    assert metrics(out) == metrics(small_run("flux"))
+    for suffix in ("", "_ema"):
+        assert distance(weights("flux", out, 3, suffix), weights("flux", small_run("flux"), 3, suffix)) == 0
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, but .*run has 0.000931 GiB of room; make room"):
+        train("flux", tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
 def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoints(small_run, tmp_path):
