@@ -355,6 +355,9 @@ def prepare_network(
     if checkpointing:
         network.enable_gradient_checkpointing()
     if compiled:
+        # A graph each for batch sizes, gradients or none, mask or none, strides: after 8 torch would give up and say so
+        # at most in its log.
+        torch._dynamo.config.recompile_limit = 64
         network.compile_repeated_blocks()
     return network.eval()  # never train(): a dropout layer would make replay differ from rollout
 
