@@ -110,7 +110,7 @@ def load_models(cfg, world: World, init: Path | None, lora_targets: tuple[str, .
     kind = getattr(diffusers, family.transformer)
     load = partial(loading.load_network, kind, world=world, **transformer_source(cfg))
     prepare = dict(lora_rank=cfg.lora_rank, lora_targets=lora_targets, checkpointing=cfg.gradient_checkpointing)
-    transformer = reference = load(**prepare, compiled=cfg.compile, init=init)
+    transformer = reference = load(**prepare, compiled=cfg.compile, quantized=cfg.quantize, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
     for network in dict.fromkeys((transformer, reference)) if family is HunyuanVideo else ():
