@@ -24,7 +24,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NETWORKS = {"flux": (FluxTransformer2DModel, "tiny/flux"), "hunyuan": (HunyuanVideoTransformer3DModel, "tiny/hunyuan")}
 NETWORKS["wan"] = WanTransformer3DModel, "tiny/wan"  # diffusers would keep its norms in float32
 SAMPLES, MICRO_BATCH = 8, 2
-# name: (network, compute dtype, LoRA rank, --quantize); each also runs with every way of sharding that the processes allow
+# name: (network, compute dtype, LoRA rank, --quantize); each also with every sharding that the processes allow
 TRAININGS = {
     "full": ("flux", torch.float32, 0, ""),
     "full-bfloat16": ("hunyuan", torch.bfloat16, 0, ""),
