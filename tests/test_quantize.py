@@ -60,14 +60,18 @@ def test_each_weight_gets_the_nearest_level_of_its_scale():
 def test_the_gradient_is_that_of_the_dequantized_layer_and_nothing_large_is_kept(kind, error, bits):
     layer, kept = QuantizedLinear(linear(), kind), []
     x = torch.randn(5, 128, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         out = layer(x)
     ((out**2).sum()).backward()
     mine, x.grad = x.grad, None
     expected = nn.functional.linear(x, layer.weight, layer.bias)
     ((expected**2).sum()).backward()
     assert torch.equal(out, expected) and torch.allclose(mine, x.grad, rtol=1e-5, atol=1e-5)
-    QuantizedLinear(linear(torch.bfloat16), kind)
+    assert all(tensor.numel() < 48 * 128 / 2 for tensor in kept if tensor.is_floating_point())  # scales, levels
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    x.grad = None
+    ((compiled**2).sum()).backward()
+    assert torch.equal(compiled, out) and torch.equal(x.grad, mine)
     with torch.autocast("cpu", torch.bfloat16):  # the output has the dtype that a plain layer's has
         assert QuantizedLinear(linear(torch.bfloat16), kind)(x).dtype == torch.bfloat16
 
@@ -95,8 +99,9 @@ def test_a_lora_learns_over_a_quantized_base_and_loads_in_stock_diffusers(case, 
     layers = [module for module in found[0].modules() if isinstance(module, QuantizedLinear)]
     plain = {"flux": FluxTransformer2DModel, "sd": UNet2DConditionModel}[case]
     plain = plain.from_pretrained(f"tiny/{case}", subfolder="unet" if case == "sd" else "transformer")
-    fits = lambda module: type(module) is nn.Linear and (kind == "int8" or module.in_features % BLOCK == 0)
-    count = sum(module.weight.numel() for module in filter(fits, plain.modules()))
+    linears = [module for module in plain.modules() if type(module) is nn.Linear]
+    fit = [module for module in linears if kind == "int8" or module.in_features % BLOCK == 0]
+    count = sum(module.weight.numel() for module in fit)
     assert sum(layer.codes.nbytes for layer in layers) == count // (1 if kind == "int8" else 2)
     pipeline = FluxPipeline if case == "flux" else StableDiffusionPipeline
     pipe = pipeline.from_pretrained(f"tiny/{case}")
@@ -104,6 +109,7 @@ def test_a_lora_learns_over_a_quantized_base_and_loads_in_stock_diffusers(case, 
     assert pipe.get_active_adapters() == ["default_0"]
 
 
+@pytest.mark.slow
 @KINDS
 def test_the_dry_run_counts_the_quantized_base_to_the_byte(kind, error, bits, tmp_path):
     cfg = small.config("flux", output_dir=tmp_path, lora_rank=4, quantize=kind, dry_run=True, dtype="float32")
