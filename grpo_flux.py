@@ -45,7 +45,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 @dataclass(frozen=True)
 class Config:
     # paper
-    preset: str = "release"  # a named set of option values: release (16 GPUs), 8gpu, lora, lora-48gb, paper, fast, tiny
+    preset: str = "release"  # release (16 GPUs), 8gpu, lora, lora-48gb, lora-32gb, lora-24gb, paper, fast, tiny
     model: str = "black-forest-labs/FLUX.1-dev"  # folder, OWNER/NAME or OWNER/NAME@REVISION; a FluxPipeline
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
@@ -82,6 +82,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
+    quantize: Literal["", "int8", "nf4"] = ""  # the frozen base of a LoRA in 8 or 4 bit (ours); needs --lora-rank
     compile: bool = False  # torch.compile the network's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
@@ -106,14 +107,17 @@ TINY = dict(
     group_size=8, steps=6, eta=2.0, sde_window=2, sde_window_every=1000, updates_per_rollout=1, micro_batch=64,
     learning_rate=2e-5, gradient_checkpointing=False, num_samples=64,
 )  # fmt: skip
+ONE_GPU = dict(  # ours: LoRA, after the release's
+    updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, micro_batch=2, prompts_per_iteration=4,
+    offload=True,
+)  # fmt: skip
 PRESETS = {
     "release": {},
     "8gpu": dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995),  # (release)
     "lora": dict(updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, iterations=301),  # (release)
-    "lora-48gb": dict(  # one GPU
-        updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, height=512, width=512, micro_batch=2,
-        prompts_per_iteration=4, offload=True, gpu_memory=46.0,
-    ),
+    "lora-48gb": ONE_GPU | dict(height=512, width=512, gpu_memory=46.0),
+    "lora-32gb": ONE_GPU | dict(quantize="int8", gpu_memory=31.0),
+    "lora-24gb": ONE_GPU | dict(quantize="int8", height=512, width=512, gpu_memory=23.0),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 16 forward passes a sample, not 43
     "tiny": TINY,
@@ -224,7 +228,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     kind = diffusers.FluxTransformer2DModel
-    load = partial(loading.load_network, kind, cfg.model, world, subfolder="transformer")
+    load = partial(loading.load_network, kind, cfg.model, world, subfolder="transformer", quantized=cfg.quantize)
     transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)

@@ -80,6 +80,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
+    quantize: Literal["", "int8", "nf4"] = ""  # the frozen base of a LoRA in 8 or 4 bit (ours); needs --lora-rank
     compile: bool = False  # torch.compile the network's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes
@@ -224,7 +225,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
     kind = diffusers.UNet2DConditionModel
-    load = partial(loading.load_network, kind, cfg.model, world, subfolder="unet")
+    load = partial(loading.load_network, kind, cfg.model, world, subfolder="unet", quantized=cfg.quantize)
     unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
         reference = load(frozen=True)

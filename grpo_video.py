@@ -85,6 +85,7 @@ class Config:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
+    quantize: Literal["", "int8", "nf4"] = ""  # the frozen base of a LoRA in 8 or 4 bit (ours); needs --lora-rank
     compile: bool = False  # torch.compile the network's repeated blocks
     dry_run: bool = False  # only print what the run needs, and write dryrun.json; without weights, without a GPU
     processes: Count = 1  # of the run that --dry-run describes

@@ -308,6 +308,8 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
     master = world.dtype if cfg.lora_rank else torch.float32
     prepare = (cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
+    elements = sum(p.numel() for p in loading.empty_network(network_class, config, master, *prepare).parameters())
+    prepare += (False, False, cfg.quantize)
     network = loading.empty_network(network_class, config, master, *prepare)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -316,8 +318,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     network = processes.shard(network, world)
     trained = processes.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
-    parts = {"parameters": nbytes(network.parameters())}
-    elements, trainable_elements = (sum(p.numel() for p in ps) for ps in (network.parameters(), trained))
+    parts = {"parameters": nbytes(processes.tensors_of([network]))}
     held, start = counter.tensors, counter.flops
     with torch.no_grad():
         predict(network, z, of_sample)
@@ -343,7 +344,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     return {
         "bytes": parts,
         "elements": elements,
-        "trainable": trainable_elements,
+        "trainable": sum(p.numel() for p in trained),
         "forward_flops": forward,
         "forward_flops_update": counter.flops - start,
         "condition_bytes": nbytes(of_sample) // cfg.micro_batch,

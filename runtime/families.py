@@ -3,7 +3,6 @@
 Each family is a namespace, without instances. N texts, L tokens, D width of the text embedding.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -111,11 +110,11 @@ def load_models(cfg, world: World, init: Path | None, lora_targets: tuple[str, .
     kind = getattr(diffusers, family.transformer)
     load = partial(loading.load_network, kind, world=world, **transformer_source(cfg))
     prepare = dict(lora_rank=cfg.lora_rank, lora_targets=lora_targets, checkpointing=cfg.gradient_checkpointing)
-    transformer = reference = load(**prepare, compiled=cfg.compile, init=init)
+    transformer = reference = load(**prepare, compiled=cfg.compile, quantized=cfg.quantize, init=init)
     if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
         reference = load(frozen=True)
     for network in dict.fromkeys((transformer, reference)) if family is HunyuanVideo else ():
-        drop_full_masks([*network.transformer_blocks, *network.single_transformer_blocks], position=3)
+        drop_full_masks(network)
     image_to_video = takes_first_frame(config)
     kind = "HunyuanSkyreelsImageToVideoPipeline" if image_to_video else family.pipeline
     pipe = loading.load_pipeline(getattr(diffusers, kind), cfg.model, world, transformer=transformer)
@@ -166,18 +165,21 @@ def empty_condition(cfg, family: type, config: dict, shape: tuple, count: int) -
     return [*text, torch.empty(count, config["in_channels"] - config["out_channels"], *shape[1:])]
 
 
-def drop_full_masks(blocks: Iterable[nn.Module], position: int) -> None:
-    """Blocks get None instead of an attention mask that masks nothing: with any mask, flash attention cannot be used.
+def drop_full_masks(network: nn.Module) -> None:
+    """HunyuanVideo's blocks get None instead of an attention mask that masks nothing: with any mask, flash attention
+    cannot be used.
 
-    position: the mask's among the arguments of a block.
+    The network decides once for all its blocks, outside what --compile compiles: inside, asking the device for a value
+    would break the graph of every block.
     """
-    last = {"mask": None, "full": False}  # the blocks of one forward pass get the same mask, which is read once
+    decided = {"full": False}
 
-    def hook(block: nn.Module, args: tuple) -> tuple:
-        mask = args[position]
-        if last["mask"] is not mask:
-            last.update(mask=mask, full=bool(mask.all()))
-        return (*args[:position], None if last["full"] else mask, *args[position + 1 :])
+    def decide(network: nn.Module, args: tuple, kwargs: dict) -> None:
+        decided["full"] = bool(kwargs["encoder_attention_mask"].all())
 
-    for block in blocks:
-        block.register_forward_pre_hook(hook)
+    def drop(block: nn.Module, args: tuple) -> tuple:  # the mask is the fourth argument of a block
+        return (*args[:3], None, *args[4:]) if decided["full"] else args
+
+    network.register_forward_pre_hook(decide, with_kwargs=True)
+    for block in (*network.transformer_blocks, *network.single_transformer_blocks):
+        block.register_forward_pre_hook(drop)

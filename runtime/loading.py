@@ -33,6 +33,7 @@ from .files import read_json
 from .lora import LORA_FILE, load_adapter, shapes_in
 from .options import Lazy, RunError, complete_checkpoints, require
 from .processes import World, shard, trainable
+from .quantize import quantize
 
 diffusers, state_dict = Lazy("diffusers"), Lazy("torch.distributed.checkpoint.state_dict")
 
@@ -244,6 +245,7 @@ def load_network(
     checkpointing: bool = False,
     compiled: bool = False,
     frozen: bool = False,
+    quantized: str = "",
     *,
     subfolder: str | None = None,
     option: str = "--model",
@@ -255,7 +257,7 @@ def load_network(
     Raises RunError if weights are missing.
     """
     folder, options = find_folder(path, option, subfolder is not None), {"subfolder": subfolder} if subfolder else {}
-    prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen)
+    prepare = (lora_rank, lora_targets, checkpointing, compiled, frozen, quantized)
     dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
     if world.is_main:
         whole = init and not lora_rank
@@ -335,8 +337,9 @@ def prepare_network(
     checkpointing: bool = False,
     compiled: bool = False,
     frozen: bool = False,
+    quantized: str = "",
 ) -> nn.Module:
-    """Make a diffusers network ready to train, in place: LoRA, gradient checkpointing, compilation.
+    """Make a diffusers network ready to train, in place: LoRA, --quantize, gradient checkpointing, compilation.
 
     Master weights of what is trained are float32. The rest is kept in the compute dtype: with LoRA (alpha = 2 rank, as
     in the release) the network itself, or all of it if it is frozen.
@@ -353,9 +356,14 @@ def prepare_network(
         )
         for parameter in trainable(network):
             parameter.data = parameter.data.float()
+    if quantized:
+        quantize(network, quantized)
     if checkpointing:
         network.enable_gradient_checkpointing()
     if compiled:
+        # A graph each for batch sizes, gradients or none, mask or none, strides: after 8 torch would give up and say so
+        # at most in its log.
+        torch._dynamo.config.recompile_limit = 64
         network.compile_repeated_blocks()
     return network.eval()  # never train(): a dropout layer would make replay differ from rollout
 

@@ -290,6 +290,14 @@ def check_options(config) -> None:
             f"--timestep-fraction {c.timestep_fraction} of {c.steps - 1} steps trains none; raise it or --steps",
         ),
         (
+            not c.quantize or c.lora_rank,
+            f"--quantize {c.quantize} is for the frozen base of a LoRA; give --lora-rank, or leave it out",
+        ),
+        (
+            not c.quantize or c.shard_size <= 1,
+            f"--quantize {c.quantize} keeps a whole base on every GPU; give --shard-size 1, got {c.shard_size}",
+        ),
+        (
             c.timesteps == "random" or not c.sde_window,
             f"--timesteps {c.timesteps} does not apply: all {c.sde_window} steps of --sde-window are trained; take "
             "--sde-window 0",
@@ -315,7 +323,7 @@ def check_options(config) -> None:
             f"--ratio {getattr(c, 'ratio', '')} needs Gaussian log-probabilities, which --sde cps does not use",
         ),
     ):
-        require(ok, message)
+        require(bool(ok), message)
 
 
 def check_size(config, multiple: int) -> None:

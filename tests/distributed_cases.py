@@ -24,12 +24,14 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NETWORKS = {"flux": (FluxTransformer2DModel, "tiny/flux"), "hunyuan": (HunyuanVideoTransformer3DModel, "tiny/hunyuan")}
 NETWORKS["wan"] = WanTransformer3DModel, "tiny/wan"  # diffusers would keep its norms in float32
 SAMPLES, MICRO_BATCH = 8, 2
-# name: (network, compute dtype, LoRA rank); each also runs with every way of sharding that the processes allow
+# name: (network, compute dtype, LoRA rank, --quantize); each also with every sharding that the processes allow
 TRAININGS = {
-    "full": ("flux", torch.float32, 0),
-    "full-bfloat16": ("hunyuan", torch.bfloat16, 0),
-    "lora-bfloat16": ("hunyuan", torch.bfloat16, 4),
-    "lora-bfloat16-wan": ("wan", torch.bfloat16, 4),
+    "full": ("flux", torch.float32, 0, ""),
+    "full-bfloat16": ("hunyuan", torch.bfloat16, 0, ""),
+    "lora-bfloat16": ("hunyuan", torch.bfloat16, 4, ""),
+    "lora-bfloat16-wan": ("wan", torch.bfloat16, 4, ""),
+    "lora-int8": ("flux", torch.bfloat16, 4, "int8"),
+    "lora-nf4": ("flux", torch.bfloat16, 4, "nf4"),
 }
 
 
@@ -73,7 +75,7 @@ def train(world: processes.World, name: str, iterations: int = 3, folder: str = 
 
     With a folder the end is saved there as checkpoint-000003, unless one is there: then it is the start.
     """
-    family, dtype, lora_rank = TRAININGS[name]
+    family, dtype, lora_rank, quantized = TRAININGS[name]
     world = dataclasses.replace(world, dtype=dtype)
     network_class, path = NETWORKS[family]
     network = loading.load_network(
@@ -84,6 +86,7 @@ def train(world: processes.World, name: str, iterations: int = 3, folder: str = 
         lora_rank=lora_rank,
         lora_targets=TARGETS,
         checkpointing=True,
+        quantized=quantized,
     )
     optimizer = torch.optim.AdamW(processes.trainable(network), lr=1e-3, eps=1e-3)
     pipe, ema = SimpleNamespace(transformer=network), processes.EMA(network, 0.5)

@@ -68,7 +68,7 @@ def test_two_processes_train_as_one_does(one, two, shard_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora-bfloat16", "lora-bfloat16-wan"])
+@pytest.mark.parametrize("name", ["lora-bfloat16", "lora-bfloat16-wan", "lora-int8", "lora-nf4"])
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_lora_in_bfloat16_predicts_the_same_on_two_processes_to_the_bit(one, two, shard_size, name):
     a, b = one[name], two[name, shard_size]

@@ -36,8 +36,8 @@ SHARED += ["statistics"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
 group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
 micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
-guidance height width gradient_checkpointing dtype shard_size offload compile dry_run processes gpu_memory save_every
-keep_states sample_every num_samples"""
+guidance height width gradient_checkpointing dtype shard_size offload quantize compile dry_run processes gpu_memory
+save_every keep_states sample_every num_samples"""
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts
@@ -123,6 +123,10 @@ TABLE_6 = dict(
     learning_rate=1e-5, max_grad_norm=1.0, prompts_per_iteration=32, group_size=12, clip_range=1e-4,
     timestep_fraction=0.6, keep_best_worst=0,
 )  # fmt: skip
+ONE_GPU = dict(
+    updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, micro_batch=2, prompts_per_iteration=4,
+    offload=True,
+)  # fmt: skip
 RECIPES = [
     (grpo_sd, "release", 49, SD),
     (grpo_sd, "hps-clip", 49, SD | dict(reward="hps:0.7,clip:1.4")),
@@ -136,10 +140,9 @@ RECIPES = [
     (grpo_flux, "lora", 6, FLUX | dict(
         updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, iterations=301
     )),
-    (grpo_flux, "lora-48gb", 6, FLUX | dict(
-        updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, height=512, width=512, micro_batch=2,
-        prompts_per_iteration=4, offload=True, gpu_memory=46.0,
-    )),
+    (grpo_flux, "lora-48gb", 6, FLUX | ONE_GPU | dict(height=512, width=512, gpu_memory=46.0, quantize="")),
+    (grpo_flux, "lora-32gb", 6, FLUX | ONE_GPU | dict(gpu_memory=31.0, quantize="int8")),
+    (grpo_flux, "lora-24gb", 6, FLUX | ONE_GPU | dict(height=512, width=512, gpu_memory=23.0, quantize="int8")),
     (grpo_flux, "fast", 2, FLUX | dict(steps=10, sde_window=2, sde_window_every=1000)),
     (grpo_flux, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3)),
     (grpo_video, "release", 9, T2V),

@@ -659,7 +659,7 @@ def test_trimmed_text_without_a_mask_gives_the_same_velocity():
     load = HunyuanVideoTransformer3DModel.from_pretrained
     plain, lean = (load("tiny/hunyuan", subfolder="transformer").eval() for _ in range(2))
     blocks, masks = [*lean.transformer_blocks, *lean.single_transformer_blocks], []
-    families.drop_full_masks(blocks, position=3)
+    families.drop_full_masks(lean)
     for block in blocks:
         block.register_forward_pre_hook(lambda block, args: masks.append(args[3]))
     generator = torch.Generator().manual_seed(0)
