@@ -93,7 +93,7 @@ class Config:
     seed: Seed = 42  # of every random number (release)
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
-    sample_every: Count = 10  # iterations between sample pictures; also before the first and at the end
+    sample_every: Count = 10  # iterations between sample pictures; also before the first, after 2, 5, and the last
     num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 

@@ -100,7 +100,7 @@ class Config:
     seed: Seed = 42  # of every random number (release)
     save_every: Count = 5  # iterations between checkpoints; one more at the end (ours: an hour, at 400 TFLOP/s a GPU)
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
-    sample_every: Count = 10  # iterations between sample videos; also before the first and at the end
+    sample_every: Count = 10  # iterations between sample videos; also before the first, after 2, 5, and the last
     num_samples: Count = 4  # sample videos: the first prompts of the file, always from the same noise; 8 are saved
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 

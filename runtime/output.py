@@ -106,6 +106,7 @@ class Run:
                 self.stopwatch.reset()
                 yield iteration
             if self.world.is_main:
+                print(self.metrics.gain(), flush=True)
                 print(end_line(self.config, self.checkpoints, max(self.done, self.config.iterations)), flush=True)
         finally:
             self.tracker.close()
@@ -152,7 +153,7 @@ class Run:
         done, c = iteration + 1, self.config
         self.checkpoints.require_finite(done)  # before pictures are drawn with such weights
         row = row | {"learning_rate": c.learning_rate} | self.stopwatch.metrics(samples)
-        drawn = done == c.iterations or done % c.sample_every == 0
+        drawn = done in (2, 5, c.iterations) or done % c.sample_every == 0  # much is gained at the beginning
         row = row | (self.samples.save(done) if drawn else {})
         self.metrics.write({"iteration": done} | row)
         self.tracker.log(done, row, self.samples.sheet(done) if drawn else None)
@@ -259,6 +260,12 @@ class Metrics:
         if time.monotonic() - self.drawn > self.REDRAW_SECONDS:
             self.draw()
             self.drawn = time.monotonic()
+
+    def gain(self) -> str:
+        """What the sample pictures' scores were before training and are now, and where to look."""
+        names = [key for key in self.rows[-1] if key.startswith("sample_reward_")] if self.rows else []
+        scores = [f"{key} {self.rows[0].get(f'{key}_before', 0):.3f} → {self.rows[-1][key]:.3f}" for key in names]
+        return f"{', '.join(scores)}; see {self.path.with_name('samples')} and {self.path.with_name('reward.png')}"
 
     def draw(self) -> None:
         """Redraw reward.png."""

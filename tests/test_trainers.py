@@ -467,16 +467,16 @@ def test_video_guidance_off_costs_half():
 @EACH
 def test_a_groups_first_step_costs_one_evaluation_and_changes_nothing(case, tmp_path, monkeypatch):
     """In a run with shared noise, beside the same run that evaluates the first step for every sample."""
-    trainer, network, rows, seen = TRAINERS[case], {}, {}, {"once": 0, "each": 0}
+    trainer, rows, seen = TRAINERS[case], {}, {"once": 0, "each": 0}
     load = trainer.load_models
 
     def counted(*args):
-        pipe, trained, reference = load(*args)
-        count = lambda _, args, kwargs: seen.update(
-            {name: seen[name] + len(args[0] if args else kwargs["hidden_states"])}
-        )
-        trained.register_forward_pre_hook(count, with_kwargs=True)
-        return pipe, trained, reference
+        def count(_, args, kwargs):
+            seen[name] += len(args[0] if args else kwargs["hidden_states"])
+
+        models = load(*args)
+        models[1].register_forward_pre_hook(count, with_kwargs=True)
+        return models
 
     monkeypatch.setattr(trainer, "load_models", counted)
     options = dict(iterations=1, num_samples=1, updates_per_rollout=1, timestep_fraction=1.0, micro_batch=16)
