@@ -45,7 +45,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 @dataclass(frozen=True)
 class Config:
     # paper
-    preset: str = "release"  # release (16 GPUs), 8gpu, lora, lora-48gb, lora-32gb, lora-24gb, paper, fast, tiny
+    preset: str = "release"  # release (16 GPUs), 8gpu, lora, lora-48gb, lora-32gb, lora-24gb, paper, fast, tiny…
     model: str = "black-forest-labs/FLUX.1-dev"  # folder, OWNER/NAME or OWNER/NAME@REVISION; a FluxPipeline
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
@@ -100,12 +100,12 @@ class Config:
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
-# In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
+# The paper's algorithm at its tau and number of updates. In a run so short the steps are larger, and with them epsilon.
 TINY = dict(
     model="tiny/flux", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt",
-    output_dir="runs/tiny-flux", height=64, width=64, max_sequence_length=32, iterations=40, prompts_per_iteration=8,
-    group_size=8, steps=6, eta=2.0, sde_window=2, sde_window_every=1000, updates_per_rollout=1, micro_batch=64,
-    learning_rate=2e-5, gradient_checkpointing=False, num_samples=64,
+    output_dir="runs/tiny-flux", height=64, width=64, max_sequence_length=32, iterations=35, prompts_per_iteration=8,
+    group_size=8, steps=6, eta=1.0, updates_per_rollout=4, clip_range=1.5e-4, micro_batch=64, learning_rate=5e-5,
+    gradient_checkpointing=False, num_samples=64,
 )  # fmt: skip
 ONE_GPU = dict(  # ours: LoRA, after the release's
     updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, micro_batch=2, prompts_per_iteration=4,
@@ -121,6 +121,10 @@ PRESETS = {
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 16 forward passes a sample, not 43
     "tiny": TINY,
+    "tiny-fast": TINY | dict(  # the first two of six steps, which decide the most
+        iterations=40, eta=2.0, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5,
+        clip_range=1e-4,
+    ),
 }  # fmt: skip
 
 
