@@ -2,7 +2,8 @@
 
 Its tensors are torch's own, of a device called "pretend" (torch's PrivateUse1). They lie in host memory, and the CPU's
 kernels compute on them, so that results equal the CPU's. As on a GPU, `.numpy()` raises, and so does an operation that
-mixes devices: only copies, numbers (0-d tensors) and the indices of a tensor's elements may come from the CPU.
+mixes devices: only copies, numbers (0-d tensors) and the indices of a tensor's elements may come from the CPU. Files
+cannot be loaded straight to it.
 
 It cannot do: several processes, hence sharding (torch has no collectives for it); torch.compile (nobody writes its
 code); bfloat16 (autocast has no rules for it), so runs need --dtype float32.
@@ -18,7 +19,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "pretend"
 CPU, EXTENSION = 1, 12  # DLPack's numbers of device types; torch takes the second for PrivateUse1
-MAY_MIX = ("aten::_copy_from", "aten::index.Tensor", "aten::index_put_", "aten::_index_put_impl_")
+INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::_index_put_impl_")
 LIBRARIES = []  # what they register holds as long as they live
 
 pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
@@ -43,6 +44,8 @@ def kernel(op, *args, **kwargs):
         if isinstance(x, torch.device):
             device = x
             return torch.device("cpu")
+        if isinstance(x, torch.Generator):
+            raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu'")
         if not isinstance(x, Tensor):
             return x
         here = x.device.type == "cpu"
@@ -56,10 +59,13 @@ def kernel(op, *args, **kwargs):
             return originals[id(y)][1] if id(y) in originals else y
         return y if device and device.type == "cpu" else relabel(y, EXTENSION)
 
+    if op.name().startswith(INDEXING) and args[0].device.type == NAME:
+        args = args[0], [x if x is None else x.to(NAME) for x in args[1]], *args[2:]
     args, kwargs = each(to_host, args), {name: each(to_host, value) for name, value in kwargs.items()}
-    if len(kinds) > 1 and not op.name().startswith(MAY_MIX):
+    is_copy = op is torch.ops.aten._copy_from.default
+    if len(kinds) > 1 and not is_copy:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {op.name()} got {NAME} and cpu")
-    result = args[1].copy_(args[0]) if op is torch.ops.aten._copy_from.default else op(*args, **kwargs)
+    result = args[1].copy_(args[0]) if is_copy else op(*args, **kwargs)
     for y, x in originals.values():
         if x.shape != y.shape:  # it was resized
             x.data = relabel(y, EXTENSION)
@@ -67,11 +73,13 @@ def kernel(op, *args, **kwargs):
 
 
 def each(function, x):
+    """`function` of x, or of each item, where x is a list or a tuple, also of lists."""
     return type(x)([each(function, y) for y in x]) if type(x) in (list, tuple) else function(x)
 
 
 @cache
 def makes_view(op) -> bool:
+    """Whether the result shares the memory of an argument that stays as it is."""
     return any(result.alias_info and not result.alias_info.is_write for result in op._schema.returns)
 
 
