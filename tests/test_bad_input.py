@@ -8,6 +8,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from PIL import Image
 import grpo_flux
 import grpo_sd
 import grpo_video
+import small
 from rewards import RewardError
 from runtime import data, loading, output
-from runtime.options import RunError, one_line_errors, parse_config
+from runtime.options import RunError, command_words, one_line_errors, parse_config
 
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
@@ -597,3 +600,33 @@ def test_an_output_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     assert re.match("could not write .*file/out", complaint(grpo_flux, "--output-dir", str(tmp_path / "file" / "out")))
     assert Path(tmp_path / "file").read_text() == ""
+
+
+WITHOUT_FCNTL = """
+import runpy, sys
+import psutil  # its part for Linux needs resource
+sys.modules |= {"fcntl": None, "resource": None}
+for words in COMMANDS:
+    sys.argv = words
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as e:
+        assert not e.code, e.code
+"""
+
+
+def test_scripts_start_where_python_lacks_fcntl_and_resource(tmp_path):
+    """As on Windows."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    quick = {"iterations": 1, "prompts_per_iteration": 1, "group_size": 2, "steps": 3, "num_samples": 1}
+    runs = {"grpo_sd.py": "sd", "grpo_flux.py": "flux", "grpo_video.py": "t2v"}
+    commands = [[script, "--help"] for script in (*runs, "eval.py")]
+    for script, case in runs.items():
+        options = small.options(case) | quick | {"output_dir": tmp_path / case}
+        commands.append([script, *command_words(options)])
+    options = {"preset": "tiny", "checkpoint": tmp_path / "flux/checkpoint-000001", "output_dir": tmp_path / "eval"}
+    options |= {"prompts": tmp_path / "prompts.txt", "metrics": "hps", "steps": 1, "images_per_prompt": 1}
+    commands.append(["eval.py", *command_words(options)])
+    subprocess.run([sys.executable, "-c", WITHOUT_FCNTL.replace("COMMANDS", repr(commands))], check=True)
+    assert all((tmp_path / case / "checkpoint-000001").is_dir() for case in runs.values())
+    assert (tmp_path / "eval/results.json").is_file()
