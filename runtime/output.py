@@ -129,7 +129,6 @@ class Run:
             self.save()
         if self.world.is_main:
             self.metrics.path.touch()  # by which --resume knows a run, also before its first iteration is done
-            self.metrics.draw()  # after saving: there may be little time
             tqdm.write(f"stopped after iteration {self.done}; continue with --output-dir {c.output_dir} --resume")
         raise SystemExit(self.preempted.exit_code)
 

@@ -159,6 +159,17 @@ def test_the_memory_is_that_of_the_dry_runs():
     assert table("docs/full-scale.md", "command") == expected
 
 
+def test_the_time_that_stopping_takes_and_what_a_killed_run_loses_follow_from_the_dry_runs():
+    runs = {run["command"]: run for run in json.loads(read("benchmarks/results/full_size.json"))}
+    for command, cells in table("docs/full-scale.md", "stopping").items():
+        trainer, run = importlib.import_module(command.split(".")[0]), runs[command]
+        cfg = parse_config(trainer.Config, trainer.PRESETS, command.split()[1:])
+        rest = run["pflop"]["update"] * (1 - 1 / cfg.updates_per_rollout)  # after the first update
+        written = sum(run["checkpoint_gib"].values())
+        assert cells == [f"{rest / 0.4:.0f} s", f"{written:.0f} GiB"], command  # at 0.4 PFLOP/s
+        assert cfg.save_every * sum(run["pflop"].values()) / 0.4 < 1.05 * 3600 or "video" not in command
+
+
 def excess(levels, eta, window, spread):
     """How much the standard deviation of the latent before the last step is off, relative, with an exact predictor.
 
