@@ -352,7 +352,7 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
-    run = runtime.start(cfg, prompts, load_models, "transformer", fits_whole=cfg.lora_rank > 0)
+    run = runtime.start(cfg, prompts, load_models, "transformer", cfg.lora_rank > 0, LORA_TARGETS)
     world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     step, log_prob_of = SDE[cfg.sde]

@@ -345,7 +345,7 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
-    run = runtime.start(cfg, prompts, load_models, "unet", fits_whole=True)
+    run = runtime.start(cfg, prompts, load_models, "unet", True, LORA_TARGETS)
     world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     timesteps, alpha_bars, step = schedule = ddim_schedule(pipe.scheduler.config, cfg.steps, world.device)

@@ -366,7 +366,7 @@ def main(cfg: Config) -> None:
     prompts = check(cfg)
     pictures = data.first_frames(cfg, prompts) if families.takes_first_frame(families.transformer_config(cfg)) else {}
     paint = partial(data.paint_first_frames, cfg, pictures)
-    run = runtime.start(cfg, prompts, load_models, "transformer", cfg.lora_rank > 0, before_loading=paint)
+    run = runtime.start(cfg, prompts, load_models, "transformer", cfg.lora_rank > 0, LORA_TARGETS, before_loading=paint)
     world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     step, log_prob_of = SDE[cfg.sde]

@@ -30,6 +30,7 @@ from rewards import cached_folder, parse_paths, parse_spec, reading
 from . import loading, processes
 from .checkpoints import GIB, checkpoint_bytes, checkpoints_to_come, refuse_foreign
 from .files import write_atomically, writing
+from .memory import training_bytes
 from .options import require
 
 NODE = 8  # processes of a node
@@ -253,8 +254,7 @@ def run(
     pixels = 3 * getattr(cfg, "frames", 1) * cfg.height * cfg.width  # of a decoded sample, in float32
     whole, parts = measured["elements"], measured["bytes"]
     master = dtype.itemsize if cfg.lora_rank else 4
-    if cfg.kl_weight and not cfg.lora_rank:
-        parts["parameters"] += whole * dtype.itemsize // shard_size  # the reference policy
+    if cfg.kl_weight and not cfg.lora_rank:  # of the reference policy
         measured["forward_flops_update"] += measured["forward_flops"]
     gathered = whole * dtype.itemsize * (shard_size - 1) / shard_size  # of one pass over the network
     parts["trajectories"] = 4 * P * G * ((cfg.steps + 1) * torch.Size(shape).numel() + cfg.steps + pixels)
@@ -311,6 +311,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     elements = sum(p.numel() for p in loading.empty_network(network_class, config, master, *prepare).parameters())
     prepare += (False, False, cfg.quantize)
     network = loading.empty_network(network_class, config, master, *prepare)
+    parts = training_bytes(cfg, network, world.shard_size, world.dtype)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             empty = torch.empty(x.shape, dtype=x.dtype)
@@ -318,7 +319,6 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     network = processes.shard(network, world)
     trained = processes.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
-    parts = {"parameters": nbytes(processes.tensors_of([network]))}
     held, start = counter.tensors, counter.flops
     with torch.no_grad():
         predict(network, z, of_sample)
@@ -328,19 +328,9 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
         processes.sync_gradients(network, now=last)
         start = counter.flops
         torch.autograd.backward((predict(network, z, of_sample) ** 2).mean())
-    gradients = [p.grad for p in processes.trainable(network) if p.grad is not None]
-    parts["gradients"] = nbytes(gradients)
     sharded = isinstance(network, FSDPModule)
     parts["buffers"] = max(0, counter.peak_buffers - (parts["gradients"] if sharded else 0))
     parts["activations"] = counter.peak - held - parts["gradients"] - parts["buffers"]
-    # AdamW is elementwise: it treats a shard like a whole parameter.
-    shards = [nn.Parameter(processes.local(p).detach()) for p in processes.trainable(network)]
-    for parameter in shards:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(shards, lr=cfg.learning_rate)
-    optimizer.step()
-    parts["optimizer"] = sum(nbytes(state.values()) for state in optimizer.state.values())
-    parts["ema"] = nbytes(processes.EMA(network, cfg.ema_decay).average)
     return {
         "bytes": parts,
         "elements": elements,
