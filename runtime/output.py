@@ -55,8 +55,10 @@ def start(
     tracker = Tracker(config.track if world.is_main else "", folder.config, folder.checkpoint)
     before_loading(world)
     metadata = load_metadata(config.prompts)
-    reward = load_reward(config.reward, parse_paths(config.reward_paths), world.device, metadata)
-    world.freeze(*reward.models)
+    with world.in_turn():
+        paths = parse_paths(config.reward_paths)
+        reward = load_reward(config.reward, paths, world.device, metadata, config.reward_batch)
+        world.freeze(*reward.models)
     return Run(config, world, folder, prompts, reward, load_models(config, world, folder.init), component, tracker)
 
 
