@@ -1,6 +1,7 @@
 """A training that cannot fit its GPUs is refused before anything is loaded, and one that can never is."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -16,18 +17,23 @@ def config(**changes):
     return small.config("flux", prompts_per_iteration=8, output_dir="nowhere", **changes)
 
 
-def bytes_of(copies, ema_decay=0.0, lora_rank=0, kl_weight=0.0, dtype=torch.float32):
+def bytes_of(copies, ema_decay=0.0, lora_rank=0, kl_weight=0.0, quantize="", dtype=torch.float32):
     """Of the first of so many parts of tiny/flux, by what torch allocates."""
     world = processes.World(0, 1, torch.device("cpu"), dtype)
     options = {"lora_rank": lora_rank, "lora_targets": grpo_flux.LORA_TARGETS, "subfolder": "transformer"}
-    network = loading.load_network(FluxTransformer2DModel, "tiny/flux", world, **options)
+    network = loading.load_network(FluxTransformer2DModel, "tiny/flux", world, **options, quantized=quantize)
     parts = [torch.nn.Parameter(p.detach().chunk(copies)[0].clone(), p.requires_grad) for p in network.parameters()]
     trained = [p for p in parts if p.requires_grad]
     for p in trained:
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
-    held = [*parts, *(p.grad for p in trained), *(x for state in optimizer.state.values() for x in state.values())]
+    held = [
+        *parts,
+        *network.buffers(),
+        *(p.grad for p in trained),
+        *(x for state in optimizer.state.values() for x in state.values()),
+    ]
     held += [p.clone() for p in trained] if ema_decay else []
     held += [p.to(dtype) for p in parts] if kl_weight else []
     return sum(x.nbytes for x in held)
@@ -39,6 +45,7 @@ CASES = [
     (1, {"kl_weight": 0.1}),
     (4, {"ema_decay": 0.5, "kl_weight": 0.1}),
     (1, {"lora_rank": 4, "ema_decay": 0.5}),
+    (1, {"lora_rank": 4, "quantize": "int8"}),
     (3, {"lora_rank": 4}),  # 3 divides no dimension
 ]
 
@@ -70,7 +77,12 @@ def test_it_is_said_how_many_processes_or_which_preset_would_do(monkeypatch):
     rest, lora = "; --dry-run counts the rest", "train a LoRA: --preset small-lora"
     assert advice(bytes_of(2)) == f"{processes_of.format(2)}, or {lora}{rest}"
     assert advice(bytes_of(2) - 1) == f"{processes_of.format(4)}, or {lora}{rest}"  # 3 do not divide the 8 prompts
-    assert advice(bytes_of(8, lora_rank=4), lora_rank=4) == f"{processes_of.format(8)}{rest}"
+    of_lora = partial(bytes_of, lora_rank=4, dtype=torch.bfloat16)
+    eight, quantized = of_lora(8), of_lora(1, quantize="nf4")
+    assert of_lora(4) < quantized < of_lora(2)
+    assert advice(eight, lora_rank=4) == f"{processes_of.format(8)}{rest}"
+    assert advice(quantized, lora_rank=4) == f"{processes_of.format(4)}, or give --quantize nf4{rest}"
+    assert advice(quantized - 1, lora_rank=4, quantize="nf4") == f"take a smaller model{rest}"
     assert advice(1000) == f"take a smaller model{rest}"
     monkeypatch.delitem(grpo_flux.PRESETS, "small-lora")
     assert "or train a LoRA: --lora-rank 64" in advice(bytes_of(2))
