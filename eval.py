@@ -248,11 +248,10 @@ def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], wo
     """Draw the pictures that are missing or damaged. A batch is drawn as a whole, so that it comes out the same."""
     for model in models:
         todo = [b for b in batches(cfg, rows, world) if not all(is_whole(p, cfg) for p in pictures_of(model, b))]
-        if not todo:
-            continue
+        with world.in_turn():  # all processes come here, also those that have nothing to draw
+            pipe = set_sampler(load_pipeline(model, family, cfg.model, cfg.transformer, world), cfg) if todo else None
         model.folder.mkdir(parents=True, exist_ok=True)
-        pipe = set_sampler(load_pipeline(model, family, cfg.model, cfg.transformer, world), cfg)
-        for batch in world.progress(todo, desc=f"drawing, {model.name}"):
+        for batch in world.progress(todo, desc=f"drawing, {model.name}") if todo else ():
             pictures = draw(pipe, cfg, [rows[p] for p, _ in batch], [(cfg.seed, p, n) for p, n in batch], world.device)
             for path, picture in zip(pictures_of(model, batch), pictures, strict=True):
                 if not is_whole(path, cfg):
@@ -342,9 +341,10 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.W
         if lacking := {metric for metric in metrics if not all(metric in scores for scores in stored)}:
             work.append((batch, paths, stored, lacking))
     needed = set().union(*(lacking for *_, lacking in work))
-    spec = reward_spec(cfg, needed)
-    reward = load_reward(spec, parse_paths(cfg.reward_paths), world.device) if spec else None
-    detector = geneval.find_detector(cfg.detector, cfg.detector_clip, world.device) if "geneval" in needed else None
+    spec, folders = reward_spec(cfg, needed), parse_paths(cfg.reward_paths)
+    with world.in_turn():
+        reward = load_reward(spec, folders, world.device, None, cfg.batch_size) if spec else None
+        detector = geneval.find_detector(cfg.detector, cfg.detector_clip, world.device) if "geneval" in needed else None
     for batch, paths, stored, lacking in world.progress(work, desc="scoring"):
         pixels = np.stack([read_picture(path) for path in paths])  # (B, F · H, W, 3)
         pictures = torch.from_numpy(pixels).unflatten(1, (cfg.frames, cfg.height)).movedim(-1, -3).float() / 255

@@ -76,6 +76,7 @@ class Config:
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
     micro_batch: Count = 8  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
+    reward_batch: Count = 16  # samples in a forward pass of a reward (ours)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
@@ -349,7 +350,7 @@ def dry_run(cfg: Config) -> dict:
 
 def main(cfg: Config) -> None:
     prompts = check(cfg)
-    run = runtime.start(cfg, prompts, load_models, "unet", fits_whole=True)
+    run = runtime.start(cfg, prompts, load_models, "unet", True, LORA_TARGETS)
     world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     timesteps, alpha_bars, step = schedule = ddim_schedule(pipe.scheduler.config, cfg.steps, world.device)

@@ -81,6 +81,7 @@ class Config:
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
     micro_batch: Count = 1  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
+    reward_batch: Count = 16  # samples in a forward pass of a reward (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
@@ -366,7 +367,7 @@ def main(cfg: Config) -> None:
     prompts = check(cfg)
     pictures = data.first_frames(cfg, prompts) if families.takes_first_frame(families.transformer_config(cfg)) else {}
     paint = partial(data.paint_first_frames, cfg, pictures)
-    run = runtime.start(cfg, prompts, load_models, "transformer", cfg.lora_rank > 0, before_loading=paint)
+    run = runtime.start(cfg, prompts, load_models, "transformer", cfg.lora_rank > 0, LORA_TARGETS, before_loading=paint)
     world, reward, pipe, network, reference = run.world, run.reward, run.pipe, run.network, run.reference
 
     step, log_prob_of = SDE[cfg.sde]

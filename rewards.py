@@ -38,7 +38,6 @@ from einops import rearrange
 from filelock import FileLock
 from huggingface_hub import constants, errors
 from PIL import Image
-from requests.adapters import HTTPAdapter
 from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, implementations, pre_tokenizers
@@ -239,10 +238,9 @@ class VideoAlignReward(Scorer):
         self.reward_ids = torch.tensor(self.tokenizer.convert_tokens_to_ids(reward_tokens), device=self.device)
         config.text_config.vocab_size = len(self.tokenizer)  # the reward tokens are new
         weights = torch.load(only_file(folder, self.WEIGHTS, "model.pth"), map_location="cpu", weights_only=True)
-        weights = fold_lora(weights, self.LORA_SCALE)
-        head = weights.pop("rm_head.weight").view(config.text_config.hidden_size)
-        self.head = head.to(self.device)  # (D,), float32
         dtype = torch.bfloat16 if torch.device(self.device).type == "cuda" else torch.float32
+        weights = fold_lora(weights, self.LORA_SCALE, dtype)
+        self.head = weights.pop("rm_head.weight").view(config.text_config.hidden_size).to(self.device).float()  # (D,)
         self.model = load_whole(Qwen2VLModel, None, config=config, state_dict=weights, dtype=dtype)
 
     @torch.no_grad()
@@ -265,9 +263,7 @@ class VideoAlignReward(Scorer):
         with torch.autocast(torch.device(self.device).type, enabled=False):
             out = self.model(**tokens, **video, position_ids=positions, use_cache=False)
             at = (tokens.input_ids[:, None] == self.reward_ids[:, None]).int().argmax(-1)  # (B, 3)
-            hidden = out.last_hidden_state[
-                torch.arange(len(at), device=at.device)[:, None], at
-            ]  # (B, 3, D) of (B, L, D)
+            hidden = out.last_hidden_state[torch.arange(len(at), device=at.device)[:, None], at]  # (B, 3, D)
             raw = hidden.float() @ self.head  # (B, 3)
         if normalize:
             raw = (raw - raw.new_tensor(self.MEAN)) / raw.new_tensor(self.STD)
@@ -306,13 +302,13 @@ def frame_indices(frames: int, fps: float) -> Tensor:
     return torch.linspace(0, frames - 1, 2 * round(count / 2)).round().long()
 
 
-def fold_lora(state_dict: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """A PEFT state dict → Qwen2VLModel's own names, float32, W + scale · B·A in place of W, A and B."""
-    folded = {name.removeprefix("base_model.model."): w.float() for name, w in state_dict.items()}
+def fold_lora(state_dict: dict[str, Tensor], scale: float, dtype=torch.float32) -> dict[str, Tensor]:
+    """A PEFT state dict → Qwen2VLModel's own names, W + scale · B·A, of this dtype, in place of W, A and B."""
+    folded = {name.removeprefix("base_model.model."): w for name, w in state_dict.items()}
     for name in [name for name in folded if name.endswith(".base_layer.weight")]:
         a, b = (folded.pop(name.replace("base_layer", f"lora_{x}.default"), None) for x in "AB")
         require(a is not None and b is not None, f"videoalign: the checkpoint lacks a LoRA weight of {name}")
-        folded[name] = folded[name] + scale * b @ a
+        folded[name] = (folded[name].float() + scale * b.float() @ a.float()).to(dtype)
     folded.pop("lm_head.weight", None)  # the reward reads hidden states, not logits
     return {re.sub(r"^model\.", "language_model.", name.replace(".base_layer", "")): w for name, w in folded.items()}
 
@@ -387,7 +383,7 @@ class HTTPReward:
         self.name, self.url, self.session = name, url, requests.Session()
         options = {"raise_on_status": False, "respect_retry_after_header": False, "backoff_factor": self.BACKOFF}
         retry = Retry(self.ATTEMPTS - 1, allowed_methods=None, status_forcelist=range(500, 600), **options)
-        self.session.mount(url, HTTPAdapter(max_retries=retry))
+        self.session.mount(url, requests.adapters.HTTPAdapter(max_retries=retry))
 
     def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W), or a list of (F, 3, H, W), in [0, 1] → (B,) float32."""
@@ -508,13 +504,14 @@ def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
         FETCHES[model](paths.get(model))
 
 
-def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None) -> "Reward":
+def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None, batch=16) -> "Reward":
     """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
 
     NAME      hps, clip, pickscore, vq, mq, ta, one that was given to `register` (geneval),
               FILE.py:FUNCTION (see `own_reward`) or http://HOST:PORT/NAME (see `HTTPReward`)
     paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
     metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
+    batch     images or videos in a forward pass of a model; one's own function, or server, gets all at once
     hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
     """
     terms, paths, scorers = parse_spec(spec), parse_paths(paths or {}), {}
@@ -528,14 +525,14 @@ def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", me
         else:
             load_object(model)  # what is not there raises here already
             scorers[model] = partial(own_reward, model)
-    return Reward(terms, scorers)
+    return Reward(terms, scorers, batch)
 
 
 class Reward:
     """Several rewards behind one call. `weights` are for the advantages; scores are returned unweighted."""
 
-    def __init__(self, terms: list[Term], scorers: dict[str, Callable]):
-        self.terms, self.scorers = terms, scorers
+    def __init__(self, terms: list[Term], scorers: dict[str, Callable], batch: int = 16):
+        self.terms, self.scorers, self.batch = terms, scorers, batch
         self.weights = {term.name: term.weight for term in terms}
 
     @property
@@ -551,14 +548,16 @@ class Reward:
         """
         check_visuals("reward", visuals, prompts)
         is_video = not isinstance(visuals, Tensor) or visuals.dim() == 5
-        scores, judged = {}, {}
+        pieces = [slice(i, i + self.batch) for i in range(0, len(prompts), self.batch)]
+        scores, judged = {}, []
         for term in self.terms:
             scorer = self.scorers[term.model]
             if term.model == "videoalign":
-                judged = judged or scorer(visuals, prompts, fps)
-                raw = judged[term.name]
-            elif is_video and term.model in LOADERS:
-                raw = mean_over_frames(scorer, visuals, prompts)
+                judged = judged or [scorer(visuals[piece], prompts[piece], fps) for piece in pieces]
+                raw = torch.cat([part[term.name] for part in judged])
+            elif term.model in LOADERS:
+                judge = partial(mean_over_frames, scorer) if is_video else scorer
+                raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces]).float()
             elif isinstance(scorer, HTTPReward):
                 raw = scorer(visuals, prompts, fps)
             else:

@@ -32,7 +32,7 @@ class Policy:
         self.cfg, self.is_flow = cfg, isinstance(cfg, grpo_flux.Config)
         trainer, component = (grpo_flux, "transformer") if self.is_flow else (grpo_sd, "unet")
         self.prompts = trainer.check(cfg)
-        self.run = run = runtime.start(cfg, self.prompts, trainer.load_models, component, fits_whole=True)
+        self.run = run = runtime.start(cfg, self.prompts, trainer.load_models, component, True, trainer.LORA_TARGETS)
         self.world, self.reward, pipe, self.network, self.vae = (
             run.world,
             run.reward,

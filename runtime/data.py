@@ -191,10 +191,11 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
         return
     option, kind = "--first-frame-model", AutoPipelineForText2Image
     folder = find_folder(config.first_frame_model, option)
-    parts = load_components(folder, world.dtype, option=option)
-    parts |= {SAFETY: None} if SAFETY in component_names(folder / "model_index.json", option) else {}
-    pipe = load_pretrained(kind.from_pretrained, folder, option, dtype=world.dtype, **parts)
-    pipe.to(world.device).set_progress_bar_config(disable=True)
+    with world.in_turn():
+        parts = load_components(folder, world.dtype, option=option)
+        parts |= {SAFETY: None} if SAFETY in component_names(folder / "model_index.json", option) else {}
+        pipe = load_pretrained(kind.from_pretrained, folder, option, dtype=world.dtype, **parts).to(world.device)
+    pipe.set_progress_bar_config(disable=True)
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
     for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
         if not path.exists():

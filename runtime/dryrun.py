@@ -7,7 +7,6 @@ differently is imitated: autocast computes norms in float32, and attention keeps
 import contextlib
 import importlib
 import json
-import math
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,19 +24,18 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rewards import cached_folder, parse_paths, parse_spec, reading
+from rewards import cached_folder, parse_paths
 
-from . import loading, processes
+from . import dryreward, loading, processes
 from .checkpoints import GIB, checkpoint_bytes, checkpoints_to_come, refuse_foreign
 from .files import write_atomically, writing
+from .memory import training_bytes
 from .options import require
 
 NODE = 8  # processes of a node
 CUDA_CONTEXT = 1.0  # GiB of GPU memory of a process beside its tensors: CUDA, NCCL, workspaces (an estimate)
 HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python, torch, CUDA (an estimate)
-# Parameters of the reward models, and bytes per parameter: VideoAlign is kept in bfloat16, the others in float32.
-REWARDS = {"hps": (986_109_441, 4), "clip": (986_659_585, 4), "pickscore": (985_512_961, 4)}
-REWARDS |= {"videoalign": (2_208_987_136, 2)}
+PAINTER = {"FLUX.1-dev": 16_870_599_139}  # parameters of the pipeline that paints first frames
 # AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
@@ -165,42 +163,25 @@ def here(path: str, file: str) -> str:
     return folder if Path(path).is_dir() or (folder and Path(folder, file).is_file()) else ""
 
 
-def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
-    """Parameters of each of a pipeline's frozen components; where its files are not here, those `known`."""
+def frozen_parameters(path: str, known: dict[str, int], trained: Sequence[str] = ("transformer", "unet")) -> dict:
+    """Parameters of each network of a pipeline but the trained one; where its files are not here, those `known`."""
     folder = here(path, "model_index.json")
     if not folder:
         return known
-    names, counts = loading.component_names(Path(folder, "model_index.json"), "--model"), {}
-    for name in known:
-        library, class_name = names[name]
+    counts = {}
+    for name, (library, class_name) in loading.component_names(Path(folder, "model_index.json"), "--model").items():
+        if name in trained or name.startswith("tokenizer") or library not in ("diffusers", "transformers"):
+            continue
         model_class = getattr(importlib.import_module(library), class_name)
-        with torch.device("meta"):
-            if library == "diffusers":
-                model = model_class.from_config(loading.load_config(folder, name))
-            else:
-                model = model_class(
-                    loading.load_pretrained(model_class.config_class.from_pretrained, f"{folder}/{name}")
-                )
-        counts[name] = sum(parameter.numel() for parameter in model.parameters())
+        if issubclass(model_class, nn.Module):
+            with torch.device("meta"):
+                if library == "diffusers":
+                    model = model_class.from_config(loading.load_config(folder, name))
+                else:
+                    load = model_class.config_class.from_pretrained
+                    model = model_class(loading.load_pretrained(load, f"{folder}/{name}"))
+            counts[name] = sum(parameter.numel() for parameter in model.parameters())
     return counts
-
-
-def reward_bytes(names: Iterable[str], paths: dict[str, str]) -> int:
-    """Of the named reward models. In a folder that is here the largest file has the weights, in whatever dtype."""
-    total = 0
-    for name in set(names) & set(REWARDS):  # a reader's own function is not known
-        count, width = REWARDS[name]
-        files = [file for file in Path(paths.get(name, "")).glob("*") if name in paths and file.is_file()]
-        if files:
-            with reading(name, paths[name], "its weights"):
-                count = elements_of(max(files, key=lambda file: file.stat().st_size))
-        total += count * width
-    return total
-
-
-def elements_of(file: Path) -> int:
-    """Of all tensors in a file of weights; their content is not read."""
-    return sum(map(math.prod, loading.shapes_in(file).values()))
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -242,6 +223,12 @@ def run(
             stack.enter_context(context)
         measured = _measure(cfg, world, counter, network_class, config, predict, shape, condition, lora_targets)
         decoding = _measure_decode(counter, *vae, dtype, decode, torch.empty(cfg.micro_batch, *shape))
+        frames = getattr(cfg, "frames", 1)
+        visual = torch.empty(1, *([frames] if frames > 1 else []), 3, cfg.height, cfg.width)
+        fps, folders = getattr(cfg, "fps", None), parse_paths(cfg.reward_paths)
+        reward_bytes, scoring = dryreward.measure(cfg.reward, folders, visual, fps, counter)
+        painter = getattr(cfg, "first_frame_model", "")
+        painting = sum(frozen_parameters(painter, PAINTER, ()).values()) * dtype.itemsize if painter else 0
 
     # What this process does in an iteration: B samples drawn, and their pairs (sample, step) trained.
     P, G, M = cfg.prompts_per_iteration // cfg.processes, cfg.group_size, cfg.micro_batch
@@ -250,28 +237,29 @@ def run(
     pairs = P * (2 * cfg.keep_best_worst or G) * trained // cfg.updates_per_rollout
     forwards = -(-P * G // M) * cfg.steps
     micro_batches = -(-pairs // M) * cfg.updates_per_rollout
-    pixels = 3 * getattr(cfg, "frames", 1) * cfg.height * cfg.width  # of a decoded sample, in float32
+    scoring *= min(cfg.reward_batch, P * G)
     whole, parts = measured["elements"], measured["bytes"]
     master = dtype.itemsize if cfg.lora_rank else 4
-    if cfg.kl_weight and not cfg.lora_rank:
-        parts["parameters"] += whole * dtype.itemsize // shard_size  # the reference policy
+    if cfg.kl_weight and not cfg.lora_rank:  # of the reference policy
         measured["forward_flops_update"] += measured["forward_flops"]
     gathered = whole * dtype.itemsize * (shard_size - 1) / shard_size  # of one pass over the network
-    parts["trajectories"] = 4 * P * G * ((cfg.steps + 1) * torch.Size(shape).numel() + cfg.steps + pixels)
+    parts["trajectories"] = 4 * P * G * ((cfg.steps + 1) * torch.Size(shape).numel() + cfg.steps + visual.numel())
     parts["trajectories"] += P * measured["condition_bytes"]
     parts["frozen"] = sum(frozen.values()) * dtype.itemsize
-    parts["reward"] = reward_bytes([term.model for term in parse_spec(cfg.reward)], parse_paths(cfg.reward_paths))
-    # Decoding comes while there are no gradients and nothing is kept for a backward pass.
+    parts["reward"] = sum(reward_bytes)
+    # Decoding and scoring come while there are no gradients and nothing is kept for a backward pass.
     at_rest = sum(count for name, count in parts.items() if name not in ("gradients", "activations", "buffers"))
     waiting = parts["frozen"] + parts["reward"]  # with --offload in host memory while the network is trained
-    peak = max(sum(parts.values()), at_rest + decoding)
+    peak = max(sum(parts.values()), at_rest + decoding, at_rest + scoring)
     if cfg.offload:  # at any time only one of these is there: the encoders, instead of a network that is whole
         vae_bytes = frozen.get("vae", 0) * dtype.itemsize
         encoders = parts["frozen"] - vae_bytes - (parts["parameters"] if shard_size == 1 else 0)
-        waits = max(encoders, vae_bytes + decoding, parts["reward"])
+        waits = max(encoders, vae_bytes + decoding, parts["reward"] + scoring)
         peak = max(sum(parts.values()) - waiting, at_rest - waiting + waits)
     public, state = checkpoint_bytes(cfg, whole, measured["trainable"], dtype)
-    host = max(whole * master, waiting, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
+    # What a process of a node reads into host memory at a time: of a reward its file and its model.
+    read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0), painting
+    host = max(*read, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
     beside = CUDA_CONTEXT + processes.PromptCache.SIZE * measured["condition_bytes"] / GIB
@@ -311,6 +299,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     elements = sum(p.numel() for p in loading.empty_network(network_class, config, master, *prepare).parameters())
     prepare += (False, False, cfg.quantize)
     network = loading.empty_network(network_class, config, master, *prepare)
+    parts = training_bytes(cfg, network, world.shard_size, world.dtype)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             empty = torch.empty(x.shape, dtype=x.dtype)
@@ -318,7 +307,6 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     network = processes.shard(network, world)
     trained = processes.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
-    parts = {"parameters": nbytes(processes.tensors_of([network]))}
     held, start = counter.tensors, counter.flops
     with torch.no_grad():
         predict(network, z, of_sample)
@@ -328,19 +316,9 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
         processes.sync_gradients(network, now=last)
         start = counter.flops
         torch.autograd.backward((predict(network, z, of_sample) ** 2).mean())
-    gradients = [p.grad for p in processes.trainable(network) if p.grad is not None]
-    parts["gradients"] = nbytes(gradients)
     sharded = isinstance(network, FSDPModule)
     parts["buffers"] = max(0, counter.peak_buffers - (parts["gradients"] if sharded else 0))
     parts["activations"] = counter.peak - held - parts["gradients"] - parts["buffers"]
-    # AdamW is elementwise: it treats a shard like a whole parameter.
-    shards = [nn.Parameter(processes.local(p).detach()) for p in processes.trainable(network)]
-    for parameter in shards:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = torch.optim.AdamW(shards, lr=cfg.learning_rate)
-    optimizer.step()
-    parts["optimizer"] = sum(nbytes(state.values()) for state in optimizer.state.values())
-    parts["ema"] = nbytes(processes.EMA(network, cfg.ema_decay).average)
     return {
         "bytes": parts,
         "elements": elements,

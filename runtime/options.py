@@ -77,6 +77,7 @@ def lost_process(error: str) -> str:
 # learning rate, which is lowered where a run becomes unstable. metrics.jsonl has the learning rate of each iteration.
 FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
 FREE_ON_RESUME |= {
+    "reward_batch",
     "shard_size",
     "offload",
     "keep_states",

@@ -21,6 +21,7 @@ from .data import keyed_noise, load_metadata
 from .files import write_atomically, writing
 from .loading import fetch_all
 from .lora import LORA_FILE
+from .memory import require_fit
 from .options import command_words
 from .pictures import save_pictures, save_videos
 from .processes import EMA, Preemption, PromptCache, World, adamw, start_world, trainable
@@ -33,6 +34,7 @@ def start(
     load_models: Callable,
     component: str,
     fits_whole: bool,
+    lora_targets: Sequence[str],
     before_loading: Callable[[World], None] = lambda world: None,
 ) -> "Run":
     """Everything that comes before the first iteration. Raises RunError, before anything is written.
@@ -42,17 +44,21 @@ def start(
     load_models     the trainer's own
     component       the trained network's name in the pipeline
     fits_whole      whether a GPU holds the whole network, see `processes.choose_shard_size`
+    lora_targets    the layers that get a LoRA, with --lora-rank
     before_loading  called with the world before models are loaded
     """
     check_folder(config)  # before gigabytes are fetched
     fetch_all(config)
     world = start_world(config.dtype, config.shard_size, config.offload, fits_whole)
+    require_fit(config, world, component, lora_targets)
     folder = open_folder(config, world, prompts)
     tracker = Tracker(config.track if world.is_main else "", folder.config, folder.checkpoint)
     before_loading(world)
     metadata = load_metadata(config.prompts)
-    reward = load_reward(config.reward, parse_paths(config.reward_paths), world.device, metadata)
-    world.freeze(*reward.models)
+    with world.in_turn():
+        paths = parse_paths(config.reward_paths)
+        reward = load_reward(config.reward, paths, world.device, metadata, config.reward_batch)
+        world.freeze(*reward.models)
     return Run(config, world, folder, prompts, reward, load_models(config, world, folder.init), component, tracker)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -12,10 +13,15 @@ import huggingface_hub
 from diffusers import FluxTransformer2DModel
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
+import eval as evaluation
+import grpo_video
+import rewards
+import runtime
 import small
+from evaluation import geneval
 from rewards import Reward
 from runtime import data, loading, processes
-from runtime.options import one_line_errors
+from runtime.options import one_line_errors, parse_config
 from runtime.processes import World
 
 
@@ -89,3 +95,34 @@ def meet(sizes: list[int]) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(sizes[node])
     with one_line_errors():
         processes.start_world()
+
+
+def load_frozen_models(folder: Path) -> None:
+    """What training and evaluation load of frozen models. FOLDER/NAME.txt notes when a process begins and ends one."""
+
+    def noted(what: str, load):
+        def call(*args, **options):
+            with (folder / f"{name}.txt").open("a") as file:
+                print("begin", what, file=file, flush=True)
+                time.sleep(0.1)  # another process, if it may, begins meanwhile
+                loaded = load(*args, **options)
+                print("end", what, file=file, flush=True)
+            return loaded
+
+        return call
+
+    name, loading.load_components = "training", noted("pipeline", loading.load_components)
+    rewards.LOADERS["videoalign"] = noted("videoalign", rewards.LOADERS["videoalign"])
+    rewards.LOADERS["hps"] = noted("hps", rewards.LOADERS["hps"])
+    changes = {"reward": "mq,hps", "first_frames": folder / "frames", "first_frame_model": "tiny/flux"}
+    cfg = small.config("i2v", output_dir=folder / "run", prompts_per_iteration=4, first_frame_steps=1, **changes)
+    prompts = grpo_video.check(cfg)
+    paint = partial(data.paint_first_frames, cfg, data.first_frames(cfg, prompts))
+    runtime.start(cfg, prompts, grpo_video.load_models, "transformer", True, (), paint)
+
+    name, find = "evaluation", geneval.find_detector
+    geneval.find_detector = lambda *args: (noted("detector", find) if len(args) > 2 else find)(*args)
+    (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\na cross\n")  # one process has nothing to do
+    words = f"--preset tiny --model tiny/flux --output-dir {folder}/eval --prompts {folder}/prompts.txt --batch-size 1"
+    words += " --images-per-prompt 1 --steps 1 --height 64 --width 64 --metrics hps,geneval"
+    evaluation.main(parse_config(evaluation.Config, evaluation.PRESETS, words.split()))

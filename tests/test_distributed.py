@@ -168,6 +168,21 @@ def test_nodes_of_unequal_numbers_of_processes_are_refused(sizes, code, tmp_path
         process.terminate()  # torchrun would
 
 
+@pytest.mark.slow
+def test_at_most_one_process_of_a_node_loads_a_frozen_model_at_a_time(tmp_path):
+    launch.run("launch_cases", "load_frozen_models", (tmp_path,), 4, tmp_path / "logs")
+    expected = {
+        "training": ["pipeline", "videoalign", "hps", "pipeline"],
+        "evaluation": ["pipeline", "hps", "detector"],
+    }
+    for name, models in expected.items():
+        notes = (tmp_path / f"{name}.txt").read_text().splitlines()
+        begun = [note.removeprefix("begin ") for note in notes[::2]]
+        assert notes == [f"{what} {model}" for model in begun for what in ("begin", "end")]  # no two at the same time
+        count = {"training": 4, "evaluation": 3}[name]  # of processes that load: three prompts are evaluated
+        assert sorted(begun) == sorted(models * count)
+
+
 def test_options_that_do_not_fit_are_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

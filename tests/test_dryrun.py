@@ -12,12 +12,12 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from safetensors.torch import save_file
+from torch._subclasses import FakeTensorMode
 
 import grpo_flux
 import grpo_video
-from rewards import RewardError
-from runtime import dryrun, families, loading, processes
+from rewards import CLIPReward, HPSReward, PickScoreReward, RewardError, VideoAlignReward
+from runtime import dryreward, dryrun, families, loading, processes
 from runtime.options import RunError
 from sampling import flow_sigmas
 
@@ -156,18 +156,107 @@ def test_without_the_hub_the_full_size_configurations_are_known(network_class, e
         dryrun.config_of(network_class, "nowhere/at/all")
 
 
-@pytest.mark.parametrize("file", ["weights.pt", "model.safetensors"])
-def test_a_reward_is_counted_in_the_dtype_that_it_runs_in(tmp_path, file):
-    weights = {"a": torch.zeros(300, 7, dtype=torch.float16), "b": torch.zeros(11, dtype=torch.float16)}
-    (tmp_path / "config.json").write_text("{}")
-    if file.endswith(".pt"):
-        torch.save({"state_dict": weights}, tmp_path / file)
-    else:
-        save_file(weights, tmp_path / file)
-    paths = {"hps": str(tmp_path), "videoalign": str(tmp_path)}
-    assert dryrun.reward_bytes(["hps"], paths) == 4 * (300 * 7 + 11)
-    assert dryrun.reward_bytes(["videoalign", "hps", "hps"], paths) == 6 * (300 * 7 + 11)
-    assert dryrun.reward_bytes(["hps", "my_rewards.py:red"], {}) == 4 * 986_109_441
-    (tmp_path / file).write_bytes(b"not weights" * 9)
-    with pytest.raises(RewardError, match=r"^hps: could not load .*--reward-paths hps=FOLDER"):
-        dryrun.reward_bytes(["hps"], paths)
+# ------------------------------------------------------------------------------------------------------- the rewards
+
+SCORERS = {"hps": HPSReward, "clip": CLIPReward, "pickscore": PickScoreReward, "videoalign": VideoAlignReward}
+PROMPT = "two red circles and a blue square " * 20
+FOLDERS = {name: f"tiny/{name}" for name in SCORERS} | {"pickscore": "tests/golden/hub/PickScore_v1"}
+
+
+def measured(spec, shape, fps=None, paths=FOLDERS):
+    """Bytes of the models, and of what scoring one sample of this shape takes beside them."""
+    counter = dryrun.Counter()
+    with FakeTensorMode(), counter:
+        return dryreward.measure(spec, paths, torch.empty(1, *shape), fps, counter)
+
+
+def taken(scorer, count, shape, *fps):
+    """Bytes that scoring so many samples takes at its peak, by the tensors of a real call."""
+    visuals, counter = torch.rand(count, *shape), dryrun.Counter()
+    for tensor in (visuals, *scorer.model.state_dict().values()):
+        counter.seen.add(tensor.untyped_storage())  # was there before
+    with counter:
+        scorer(visuals, [PROMPT] * count, *fps)
+    return counter.peak
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_reward_is_counted_as_a_real_one_scores(name, monkeypatch):
+    scorer, is_video = SCORERS[name](FOLDERS[name]), name == "videoalign"
+    shape, fps = ((9, 3, 32, 48), (2.0,)) if is_video else ((3, 64, 96), ())
+    if is_video:  # as on a GPU
+        scorer.model.bfloat16()
+        tokens = len(scorer.tokenizer(scorer.text(PROMPT, (2, 4, 6))).input_ids) - 2 * 4 * 6 // 4
+        monkeypatch.setattr(dryreward, "QUESTION", tokens)
+    (size,), most = measured("vq,ta" if is_video else name, shape, *fps)
+    assert size == sum(p.nbytes for p in scorer.model.parameters())
+    # The others' masks, and the frames of videos, which are resized one by one, count in models that are so small.
+    assert (0.97 if name in ("hps", "clip") else 0.85) < taken(scorer, 16, shape, *fps) / (16 * most) < 1.01
+
+
+def test_an_image_reward_of_a_video_scores_eight_frames():
+    copied = 4 * 8 * 3 * 64 * 64  # of nine frames
+    assert measured("hps", (9, 3, 64, 64))[1] == pytest.approx(8 * measured("hps", (3, 64, 64))[1] + copied, rel=0.01)
+
+
+def test_of_several_rewards_the_largest_counts_and_ones_own_function_is_not_known():
+    sizes, most = measured("hps,clip:0.5,my_rewards.py:red", (3, 64, 64))
+    assert sizes == measured("hps", (3, 64, 64))[0] + measured("clip", (3, 64, 64))[0]
+    assert most == max(measured(name, (3, 64, 64))[1] for name in ("hps", "clip"))
+    assert measured("geneval,my_rewards.py:red", (3, 64, 64)) == ([], 0)
+
+
+def test_a_reward_whose_config_is_damaged_ends_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    for name in ("hps", "videoalign"):
+        with pytest.raises(RewardError, match=rf"^{name}: could not load .*--reward-paths {name}=FOLDER"):
+            measured(name.replace("videoalign", "vq"), (4, 3, 64, 64), 8.0, {name: str(tmp_path)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, elements, names, gib",  # VideoAlign: those of the released file, folded; DFN5B: 730 tokens, not 257
+    [("hps", 986_109_441, 0, 0.015), ("clip", 986_109_441 + 473 * 1280, 0, 0.057), ("pickscore", 986_109_441, 0, 0.015),
+     ("videoalign", 2_208_561_664, 729, 0.38)],
+)  # fmt: skip
+def test_the_default_rewards_are_known_without_the_hub(name, elements, names, gib):
+    with FakeTensorMode():
+        weights = dryreward.scorer_of(name, "somebody/not-here").model.state_dict()
+    assert sum(weight.numel() for weight in weights.values()) == elements
+    assert len(weights) == names or not names
+    shape, fps = ((53, 3, 480, 480), 8.0) if name == "videoalign" else ((3, 720, 720), None)
+    assert measured("mq" if fps else name, shape, fps, {})[1] / dryrun.GIB == pytest.approx(gib, rel=0.05)
+
+
+@pytest.mark.slow
+def test_scoring_may_set_the_peak_and_reward_batch_bounds_it(tmp_path, monkeypatch):
+    def peak(**changes):
+        return grpo_flux.dry_run(options(tmp_path, **changes))["gpu_gib"]
+
+    plain = peak()
+    monkeypatch.setattr(dryreward, "measure", lambda *_: ([dryrun.GIB], dryrun.GIB))
+    at_rest = sum(plain[name] for name in ("parameters", "optimizer", "ema", "trajectories", "frozen"))
+    context = plain["buffers"]  # of CUDA, and prompts: nothing is sharded
+    for batch, samples in ((2, 2), (100, 16)):  # the process has 16 samples
+        assert peak(reward_batch=batch)["peak"] == pytest.approx(at_rest + context + 1 + samples, abs=0.01)
+        offloaded = peak(reward_batch=batch, offload=True)["peak"]
+        assert offloaded == pytest.approx(at_rest - plain["frozen"] + context + 1 + samples, abs=0.01)
+
+
+@pytest.mark.slow
+def test_host_memory_holds_what_one_process_reads_at_a_time(tmp_path, monkeypatch):
+    def host(**changes):
+        preset = grpo_video.PRESETS["tiny-i2v"] | OPTIONS | changes | {"output_dir": str(tmp_path)}
+        return grpo_video.dry_run(grpo_video.Config(**preset))["host_gib"] * dryrun.GIB
+
+    of_process = dryrun.HOST_PROCESS * dryrun.GIB
+    monkeypatch.setattr(dryreward, "measure", lambda *_: ([5 * dryrun.GIB, 3 * dryrun.GIB], 0))
+    assert host() == 2 * 5 * dryrun.GIB + of_process  # the file of the larger reward, and its model
+    assert host(processes=4) == 2 * 5 * dryrun.GIB + 4 * of_process  # one after the other
+    painter = {"first_frames": str(tmp_path / "frames"), "first_frame_model": "somebody/not-here"}
+    assert host(**painter) == 4 * 16_870_599_139 + of_process  # of FLUX.1-dev, here in float32
+    monkeypatch.setattr(dryreward, "measure", lambda *_: ([], 0))
+    pipe = FluxPipeline.from_pretrained("tiny/flux")
+    networks = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    exact = sum(p.nbytes for network in networks for p in network.parameters())
+    assert host(**painter | {"first_frame_model": "tiny/flux"}) == exact + of_process

@@ -56,9 +56,9 @@ def rewards_are_loaded_once():
     """The same reward models for all evaluations of this file."""
     loaded = {}
 
-    def load(spec, paths, device):
+    def load(spec, paths, *rest):
         key = spec, tuple(paths.items())
-        loaded[key] = loaded.get(key) or load_reward(spec, paths, device)
+        loaded[key] = loaded.get(key) or load_reward(spec, paths, *rest)
         return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -37,7 +37,7 @@ CONTRACT = """preset model reward reward_paths prompts output_dir resume seed it
 group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
 micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
 guidance height width gradient_checkpointing dtype shard_size offload quantize compile dry_run processes gpu_memory
-save_every keep_states sample_every num_samples"""
+save_every keep_states sample_every num_samples reward_batch"""
 
 
 # ------------------------------------------------------------------------------------------------------- the scripts

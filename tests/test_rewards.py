@@ -122,6 +122,24 @@ def test_each_image_is_scored_against_its_own_prompt(tiny_reward):
         assert scores.std() > 0
 
 
+def test_a_model_gets_a_batch_at_a_time_and_a_function_all(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "def count(images, prompts):\n    return images.new_full((len(prompts),), len(images))"
+    )
+    seen, features = [], HPSReward.features
+    monkeypatch.setattr(HPSReward, "features", lambda self, pixels, p: seen.append(len(p)) or features(self, pixels, p))
+    spec = f"hps,{tmp_path}/own.py:count"
+    images, prompts = torch.cat([tensor(picture(64, 64, seed)) for seed in range(5)]), [f"{i} cats" for i in range(5)]
+    pieces, whole = (load_reward(spec, TINY, batch=batch)(images, prompts) for batch in (2, 100))
+    assert seen == [2, 2, 1, 5]
+    assert torch.allclose(pieces["hps"], whole["hps"], atol=1e-6) and whole["hps"].std() > 0.001
+    assert pieces["count"].tolist() == [5] * 5  # it may compare them
+    videos = images[:4, None].expand(-1, 3, -1, -1, -1)
+    found = load_reward("hps", TINY, batch=3)(videos, prompts[:4])["hps"]
+    assert seen[4:] == [9, 3]  # frames
+    assert torch.allclose(found, whole["hps"][:4], atol=1e-6)
+
+
 def test_specs_weights_and_thresholds(tiny_reward):
     images, prompts = torch.cat([tensor(picture(64, 64, seed)) for seed in range(6)]), ["a red circle"] * 6
     raw = tiny_reward(images, prompts)["hps"]

@@ -402,6 +402,17 @@ def test_one_forward_pass_serves_vq_mq_and_ta(folder, monkeypatch):
         load_reward("vq", {"vq": str(folder)})
 
 
+def test_a_video_reward_is_called_with_a_batch_at_a_time(folder, monkeypatch):
+    seen, call = [], VideoAlignReward.__call__
+    monkeypatch.setattr(VideoAlignReward, "__call__", lambda self, *a: seen.append(len(a[0])) or call(self, *a))
+    videos, prompts = [clip(seed=i) for i in range(3)], ["a", "b", "a dog"]
+    reward = load_reward("ta,vq", {"videoalign": str(folder)}, batch=2)
+    found = reward(videos, prompts, 8.0)
+    assert seen == [2, 1]  # of both scores
+    together = scores(reward.scorers["videoalign"], videos, prompts)
+    assert torch.allclose(torch.stack([found["vq"], found["ta"]], 1), together[:, [0, 2]], atol=1e-5)
+
+
 def test_image_rewards_score_a_video_by_evenly_sampled_frames(pickscore_folder):
     reward = load_reward("pickscore", {"pickscore": pickscore_folder})
     videos, prompts = torch.stack([clip(15), clip(15, seed=1)]), ["a red circle", "blue"]
