@@ -30,6 +30,7 @@ from . import loading, processes
 from .checkpoints import refuse_foreign
 from .files import write_atomically, writing
 from .options import require
+from .quantize import QuantizedLinear
 
 GIB = 2**30
 NODE = 8  # processes of a node
@@ -316,7 +317,8 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
     network = processes.shard(network, world)
     trained = processes.trainable(network)
     z, of_sample = torch.randn(cfg.micro_batch, *shape), condition(cfg.micro_batch)
-    parts = {"parameters": nbytes(processes.tensors_of([network]))}
+    quantized = [x for module in network.modules() if isinstance(module, QuantizedLinear) for x in module.buffers()]
+    parts = {"parameters": nbytes([*network.parameters(), *quantized])}
     held, start = counter.tensors, counter.flops
     with torch.no_grad():
         predict(network, z, of_sample)
