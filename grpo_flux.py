@@ -45,7 +45,7 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear la
 @dataclass(frozen=True)
 class Config:
     # paper
-    preset: str = "release"  # release (16 GPUs), 8gpu, lora, lora-48gb, lora-32gb, lora-24gb, paper, fast, tiny…
+    preset: str = "release"  # release (16 GPUs), 8gpu, lora, lora-48gb, lora-24gb, paper, fast, tiny, tiny-fast
     model: str = "black-forest-labs/FLUX.1-dev"  # folder, OWNER/NAME or OWNER/NAME@REVISION; a FluxPipeline
     reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
@@ -117,8 +117,7 @@ PRESETS = {
     "8gpu": dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995),  # (release)
     "lora": dict(updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, iterations=301),  # (release)
     "lora-48gb": ONE_GPU | dict(height=512, width=512, gpu_memory=46.0),
-    "lora-32gb": ONE_GPU | dict(quantize="int8", gpu_memory=31.0),
-    "lora-24gb": ONE_GPU | dict(quantize="int8", height=512, width=512, gpu_memory=23.0),
+    "lora-24gb": ONE_GPU | dict(quantize="int8", gpu_memory=23.0),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 16 forward passes a sample, not 43
     "tiny": TINY,

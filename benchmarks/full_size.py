@@ -16,7 +16,6 @@ COMMANDS = (  # most are the README's; and the number of processes
     ("grpo_flux", "--preset 8gpu", 8),
     ("grpo_flux", "--preset lora", 8),
     ("grpo_flux", "--preset lora-48gb", 1),
-    ("grpo_flux", "--preset lora-32gb", 1),
     ("grpo_flux", "--preset lora-24gb", 1),
     ("grpo_video", "", 32),
     ("grpo_video", "--preset release-i2v", 32),

@@ -11,6 +11,7 @@ from . import loading
 from .checkpoints import GIB
 from .options import Lazy, RunError
 from .processes import World, trainable
+from .quantize import QuantizedLinear
 
 diffusers = Lazy("diffusers")
 
@@ -31,7 +32,7 @@ def training_bytes(config, network: nn.Module, shard_size: int, dtype: torch.dty
     trained, reference = trainable(network), config.kl_weight and not config.lora_rank
     return {
         "parameters": held(network.parameters())
-        + sum(buffer.nbytes for buffer in network.buffers())  # --quantize keeps weights there; they are not cut
+        + sum(x.nbytes for m in network.modules() if isinstance(m, QuantizedLinear) for x in m.buffers())  # not cut
         + (held(network.parameters(), dtype.itemsize) if reference else 0),
         "gradients": held(trained),
         "optimizer": 2 * held(trained) + 4 * len(trained),  # two moments, and a count of the steps

@@ -141,8 +141,7 @@ RECIPES = [
         updates_per_rollout=2, steps=12, learning_rate=3e-4, lora_rank=128, iterations=301
     )),
     (grpo_flux, "lora-48gb", 6, FLUX | ONE_GPU | dict(height=512, width=512, gpu_memory=46.0, quantize="")),
-    (grpo_flux, "lora-32gb", 6, FLUX | ONE_GPU | dict(gpu_memory=31.0, quantize="int8")),
-    (grpo_flux, "lora-24gb", 6, FLUX | ONE_GPU | dict(height=512, width=512, gpu_memory=23.0, quantize="int8")),
+    (grpo_flux, "lora-24gb", 6, FLUX | ONE_GPU | dict(gpu_memory=23.0, quantize="int8")),
     (grpo_flux, "fast", 2, FLUX | dict(steps=10, sde_window=2, sde_window_every=1000)),
     (grpo_flux, "paper", 14, TABLE_6 | dict(steps=25, updates_per_rollout=4, eta=0.3)),
     (grpo_video, "release", 9, T2V),

@@ -283,7 +283,7 @@ def test_the_pages_name_every_script_and_the_presets_of_full_size():
     found = commands()
     assert {script for script, _ in found} == {"grpo_sd", "grpo_flux", "grpo_video", "eval"}
     named = {word for _, words in found for word in words}
-    assert {"8gpu", "lora", "24gb", "lora-48gb", "lora-32gb", "lora-24gb", "release-i2v", "wan", "wan-48gb"} <= named
+    assert {"8gpu", "lora", "24gb", "lora-48gb", "lora-24gb", "release-i2v", "wan", "wan-48gb"} <= named
 
 
 @pytest.mark.parametrize("script, words", commands(), ids=lambda x: x if isinstance(x, str) else " ".join(x))
