@@ -37,7 +37,7 @@ import runtime
 from rewards import RewardError, check_reward
 from runtime import data, loading, options, processes
 from runtime.options import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
-from sampling import ddim_sde_step, gaussian_kl, gaussian_log_prob, sample_ode
+from sampling import ddim_sde_step, distinct, gaussian_kl, gaussian_log_prob, sample_ode
 
 diffusers, dryrun = options.Lazy("diffusers"), options.Lazy("runtime.dryrun")
 
@@ -120,8 +120,7 @@ PRESETS = {
     ),
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # the first two of six steps, which decide the most
-        iterations=36, prompts_per_iteration=6, sde_window=2, sde_window_every=1000, updates_per_rollout=1,
-        micro_batch=48, learning_rate=2e-5, clip_range=1e-4,
+        iterations=36, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5, clip_range=1e-4,
     ),
 }  # fmt: skip
 
@@ -177,16 +176,6 @@ def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
     """
     steps = {"random": rng.permutation(window), "first": window, "last": window[::-1]}[timesteps]
     return sorted(int(t) for t in steps[: int(len(window) * fraction)])
-
-
-def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:
-    """Which of the pairs (sample, step) the network evaluates, and for each pair the place of its prediction there.
-
-    With shared noise a group starts from one latent: at step 0 one evaluation serves all samples, and is exact.
-    """
-    states = [(i - i % group_size if shared_noise and t == 0 else i, t) for i, t in pairs]
-    once = list(dict.fromkeys(states))
-    return [states.index(state) for state in once], [once.index(state) for state in states]
 
 
 def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:

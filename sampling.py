@@ -175,6 +175,16 @@ def ddim_sde_step(eps, z, alpha_bar, alpha_bar_next, eta, prediction="epsilon"):
     return Step(mean, std, z0_hat)
 
 
+def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:
+    """Which of the pairs (sample, step) the network evaluates, and for each pair the place of its prediction there.
+
+    With shared noise a group starts from one latent: at step 0 one evaluation serves all samples, and is exact.
+    """
+    states = [(i - i % group_size if shared_noise and t == 0 else i, t) for i, t in pairs]
+    once = list(dict.fromkeys(states))
+    return [states.index(state) for state in once], [once.index(state) for state in states]
+
+
 def rollout(model, z, levels, eta, step=flow_sde_step, noise=None, window=None, log_prob=gaussian_log_prob):
     """Sample from noise to data; keep every latent and the log-probability of every draw.
 

@@ -18,7 +18,6 @@ from grpo_flux import (
     best_and_worst,
     choose_steps,
     deal,
-    distinct,
     group_advantages,
     grpo_loss,
     sde_window,
@@ -26,13 +25,12 @@ from grpo_flux import (
 )
 from runtime import checkpoints, data, dryrun, families, loading, output, processes
 from runtime.options import check_options, parse_config
-from sampling import gaussian_kl, gaussian_log_prob, guarded_loss
+from sampling import distinct, gaussian_kl, gaussian_log_prob, guarded_loss
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 ROOMS = (checkpoints, data, dryrun, families, loading, output, processes)
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
-SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps", "distinct", "sde_window"]
-SHARED += ["statistics"]
+SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps", "sde_window", "statistics"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
 group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
 micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
@@ -60,7 +58,6 @@ def test_a_grpo_function_works_when_its_source_alone_is_copied(name):
         "best_and_worst": [x, 4, 1],
         "deal": [[3, 4, 5, 6], 2],
         "choose_steps": [range(9), 0.5, "random"],
-        "distinct": [[(4, 0), (5, 0), (5, 1), (6, 1)], 4, True],
     }[name]
     copied, original = (
         function(*arguments, *[data.keyed_rng("a test", 0)] * (name in ("deal", "choose_steps")))

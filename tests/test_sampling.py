@@ -311,6 +311,8 @@ def results(function):
             return [*function("guard", *pair), *function("dppo", *pair)]
         case "ddim_sde_step":
             return [*function(x, y, 0.4, 0.6, 0.5), *function(x, y, 0.4, 0.6, 0.5, "v_prediction")]
+        case "distinct":
+            return [torch.tensor(part) for part in function([(4, 0), (5, 0), (5, 1), (6, 1)], 4, True)]
         case "rollout":
             return [*function(lambda z, i: z.sin() + i, x, levels, 0.7, noise=lambda i: noise + i, window=range(1, 3))]
         case "sample_ode":
@@ -327,6 +329,6 @@ def test_a_function_works_when_its_source_alone_is_copied(name):
 
 def test_every_function_of_the_contract_is_public():
     contract = "flow_sigmas gaussian_log_prob flow_sde_step flow_grpo_sde_step cps_step ddim_sde_step rollout"
-    assert set(contract.split()) | {"cps_log_prob", "gaussian_kl", "guarded_loss", "sample_ode"} == set(PUBLIC)
+    assert set(contract.split()) | {"cps_log_prob", "distinct", "gaussian_kl", "guarded_loss", "sample_ode"} == set(PUBLIC)
     assert Step._fields == ("mean", "std", "z0_hat")
     assert SDE.keys() == {"dance", "flow", "cps"} and SDE["cps"] == (cps_step, cps_log_prob)
