@@ -1,5 +1,6 @@
 """What goes into a run: keyed noise, prompts, first frames. Random numbers are functions of their key alone."""
 
+import gc
 import hashlib
 import json
 import re
@@ -203,6 +204,8 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             save_image(path, pipe(prompt, generator=generator, **options).images[0])
+    del pipe, parts
+    gc.collect()  # its parts refer to each other, and the run needs the room
     world.barrier()
     if world.is_main:
         with writing(index), index.open("a", encoding="utf-8") as file:

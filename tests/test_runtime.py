@@ -1,6 +1,7 @@
 """Randomness by key, the order of prompts, and the parts of a run that are not the paper's."""
 
 import json
+import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime import data, files, output, pictures, processes
+from runtime import data, files, loading, output, pictures, processes
 from runtime.data import keyed_noise, prompt_batch
 from runtime.options import RunError, parse_config
 from runtime.processes import EMA
@@ -279,7 +280,9 @@ def test_a_picture_that_cannot_be_read_says_what_to_convert_it_to(tmp_path):
         data.read_picture(tmp_path / "a.heic")
 
 
-def test_first_frames_are_painted_once_and_kept(tmp_path):
+def test_first_frames_are_painted_once_and_kept(tmp_path, monkeypatch):
+    networks, load = [], loading.load_weights
+    monkeypatch.setattr(loading, "load_weights", lambda *a, **o: networks.append(weakref.ref(x := load(*a, **o))) or x)
     folder = tmp_path / "frames"
     config = SimpleNamespace(
         first_frames=str(folder), first_frame_model="tiny/flux", first_frame_steps=2, height=64, width=64,
@@ -290,6 +293,7 @@ def test_first_frames_are_painted_once_and_kept(tmp_path):
     first = data.first_frames(config, prompts)
     assert not folder.exists()  # nothing is painted before the run has its folder
     data.paint_first_frames(config, first, world)
+    assert len(networks) == 4 and not any(network() for network in networks)  # the run has the room
     assert set(prompts[:2]) <= first.keys()
     assert all(path.parent == folder and Image.open(path).size == (64, 64) for path in first.values())
     made = {path: path.stat().st_mtime_ns for path in first.values()}
