@@ -88,7 +88,10 @@ def complaint(trainer, *words):
             "--timesteps middle",
             "argument --timesteps: invalid choice: 'middle'",
         ),
-        ("--timesteps first", "--timesteps first does not apply: all 2 steps of --sde-window are trained"),
+        (
+            "--timesteps first --sde-window 2",
+            "--timesteps first does not apply: all 2 steps of --sde-window are trained",
+        ),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
         ("--updates-per-rollout 5", "--updates-per-rollout 5 must divide"),

@@ -15,6 +15,7 @@ from benchmarks import commands, full_size, throughput
 from runtime import output
 
 SMALL = ["--preset", "tiny", "--group-size", "2", "--prompts-per-iteration", "1", "--steps", "3", "--micro-batch", "2"]
+SMALL += ["--updates-per-rollout", "2"]
 
 
 def test_the_recorder_repeats_the_passes_with_their_gradients_and_forgets_them():
@@ -47,7 +48,7 @@ def test_the_costs_of_more_samples_steps_and_pixels_are_the_fastest_of_several_r
     monkeypatch.setattr(throughput, "fastest", lambda trainer, words: asked.append(words[2:]) or 100 - len(asked))
     curves = throughput.scaling(grpo_sd, ["--preset", "tiny"])
     assert curves["steps"] == [(1, 85), (2, 82), (4, 81)]  # of the third round, the fastest
-    assert asked[4] == ["--steps", "24", "--sde-window", "8"] and asked[6] == ["--height", "256"] and len(asked) == 21
+    assert asked[4] == ["--steps", "24", "--sde-window", "0"] and asked[6] == ["--height", "256"] and len(asked) == 21
 
 
 @pytest.mark.slow
