@@ -90,7 +90,7 @@ def complaint(trainer, *words):
         ),
         (
             "--timesteps first --sde-window 2",
-            "--timesteps first does not apply: all 2 steps of --sde-window are trained",
+            "--timesteps first does not apply: all 2 steps of --sde-window are",
         ),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
