@@ -1,4 +1,4 @@
-"""Trainers, eval.py and rewards on the accelerator that tests/pretend.py pretends: devices do not mix, numbers agree."""
+"""Trainers, eval.py and rewards on the accelerator that tests/pretend.py pretends: no device mixing, equal numbers."""
 
 import json
 import subprocess
