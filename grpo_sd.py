@@ -103,8 +103,8 @@ class Config:
 # The paper's algorithm, at its tau. In a run so short the steps are larger, and with them epsilon.
 TINY = dict(
     model="tiny/sd", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt", output_dir="runs/tiny-sd",
-    height=64, width=64, iterations=24, prompts_per_iteration=8, group_size=8, steps=6, timestep_fraction=0.6,
-    updates_per_rollout=2, clip_range=2.5e-4, micro_batch=64, learning_rate=1e-4, guidance=2.0, num_samples=64,
+    height=64, width=64, iterations=23, prompts_per_iteration=8, group_size=8, steps=6, timestep_fraction=0.6,
+    updates_per_rollout=4, clip_range=1e-3, micro_batch=64, learning_rate=2e-4, guidance=2.0, num_samples=64,
 )  # fmt: skip
 PRESETS = {
     "release": {},

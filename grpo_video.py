@@ -120,7 +120,7 @@ TINY = dict(
     eta=1.0, shift=3.0, updates_per_rollout=4, clip_range=2e-4, micro_batch=32, keep_best_worst=0, learning_rate=5e-5,
     gradient_checkpointing=False, num_samples=32, save_every=50,
 )  # fmt: skip
-GUIDED = TINY | dict(guidance=1.0, true_guidance=2.0, learning_rate=1e-4)
+GUIDED = TINY | dict(guidance=1.0, true_guidance=2.0)
 PRESETS = {
     "release": {},
     "release-i2v": I2V | dict(iterations=121, group_size=8),
@@ -137,8 +137,8 @@ PRESETS = {
         steps=16, prompts_per_iteration=4, group_size=8, micro_batch=2, gpu_memory=46.0,
     ),
     "tiny-t2v": TINY | dict(reward="vq,mq", iterations=12, output_dir="runs/tiny-t2v"),
-    "tiny-wan": GUIDED | dict(model="tiny/wan", reward="vq,mq", iterations=12, output_dir="runs/tiny-wan"),
-    "tiny-i2v": GUIDED | dict(transformer="tiny/skyreels", reward="mq", iterations=15, output_dir="runs/tiny-i2v"),
+    "tiny-wan": GUIDED | dict(model="tiny/wan", reward="vq,mq", iterations=20, output_dir="runs/tiny-wan"),
+    "tiny-i2v": GUIDED | dict(transformer="tiny/skyreels", reward="mq", iterations=20, output_dir="runs/tiny-i2v"),
     "tiny-t2i": TINY | dict(
         reward="hps", frames=1, prompts="prompts/tiny_single.txt", prompts_per_iteration=8, micro_batch=64,
         iterations=35, output_dir="runs/tiny-t2i",

@@ -29,13 +29,14 @@ from runtime.options import command_words, parse_config
 
 QUICK = {"iterations": 1, "group_size": 2, "steps": 2, "timestep_fraction": 1, "updates_per_rollout": 1}
 QUICK |= {"num_samples": 1, "dtype": "float32"}
+SCORERS = "hps=tiny/hps,clip=tiny/clip,geneval=tiny/pictures.py:Detector"
 TRAININGS = {
-    "sd": ("sd", {"reward": "hps,clip"}),
+    "sd": ("sd", {"reward": "hps,clip,geneval,tiny/pictures.py:right", "reward_paths": SCORERS, "keep_best_worst": 1}),
     "flux": ("flux", {"kl_weight": 0.1, "ema_decay": 0.5}),
     "flux-lora": ("flux", {"kl_weight": 0.1, "lora_rank": 4, "offload": True, "ema_decay": 0.5}),
-    "t2v": ("t2v", {"reward": "vq,mq"}),
-    "i2v": ("i2v", {"offload": True}),
-    "wan": ("wan", {}),
+    "t2v": ("t2v", {"reward": "vq,mq,tiny/clips.py:right", "sde": "cps"}),
+    "i2v": ("i2v", {"offload": True, "sde": "flow", "ratio": "guard"}),
+    "wan": ("wan", {"ratio": "dppo"}),
 }
 ONE = {"steps": 2, "images_per_prompt": 1}
 REWARDS = {"hps": "tiny/hps", "clip": "tiny/clip", "pickscore": "tests/golden/hub/PickScore_v1"}
@@ -113,11 +114,19 @@ def attempt(expression: str, folder: Path) -> str:
     return ""
 
 
+def require_device(module: torch.nn.Module, _) -> None:
+    """No network may compute in host memory, which would go unnoticed otherwise: pipelines move their inputs."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and pretend.Module.present and weight.device.type == "cpu":
+        raise RuntimeError(f"a {type(module).__name__} computes on the CPU")
+
+
 def main(folder: Path) -> None:
     output.Metrics.draw = lambda self: None  # curves take as long as the run
     processes.compute_dtype = lambda *_: torch.float32  # eval.py has no --dtype
     open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
     gc.disable()  # nothing here needs it, and it looks through all that torch imported
+    torch.nn.modules.module.register_module_forward_pre_hook(require_device)
     pretend.start()
     results = {"cpu": {}, "pretend": {}}
     for place, numbers in list(results.items()):

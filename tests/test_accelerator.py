@@ -1,4 +1,4 @@
-"""Trainers, eval.py and rewards on the accelerator of tests/pretend.py: devices do not mix, numbers agree."""
+"""Trainers, eval.py and rewards on the accelerator that tests/pretend.py pretends: no device mixing, equal numbers."""
 
 import json
 import subprocess
