@@ -41,7 +41,7 @@ def measure(spec: str, paths: dict[str, str], visual: Tensor, fps: float | None,
         with mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 10**6), mock.patch.object(rewards, "check_visuals"):
             scorer = scorer_of(name, paths.get(name, ""))
             sizes.append(sum(parameter.nbytes for parameter in scorer.model.parameters()))
-            held = counter.tensors
+            held = counter.tensors + counter.buffers
             counter.reset_peak()
             if name == "videoalign":
                 scorer(visual, [""], fps)

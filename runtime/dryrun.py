@@ -334,7 +334,7 @@ def _measure_decode(counter: Counter, vae_class, config: dict, dtype, decode: Ca
     torch.set_default_dtype(dtype)
     vae = vae_class.from_config(config)
     torch.set_default_dtype(torch.float32)
-    held = counter.tensors
+    held = counter.tensors + counter.buffers
     counter.reset_peak()
     with torch.no_grad():
         decode(vae, z)

@@ -163,9 +163,13 @@ PROMPT = "two red circles and a blue square " * 20
 FOLDERS = {name: f"tiny/{name}" for name in SCORERS} | {"pickscore": "tests/golden/hub/PickScore_v1"}
 
 
-def measured(spec, shape, fps=None, paths=FOLDERS):
-    """Bytes of the models, and of what scoring one sample of this shape takes beside them."""
+def measured(spec, shape, fps=None, paths=FOLDERS, buffers=0):
+    """Bytes of the models, and of what scoring one sample of this shape takes beside them.
+
+    buffers: bytes that FSDP holds meanwhile.
+    """
     counter = dryrun.Counter()
+    counter.buffers = buffers
     with FakeTensorMode(), counter:
         return dryreward.measure(spec, paths, torch.empty(1, *shape), fps, counter)
 
@@ -192,6 +196,10 @@ def test_a_reward_is_counted_as_a_real_one_scores(name, monkeypatch):
     assert size == sum(p.nbytes for p in scorer.model.parameters())
     # The others' masks, and the frames of videos, which are resized one by one, count in models that are so small.
     assert (0.97 if name in ("hps", "clip") else 0.85) < taken(scorer, 16, shape, *fps) / (16 * most) < 1.01
+
+
+def test_what_fsdp_holds_is_not_counted_as_the_reward_s():
+    assert measured("hps", (3, 64, 64), buffers=dryrun.GIB) == measured("hps", (3, 64, 64))
 
 
 def test_an_image_reward_of_a_video_scores_eight_frames():
