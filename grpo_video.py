@@ -78,7 +78,7 @@ class Config:
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
     micro_batch: Count = 1  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
-    reward_batch: Count = 16  # samples in a forward pass of a reward (ours)
+    reward_batch: Count = 32  # samples in a forward pass of a reward (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
     shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's

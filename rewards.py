@@ -504,7 +504,7 @@ def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
         FETCHES[model](paths.get(model))
 
 
-def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None, batch=16) -> "Reward":
+def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None, batch=32) -> "Reward":
     """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
 
     NAME      hps, clip, pickscore, vq, mq, ta, one that was given to `register` (geneval),
@@ -531,7 +531,7 @@ def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", me
 class Reward:
     """Several rewards behind one call. `weights` are for the advantages; scores are returned unweighted."""
 
-    def __init__(self, terms: list[Term], scorers: dict[str, Callable], batch: int = 16):
+    def __init__(self, terms: list[Term], scorers: dict[str, Callable], batch: int = 32):
         self.terms, self.scorers, self.batch = terms, scorers, batch
         self.weights = {term.name: term.weight for term in terms}
 
