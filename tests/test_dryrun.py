@@ -94,7 +94,8 @@ def test_wan_is_counted_to_the_byte(tmp_path):
 
 @pytest.mark.slow
 def test_sharding_divides_what_is_trained_and_costs_traffic(tmp_path):
-    one, four = grpo_flux.dry_run(options(tmp_path)), grpo_flux.dry_run(options(tmp_path, processes=4, shard_size=4))
+    sharded = options(tmp_path, processes=4, shard_size=4, updates_per_rollout=1)
+    one, four = grpo_flux.dry_run(options(tmp_path)), grpo_flux.dry_run(sharded)
     for part in ("parameters", "gradients", "optimizer", "ema"):
         assert four["gpu_gib"][part] == pytest.approx(one["gpu_gib"][part] / 4, rel=0.01)
     assert one["gathered_gib"] == 0
