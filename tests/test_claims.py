@@ -333,6 +333,7 @@ def test_the_score_that_refl_climbs_is_the_rewards_own():
 
 
 FAST = dict(preset="tiny", iterations=2, prompts_per_iteration=2, group_size=4, steps=4, num_samples=2, micro_batch=4)
+FAST |= dict(sde_window=2, updates_per_rollout=1)
 
 
 @pytest.mark.slow
