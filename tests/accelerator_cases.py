@@ -125,13 +125,14 @@ def main(folder: Path) -> None:
     output.Metrics.draw = lambda self: None  # curves take as long as the run
     processes.compute_dtype = lambda *_: torch.float32  # eval.py has no --dtype
     open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
-    gc.disable()  # nothing here needs it, and it looks through all that torch imported
+    gc.disable()  # and see gc.freeze() below
     torch.nn.modules.module.register_module_forward_pre_hook(require_device)
     pretend.start()
     results = {"cpu": {}, "pretend": {}}
     for place, numbers in list(results.items()):
         pretend.Module.present = place == "pretend"
         for name, case in CASES.items():
+            gc.freeze()  # or every gc.collect() looks through all that torch imported
             try:
                 numbers[name] = case(folder / place, torch.device(place))
             except Exception:
