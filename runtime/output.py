@@ -1,6 +1,7 @@
 """A run: its setup in one call, what surrounds its iterations, and what it writes beside checkpoints."""
 
 import dataclasses
+import gc
 import inspect
 import json
 import os
@@ -136,6 +137,7 @@ class Run:
         if self.world.is_main:
             self.metrics.path.touch()  # by which --resume knows a run, also before its first iteration is done
             tqdm.write(f"stopped after iteration {self.done}; continue with --output-dir {c.output_dir} --resume")
+        gc.freeze()  # else Python's end takes a second or two: it looks for garbage among all that is loaded
         raise SystemExit(self.preempted.exit_code)
 
     def _before_step(self, *_) -> None:
