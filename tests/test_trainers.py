@@ -302,8 +302,7 @@ def test_two_processes_do_the_work_of_one(finished, two_processes, tmp_path):
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a.keys() == b.keys()
         for key in a.keys() & {"reward_mean", "reward_std", "reward_hps", "sample_reward_hps_before"}:
-            # Micro-batches hold other pairs on two processes: sums round differently, and AdamW enlarges that.
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6)
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6)
         if "sample_reward_hps" in a:
             assert a["sample_reward_hps"] == pytest.approx(b["sample_reward_hps"], rel=1e-4, abs=1e-6)
         assert b["ratio_max_deviation_first_update"] <= 1e-6
