@@ -99,7 +99,6 @@ class Config:
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
-# In so short a run the first two steps, which decide most of the picture, learn fastest: the window stays there.
 # The paper's algorithm, at its tau. In a run so short the steps are larger, and with them epsilon.
 TINY = dict(
     model="tiny/sd", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt", output_dir="runs/tiny-sd",

@@ -11,6 +11,8 @@ Algorithm 1 of the paper, which `main` follows line by line:
 
     python grpo_video.py --preset tiny-t2v            on a laptop, no download; or tiny-t2i, tiny-i2v, tiny-wan
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py    the release's run; --preset release-i2v: SkyReels
+
+Departures from the release: docs/departures.md.
 Legend: P prompts of this process, G samples of each, B = P G of them, T sampling steps, (C, f, h, w) a latent, F
 frames, L text tokens, D width of their embedding, M pairs (sample, step) in a micro-batch, n texts of a sample: with
 classifier-free guidance 2, the empty one and the prompt, else 1.
@@ -113,7 +115,6 @@ WAN = dict(
     model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", updates_per_rollout=1, keep_best_worst=0, guidance=1.0, true_guidance=5.0,
     max_sequence_length=512, shift=3.0, eta=0.3, steps=20, group_size=12,
 )  # fmt: skip
-# The paper's algorithm at its tau and number of updates. In a run so short the steps are larger, and with them epsilon.
 TINY = dict(
     model="tiny/hunyuan", reward_paths="hps=tiny/hps,videoalign=tiny/videoalign", prompts="prompts/moving.jsonl",
     height=32, width=32, frames=9, fps=2.0, max_sequence_length=24, prompts_per_iteration=4, group_size=8, steps=6,
@@ -288,9 +289,8 @@ def decode(vae, z0: Tensor) -> Tensor:
 def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, window: range, sigmas, shape: tuple):
     """Algorithm 1, lines 4 and 5: draw G videos for each prompt, keep every latent and the log-prob of every draw.
 
-    conditions (P, …) as from `encode`; keys (seed, iteration, prompt, sample) of each of the B samples; shape
-    (C, f, h, w). Returns trajectories (B, T+1, C, f, h, w), log_probs (B, T), and videos (B, F, 3, H, W) decoded from
-    the last z0_hat.
+    conditions (P, …) as from `encode`; keys (seed, iteration, prompt, sample) of each sample; shape (C, f, h, w).
+    Returns trajectories (B, T+1, C, f, h, w), log_probs (B, T), and videos (B, F, 3, H, W), from the last z0_hat.
     """
     (step, log_prob_of), T = SDE[cfg.sde], cfg.steps
     trajectories, log_probs, videos = [], [], []

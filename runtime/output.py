@@ -271,7 +271,7 @@ class Metrics:
     def gain(self) -> str:
         """What the sample pictures' scores were before training and are now, and where to look."""
         names = [key for key in self.rows[-1] if key.startswith("sample_reward_")] if self.rows else []
-        scores = [f"{key} {self.rows[0].get(f'{key}_before', 0):.3f} → {self.rows[-1][key]:.3f}" for key in names]
+        scores = [f"{key} {y[0]:.3f} → {y[-1]:.3f}" for key in names for _, y in [curve(self.rows, key)]]
         return f"{', '.join(scores)}; see {self.path.with_name('samples')} and {self.path.with_name('reward.png')}"
 
     def draw(self) -> None:
