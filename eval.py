@@ -84,7 +84,7 @@ class Config:
 PRESETS = {
     "paper": {},
     "tiny": {
-        "metrics": "hps,clip,geneval",
+        "metrics": "hps,clip,geneval,tiny/make_judge.py:judged",
         "reward_paths": "hps=tiny/hps,clip=tiny/clip",
         "detector": "tiny/pictures.py:Detector",
         "prompts": "prompts/tiny_heldout.txt",

@@ -4,7 +4,9 @@ An arm is a trainer with some of its options changed. Its runs stand in OUTPUT_D
 that a run follows from: options, seed, and the files of models, rewards and prompts. A finished run is used again, by
 other claims too; an interrupted one is resumed. Held-out figures are eval.py's.
 
-Legend: S seeds. A comparison is paired: it takes the runs of both arms with the same seed.
+What the verdicts mean and how they were fixed beforehand stands in claims/README.md.
+
+Legend: S seeds.
 """
 
 import contextlib
@@ -16,6 +18,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +28,9 @@ from tqdm import tqdm
 from runtime import checkpoints, files, output
 from runtime.options import command_words, latest_checkpoint, parse_config
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided at this size"
+HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equivalent", "undecided"
+SPEED = "HPS of sample pictures, mean over training (cosine)"  # the area under the learning curve, over its length
+EARLY = dict(iterations=16, sample_every=2, learning_rate=2.5e-5)  # of the tiny presets: before the plateau
 SAMPLERS = ("steps", "guidance", "true_guidance", "shift", "height", "width", "frames")  # what eval.py takes from a run
 
 
@@ -41,13 +46,18 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Compare:
-    """The assertion  measure(higher) - times x measure(lower) > by.  Without `lower` it is  measure(higher) > by."""
+    """The assertion  measure(higher) - times x measure(lower) > by.  Without `lower` it is  measure(higher) > by.
+
+    With a margin the two are equivalent if the difference is shown to be smaller, whichever its sign.
+    """
 
     measure: str
     higher: str
     lower: str = ""
     by: float = 0.0
     times: float = 1.0
+    margin: float = 0.0
+    paired: bool = True  # runs with the same seed share prompts and noise; False: they do not, Welch's test
 
     def __str__(self):
         lower = f"{self.times:g} x " * (self.times != 1) + self.lower
@@ -61,13 +71,13 @@ class Experiment:
     says: str  # the claim, and where it is made
     trainer: str  # grpo_sd, grpo_flux or grpo_video
     preset: str
-    arms: dict[str, dict]  # name → options that differ from the preset; "loop": MODULE[:FUNCTION] trains instead
+    arms: dict[str, dict]  # name → options that differ from the preset; "loop": MODULE[:FUNCTION] trains instead;
+    # "seed": is added to every seed
     measures: dict[str, Callable[[Run], float]]  # name with its unit → what is measured of a run
-    compares: tuple[Compare, ...]
+    compares: tuple[Compare, ...]  # the first is primary: its verdict is the claim's
     curves: tuple[tuple[str, str, str], ...]  # x, key of the metrics, name with its unit; x is a key of AXES
     heldout: dict = field(default_factory=lambda: {"preset": "tiny"})  # options of eval.py
     paper: str = "-"  # what the paper, or whoever makes the claim, measured
-    seeds: int = 3
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -190,13 +200,14 @@ def evaluate(runs: list[Path], options: dict, folder: Path) -> list[tuple]:
     return found
 
 
-def run_arms(experiment: Experiment, name: str, seeds: int, iterations: int, folder: Path) -> dict[str, list[Run]]:
+def run_arms(experiment: Experiment, name: str, seeds: range, iterations: int, folder: Path) -> dict[str, list[Run]]:
     """{arm: its S runs}, trained and evaluated."""
-    todo = [(arm, seed) for seed in range(1, seeds + 1) for arm in experiment.arms]
+    todo = [(arm, seed) for seed in seeds for arm in experiment.arms]
     runs = []
     for arm, seed in (bar := tqdm(todo, desc=name, unit="run", dynamic_ncols=True)):
         bar.set_postfix_str(f"{arm}, seed {seed}")
-        options = {"preset": experiment.preset, "seed": seed} | experiment.arms[arm]
+        options = {"preset": experiment.preset} | experiment.arms[arm]
+        options["seed"] = seed + options.get("seed", 0)
         options |= {"iterations": iterations} if iterations else {}
         loop = options.pop("loop", "")
         runs.append(train(experiment.trainer, options, folder / "runs", loop))
@@ -211,30 +222,56 @@ def run_arms(experiment: Experiment, name: str, seeds: int, iterations: int, fol
 # ---------------------------------------------------------------------------------------------------------- verdict
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """Mean of S values, and the ends of Student's interval for it, 95 %; infinite for a single value."""
-    from scipy.special import stdtrit
-
-    values = np.array(values, dtype=float)
-    center, n = values.mean(), len(values)
-    half = stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-    return float(center), float(center - half), float(center + half)
-
-
 def judge(compare: Compare, measured: dict[str, dict[str, list[float]]]) -> dict:
-    """Whether an assertion holds, from {arm: {measure: a value for each seed}}."""
-    values = np.array(measured[compare.higher][compare.measure])
-    if compare.lower:
-        values = values - compare.times * np.array(measured[compare.lower][compare.measure])
-    center, low, high = interval(values)
+    """The verdict on an assertion, from {arm: {measure: a value for each of S seeds}}.
+
+    It holds, or does not, if Student's interval for the difference, 95 %, lies on one side of the bound. It is
+    equivalent if the interval of two one-sided tests, 90 %, lies within the margin, and undecided otherwise.
+    p is the smaller one of both tests. A single seed decides nothing.
+    """
+    from scipy import stats
+
+    a = np.array(measured[compare.higher][compare.measure])
+    b = compare.times * np.array(measured[compare.lower][compare.measure]) if compare.lower else np.zeros(len(a))
+    values = [(a - b).tolist()] if compare.paired else [a.tolist(), b.tolist()]
+    mean, constant = float(a.mean() - b.mean()), len(a) > 1 and all(np.std(v) < 1e-12 for v in values)
+    if len(a) == 1:
+        low, high, p, smaller = -math.inf, math.inf, 1.0, 1.0
+    elif constant:  # a cost, say
+        low, high, p, smaller = mean, mean, 0.0, 0.0 if abs(mean) < compare.margin else 1.0
+    else:
+        test = partial(stats.ttest_1samp, a - b) if compare.paired else partial(welch, a, b)
+        low, high = test(0.0).confidence_interval(0.95)
+        p = test(compare.by).pvalue
+        sides = ((-compare.margin, "greater"), (compare.margin, "less"))
+        smaller = max(test(bound, alternative=side).pvalue for bound, side in sides) if compare.margin else 1.0
     verdict = HOLDS if low > compare.by else FAILS if high <= compare.by else OPEN
-    finite = [x if math.isfinite(x) else None for x in (low, high)]  # JSON has no infinity
-    return {"says": str(compare), "values": values.tolist(), "mean": center, "interval": finite, "verdict": verdict}
+    finite = [float(x) if math.isfinite(x) else None for x in (low, high)]  # JSON has no infinity
+    return {
+        "says": str(compare),
+        "values": values,
+        "mean": mean,
+        "interval": finite,
+        "constant": constant,
+        "margin": compare.margin,
+        "p": float(min(p, smaller)),
+        "verdict": EQUAL if smaller < 0.05 else verdict,
+    }
 
 
-def conclude(verdicts: list[str]) -> str:
-    """A claim holds if every part of it does, and does not if any part does not."""
-    return FAILS if FAILS in verdicts else HOLDS if all(v == HOLDS for v in verdicts) else OPEN
+def welch(a: np.ndarray, b: np.ndarray, by: float, alternative: str = "two-sided"):
+    """Welch's test that a exceeds b by more or less than `by`; its interval is for a - b - by."""
+    from scipy import stats
+
+    return stats.ttest_ind(a, b + by, equal_var=False, alternative=alternative)
+
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's adjusted p-values: those below 0.05 are false, any of them, with a probability of at most 5 %."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        adjusted[i] = highest = max(highest, min(1.0, (len(p) - rank) * p[i]))
+    return adjusted
 
 
 def gains(runs: list[Run]) -> dict[str, dict]:
@@ -268,7 +305,7 @@ def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
     return {
         "says": experiment.says,
         "paper": experiment.paper,
-        "verdict": conclude([part["verdict"] for part in parts]),
+        "verdict": parts[0]["verdict"],
         "parts": parts,
         "measures": measured,
         "heldout": {arm: gains(runs) for arm, runs in arms.items()},
@@ -339,15 +376,24 @@ def save_figure(figure, path: Path) -> None:
         part.replace(path)
 
 
+def difference(part: dict) -> str:
+    """What was measured: the mean with Student's interval, or a constant alone."""
+    if part["constant"]:
+        return f"{part['mean']:+.3g}"
+    low, high = ("?" if x is None else f"{x:+.3g}" for x in part["interval"])
+    return f"{part['mean']:+.3g} ({low} to {high})"
+
+
+def verdict(part: dict) -> str:
+    """In words."""
+    return f"{EQUAL} within {part['margin']:g}" if part["verdict"] == EQUAL else part["verdict"]
+
+
 def figures(result: dict) -> list[str]:
-    """A line for each part of the claim: what was measured, with Student's interval, and the verdict."""
-    lines = []
-    for part in result["parts"]:
-        low, high = ("?" if x is None else f"{x:+.3g}" for x in part["interval"])
-        lines.append(f"{part['says']}: {part['mean']:+.3g} (95 %: {low} to {high}), {part['verdict']}")
-    return lines
+    """A line for each part of the claim, the primary one first: what was measured, and the verdict."""
+    return [f"{part['says']}: {difference(part)}, {verdict(part)}" for part in result["parts"]]
 
 
 def report(result: dict) -> str:
     """The verdict in words, with a line for each part."""
-    return "\n  ".join([f"{result['says']}: {result['verdict']}", *figures(result)])
+    return "\n  ".join([f"{result['says']}: {verdict(result['parts'][0])}", *figures(result)])

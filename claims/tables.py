@@ -1,8 +1,9 @@
-"""The tables of RESULTS.md: `python -m claims table` writes them from the files that other commands made.
+"""The tables of RESULTS.md and claims/README.md: `python -m claims table` writes them from files of other commands.
 
 Each stands between a line `<!-- python -m claims table: NAME -->` and a line `<!-- end -->`. NAME is that of a claim,
-whose held-out figures are shown; `verdicts`, for a row of every claim; `throughput`, `commands` or `full_size`, for
-what the benchmark of this name measured; or `tiny`, for what `python -m tiny check` found.
+whose held-out figures are shown; `verdicts`, for a row of every claim; `parts`, for all that was asserted of each;
+`power`, for the simulation of the verdicts; `throughput`, `commands` or `full_size`, for what the benchmark of this
+name measured; or `tiny`, for what `python -m tiny check` found.
 """
 
 import json
@@ -19,9 +20,11 @@ RESULTS, SPEED = ROOT / "claims/results", ROOT / "benchmarks/results"
 PLACE = re.compile(r"(<!-- python -m claims table: (\S+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 KINDS = {"single_object": "single object", "colors": "colours", "counting": "counting", "two_object": "two objects"}
 KINDS |= {"position": "position", "color_attr": "two coloured objects"}
-TITLES = {"hps": "HPS", "clip": "CLIP", "vq": "VQ", "mq": "MQ", "ta": "TA", "geneval": "checker accuracy"}
+TITLES = {"hps": "HPS", "clip": "CLIP", "vq": "VQ", "mq": "MQ", "ta": "TA"}
+TITLES |= {"judged": "accuracy by the second judge", "geneval": "accuracy by the checker"}
 TITLES |= {f"geneval, {kind}": f"... {title}" for kind, title in KINDS.items()}
-TITLES |= {"right": "checker accuracy", "roughness": "roughness", "uncleanness": "uncleanness"}
+VERDICTS = (experiment.HOLDS, experiment.FAILS, experiment.EQUAL, experiment.OPEN)
+TITLES |= {"right": "accuracy by the checker", "roughness": "roughness", "uncleanness": "uncleanness"}
 
 
 def read(path: Path):
@@ -41,14 +44,37 @@ def load(name: str) -> dict | None:
 
 
 def verdicts(names) -> str:
-    """A row for each claim that has a result."""
+    """A row for each claim that has a result: its primary part, and whether it outlasts Holm's correction."""
+    found = {name: result for name in names if (result := load(name)) and "parts" in result}
+    adjusted = experiment.holm([result["parts"][0]["p"] for result in found.values()])
     rows = []
+    for (name, result), p in zip(found.items(), adjusted, strict=True):
+        part = result["parts"][0]
+        holm = "-" if part["constant"] else f"{p:.2g}" if p >= 0.001 else "< 0.001"
+        claim = f"[{name}](claims/results/{name}.png)"
+        rows.append([claim, part["says"], experiment.difference(part), experiment.verdict(part), holm])
+    return table("claim | primary part | mean difference (95 %) | verdict | p after Holm", rows)
+
+
+def parts(names) -> str:
+    """What each claim says, what the paper measured, and every part of it."""
+    lines = []
     for name in names:
         if result := load(name):
             found = (one_form if name == "one-form" else experiment).figures(result)
-            claim = f"[{name}](claims/results/{name}.png): {result['says']}"
-            rows.append([claim, result["paper"], "<br>".join(found), str(len(result["seeds"])), result["verdict"]])
-    return table("claim | paper | here: mean over seeds, Student's interval | seeds | verdict", rows)
+            paper = f" Paper: {result['paper']}." if result["paper"] != "-" else ""
+            lines.append(f"* **{name}**, {len(result['seeds'])} seeds. {result['says']}.{paper}")
+            lines += [f"  * {line}" for line in found]
+    return "\n".join(lines) + "\n"
+
+
+def power() -> str:
+    """What `python -m claims power` simulated."""
+    rows = [
+        [str(row["seeds"]), row["test"], f"{row['effect']:g}", *(f"{100 * row[v]:.1f} %" for v in VERDICTS)]
+        for row in read(ROOT / "claims/power.json")
+    ]
+    return table(" | ".join(["seeds", "test", "true difference, standard deviations", *VERDICTS]), rows)
 
 
 def heldout(name: str) -> str:
@@ -143,11 +169,12 @@ def tiny() -> str:
 
 def filled(text: str, names) -> str:
     """The text with every table as the files have it."""
-    others = {"verdicts": lambda: verdicts(names)}
-    others |= {part.__name__: part for part in (throughput, commands, full_size, tiny)}
+    others = {"verdicts": lambda: verdicts(names), "parts": lambda: parts(names)}
+    others |= {part.__name__: part for part in (power, throughput, commands, full_size, tiny)}
     return PLACE.sub(lambda m: m[1] + others.get(m[2], lambda: heldout(m[2]))() + m[3], text)
 
 
-def write(names, path: Path = ROOT / "RESULTS.md") -> None:
+def write(names, paths: Iterable[Path] = (ROOT / "RESULTS.md", ROOT / "claims/README.md")) -> None:
     """Put the tables in their places."""
-    files.write_atomically(path, filled(path.read_text(encoding="utf-8"), names))
+    for path in paths:
+        files.write_atomically(path, filled(path.read_text(encoding="utf-8"), names))

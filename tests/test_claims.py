@@ -4,6 +4,7 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ from torchvision.transforms.functional import to_tensor
 import claims.__main__ as command
 import grpo_flux
 import grpo_sd
-from claims import diversity, dpo, experiment, one_form, policy, tables
-from claims.experiment import FAILS, HOLDS, OPEN, Compare, Experiment, Run
+from claims import diversity, dpo, experiment, forward, one_form, policy, power, tables, timesteps
+from claims.experiment import EQUAL, FAILS, HOLDS, OPEN, Compare, Experiment, Run
 from rewards import load_reward
 from runtime import output
 from runtime.options import RunError, check_options
@@ -113,12 +114,6 @@ def test_distance_of_features():
 # --------------------------------------------------------------------------------------------------------- verdicts
 
 
-def test_students_interval():
-    assert experiment.interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, -0.4841, 4.4841), abs=1e-4)  # t = 4.3027, √3
-    assert experiment.interval([0.5, 0.5]) == (0.5, 0.5, 0.5)
-    assert experiment.interval([7.0]) == (7.0, -np.inf, np.inf)
-
-
 @pytest.mark.parametrize(
     "higher, lower, options, verdict",
     [
@@ -127,6 +122,12 @@ def test_students_interval():
         ([1.0, 5.0, 3.0], [2.0, 3.0, 3.0], {}, OPEN),
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], {}, FAILS),  # exactly equal is not more
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], {"by": -0.01}, HOLDS),  # but it is not less either
+        ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], {"margin": 0.01}, EQUAL),
+        ([1.0, 2.1, 2.9], [1.0, 2.0, 3.0], {"margin": 0.2}, EQUAL),  # 0 ± 0.17
+        ([1.0, 2.1, 2.9], [1.0, 2.0, 3.0], {"margin": 0.15}, OPEN),
+        ([1.1, 2.11, 3.12], [1.0, 2.0, 3.0], {"margin": 0.2}, EQUAL),  # 0.11 for certain, and that does not matter
+        ([1.0, 2.1, 2.9], [1.0, 2.0, 3.0], {"margin": 0.2, "paired": False}, OPEN),  # the spread of each arm counts
+        ([4.0, 5.0, 6.0], [1.0, 2.0, 3.1], {"paired": False}, HOLDS),
         ([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], {"times": 1.9}, OPEN),  # 0.1, 0.2, 0.3: 0.2 ± 0.25
         ([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], {"times": 1.0, "by": -0.5}, HOLDS),  # 1, 2, 3: above -0.484
         ([9.0], [0.0], {}, OPEN),  # one seed shows nothing
@@ -140,16 +141,37 @@ def test_a_part_of_a_claim(higher, lower, options, verdict):
 
 
 def test_a_part_against_a_number():
+    """Student's t of two degrees of freedom is 4.3027 at 97.5 %."""
     part = experiment.judge(Compare("m", "a", by=0.9), {"a": {"m": [1.0, 1.0, 1.1]}})
-    assert part["values"] == [1.0, 1.0, 1.1]
+    assert part["values"] == [[1.0, 1.0, 1.1]]
     assert part["mean"] == pytest.approx(1.0333, abs=1e-4)
     assert part["interval"] == pytest.approx([0.8899, 1.1768], abs=1e-4) and part["verdict"] == OPEN
+    assert part["p"] == pytest.approx(0.0572, abs=1e-4)  # t = 4, two-sided
 
 
-def test_a_claim_is_as_good_as_its_worst_part():
-    assert experiment.conclude([HOLDS, HOLDS]) == HOLDS
-    assert experiment.conclude([HOLDS, OPEN]) == OPEN
-    assert experiment.conclude([OPEN, FAILS, HOLDS]) == FAILS
+def test_welchs_interval():
+    """Means 2 and 5, variances 1 and 4 of three values each: 3 ± t √(5/3), 2.94 degrees of freedom, t = 3.2188."""
+    part = experiment.judge(Compare("m", "b", "a", paired=False), {"a": {"m": [1, 2, 3]}, "b": {"m": [3, 5, 7]}})
+    assert part["mean"] == 3 and part["interval"] == pytest.approx([3 - 4.1555, 3 + 4.1555], abs=1e-3)
+
+
+def test_a_cost_has_no_interval():
+    part = experiment.judge(Compare("m", "a", "b", times=2.0), {"a": {"m": [5.0] * 3}, "b": {"m": [2.0] * 3}})
+    assert part["constant"] and experiment.difference(part) == "+1" and part["verdict"] == HOLDS
+
+
+def test_holm():
+    """The smallest p is multiplied by 4, the next by 3, and none may fall below the one before it."""
+    assert experiment.holm([0.02, 0.001, 0.03, 0.6]) == pytest.approx([0.06, 0.004, 0.06, 0.6])
+    assert experiment.holm([]) == []
+
+
+def test_the_verdicts_are_right_and_decide():
+    """At most 5 % false verdicts, up to what 400 trials tell, and four of five decided at one standard deviation."""
+    none, one = (power.shares(effect, seeds=10, trials=400) for effect in (0.0, 1.0))
+    assert none[HOLDS] + none[FAILS] <= 0.07 and one[EQUAL] + one[FAILS] <= 0.07
+    assert none[EQUAL] >= 0.75 and one[HOLDS] >= 0.75
+    assert power.shares(1.0, seeds=3, trials=400)[HOLDS] <= 0.25  # three seeds do not
 
 
 # ---------------------------------------------------------------------------------------------------- results, plots
@@ -167,14 +189,14 @@ ARMS = {
 
 def test_a_result_has_every_seed_and_the_verdict():
     result = experiment.summarize(CLAIM, ARMS)
-    assert result["verdict"] == HOLDS and result["parts"][0]["values"] == pytest.approx([0.2, 0.2, 0.21])
+    assert result["verdict"] == HOLDS and result["parts"][0]["values"] == [pytest.approx([0.2, 0.2, 0.21])]
     assert result["measures"] == {"a": {"HPS (cosine)": [0.5, 0.6, 0.71]}, "b": {"HPS (cosine)": [0.3, 0.4, 0.5]}}
     assert result["curves"][0]["arms"]["a"] == {"x": [0, 30, 60], "y": [[0, 3, 6], [0, 4, 7], [0, 5, 11]]}
     assert result["heldout"]["a"]["hps"]["base"] == pytest.approx(0.2)
     assert result["arms"]["a"] == {"trainer": "test_claims", "preset": "p", "eta": 2.0}
     assert experiment.report(result).splitlines() == [
         "a is better than b (Fig. 0): holds",
-        "  HPS (cosine): a - b > 0: +0.203 (95 %: +0.189 to +0.218), holds",
+        "  HPS (cosine): a - b > 0: +0.203 (+0.189 to +0.218), holds",
     ]
 
 
@@ -237,8 +259,8 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
     asked = []
 
     def run_arms(claim, name, seeds, iterations, folder):
-        asked.append((name, seeds, iterations))
-        return {arm: runs[:seeds] for arm, runs in ARMS.items()}
+        asked.append((name, list(seeds), iterations))
+        return {arm: runs[: len(seeds)] for arm, runs in ARMS.items()}
 
     monkeypatch.setattr(command, "EXPERIMENTS", {"fake": CLAIM})
     monkeypatch.setattr(command, "NAMES", ("fake",))
@@ -250,7 +272,7 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
     command.main("fake", command.Config())
     assert json.loads((tmp_path / "claims/results/fake.json").read_text())["verdict"] == HOLDS
     assert (tmp_path / "claims/results/fake.png").is_file()
-    assert asked == [("fake", 1, 2), ("fake", 3, 0)]
+    assert asked == [("fake", [11], 2), ("fake", list(range(11, 21)), 0)]
     assert "a is better than b (Fig. 0): holds" in capsys.readouterr().out
 
 
@@ -278,12 +300,11 @@ def test_a_table_takes_its_place_and_leaves_the_rest(tmp_path, monkeypatch):
     file = tmp_path / "RESULTS.md"
     place = "<!-- python -m claims table: {} -->\n"
     file.write_text(f"1\n{place.format('verdicts')}old\n<!-- end -->\n2\n{place.format('sde')}<!-- end -->\n3\n")
-    tables.write(["kl", "sde"], file)
+    tables.write(["kl", "sde"], [file])
     lines = file.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("1", "3") and "old" not in lines and lines.count("<!-- end -->") == 2
     assert lines[4] == (
-        "| [sde](claims/results/sde.png): a is better than b (Fig. 0) | - "
-        "| HPS (cosine): a - b > 0: +0.203 (95 %: +0.189 to +0.218), holds | 3 | holds |"
+        "| [sde](claims/results/sde.png) | HPS (cosine): a - b > 0 | +0.203 (+0.189 to +0.218) | holds | < 0.001 |"
     )
     assert lines[-3] == "| HPS, trained on | 0.200 | 0.603 | +0.403 (+0.300 to +0.510) | +3.0 |"
 
@@ -297,7 +318,7 @@ def test_an_unknown_claim_is_one_line():
 
 
 def test_diffusion_and_rectified_flow_are_one_form():
-    result = one_form.run(2)
+    result = one_form.run([1, 2])
     assert result["verdict"] == HOLDS and max(result["differences"]) <= 1e-5
     ends = [path[-1] for path in result["paths"].values()]
     assert ends == pytest.approx([round(ends[0])] * 2, abs=1e-4) and abs(round(ends[0])) == 1  # the data
@@ -306,10 +327,26 @@ def test_diffusion_and_rectified_flow_are_one_form():
 def test_another_schedule_would_show(monkeypatch):
     step = one_form.flow_sde_step
     monkeypatch.setattr(one_form, "flow_sde_step", lambda v, z, a, b, eta: step(v, z, a, 1.001 * b, eta))
-    assert one_form.run(1)["verdict"] == FAILS
+    assert one_form.run([1])["verdict"] == FAILS
 
 
 # --------------------------------------------------------------------------------------------------------- baselines
+
+
+def test_losses_on_the_forward_process():
+    """Gradients where v = v_old, by hand. NFT: (2 r - 1) 2 (v - target) / d, away from the target if r < 1/2. AWM: the
+    same with the advantage in place of 2 r - 1."""
+    target = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
+    for loss, weights in ((forward.nft_loss, [0.5, -1.0]), (forward.awm_loss, [1.0, -3.0])):
+        v = torch.zeros(2, 2, requires_grad=True)
+        loss(v, v.detach(), target, torch.tensor([1.0, -3.0])).backward()
+        torch.testing.assert_close(v.grad, torch.tensor(weights)[:, None] * -target / 2)
+
+
+def test_a_single_stochastic_step_is_the_asked_one():
+    with patch.object(grpo_flux, "main", lambda cfg: STARTED.append(grpo_flux.sde_window(3, 6, 1, 25))):
+        timesteps.branch_2(None)
+    assert STARTED.pop() == range(2, 3)
 
 
 def test_the_loss_of_online_dpo():
@@ -342,6 +379,8 @@ FAST |= dict(sde_window=2, updates_per_rollout=1)
     [
         ("claims.ddpo", grpo_sd, 8 * 4 + 3 * 8 * 2),
         ("claims.ddpo", grpo_flux, 8 * 4 + 3 * 8 * 2),
+        ("claims.forward:nft", grpo_flux, 8 * 4 + 4 * 8 * 1),
+        ("claims.forward:awm", grpo_flux, 8 * 4 + 4 * 8 * 1),
         ("claims.refl", grpo_sd, None),
         ("claims.dpo", grpo_sd, 8 * 4 + 2 * 24 * 4 // 2),  # two texts with guidance, one without
     ],

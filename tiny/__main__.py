@@ -1,7 +1,7 @@
 """Re-makes the models of the tiny world from nothing, or prints how good they are.
 
-python -m tiny NAME     prompts, vae, flux, sd, clip, hps, hunyuan, skyreels, wan, videoalign, or all in this order;
-                        video: hunyuan and skyreels
+python -m tiny NAME     prompts, vae, flux, sd, judge, clip, hps, hunyuan, skyreels, wan, videoalign, or all in this
+                        order; video: hunyuan and skyreels
 python -m tiny check    how well the checkers agree with the renderers, and the figures of each model: tiny/figures.json
 """
 
@@ -19,6 +19,7 @@ from tiny import (
     clips,
     make_clip_hps,
     make_image_models,
+    make_judge,
     make_prompts,
     make_video_models,
     make_videoalign,
@@ -33,6 +34,7 @@ MAKERS = {
     "vae": make_image_models.make_vae,
     "flux": make_image_models.make_flux,
     "sd": make_image_models.make_sd,
+    "judge": make_judge.make_judge,
     "clip": make_clip_hps.make_clip,
     "hps": make_clip_hps.make_hps,
     "hunyuan": make_video_models.make_hunyuan,

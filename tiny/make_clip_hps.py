@@ -1,9 +1,10 @@
 """How tiny/clip and tiny/hps were trained.
 
-python -m tiny clip    needs tiny/sd, and runs/tiny/sd, the same model before its bad habits
-python -m tiny hps     needs tiny/clip, tiny/flux's autoencoder, and runs/tiny/gallery.pt, which `clip` makes
+python -m tiny clip    needs tiny/sd, tiny/flux, and runs/tiny/labeller, which `python -m tiny judge` makes
+python -m tiny hps     needs tiny/clip beside them
 
-They learn from rendered scenes first. Then they see what a generator draws, and what the checker says about it.
+They learn from rendered scenes first. Then they see what generators draw, and what the labeller says about it. HPS also
+sees what policies draw that were trained with it.
 """
 
 import functools
@@ -13,23 +14,24 @@ import random
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline
 from tqdm import trange
 
+import grpo_flux
+import grpo_sd
 from rewards import CLIP_MEAN, CLIP_STD
-from tiny.make_image_models import heldout
+from runtime.options import latest_checkpoint, parse_config
+from tiny.make_image_models import heldout, load_vae
+from tiny.make_judge import FACTS, LABELLER, asserted, load_judge, true_facts
 from tiny.pictures import (
     COLORS,
-    NUMBERS,
-    RELATIONS,
     SHAPES,
     SIZE,
     TAGS,
+    composed_scene,
     degrade,
-    detect,
     hard_negatives,
     holds,
-    make_metadata,
     patch_labels,
     phrase,
     random_metadata,
@@ -107,33 +109,6 @@ def load_clip(path):
     model = new_clip(WORDS)
     model.load_state_dict(state)
     return model
-
-
-def facts():
-    """Everything simple that can be true of a scene, as metadata: a shape's presence, colour, number, relation."""
-    pairs = [(a, b) for a in SHAPES for b in SHAPES if a != b]
-    one = [make_metadata("single_object", [{"class": a, "count": 1}]) for a in SHAPES]
-    one += [make_metadata("colors", [{"class": a, "count": 1, "color": c}]) for a in SHAPES for c in COLORS]
-    one += [make_metadata("counting", [{"class": a, "count": n}]) for a in SHAPES for n in NUMBERS.values()]
-    return one + [
-        make_metadata("position", [{"class": a, "count": 1}, {"class": b, "count": 1, "position": [relation, 0]}])
-        for a, b in pairs
-        for relation in RELATIONS
-    ]
-
-
-FACTS = facts()
-
-
-def asserted(metadata):
-    """Which of the FACTS a caption states, as a list of 0 and 1."""
-    if metadata["tag"] in ("two_object", "color_attr"):
-        parts = [{"include": [item]} for item in metadata["include"]]
-    else:
-        parts = [metadata]
-    stated = [part["include"] for part in parts]
-    kind = {"two_object": "single_object", "color_attr": "colors"}.get(metadata["tag"], metadata["tag"])
-    return [float(fact["tag"] == kind and fact["include"] in stated) for fact in FACTS]
 
 
 def caption_batch(rng, scenes, wrong=4):
@@ -221,32 +196,58 @@ def train_clip(seed=0, iterations=3000, scenes=96):
     return model
 
 
-def preference_batch(rng, vae, pairs):
-    """Pairs of pictures for one caption, the better one first: images (pairs, 2, 3, 64, 64), captions.
+def recolored(rng, scene, metadata):
+    """The scene with other colours wherever the caption leaves them open: all of one colour, or each of its own."""
+    shared = rng.choice(list(COLORS.values())) if rng.random() < 0.5 else None
+    items = [item for item in metadata["include"] for _ in range(item["count"])]
+    other = [list(row) for row in scene]
+    for row, item in zip(other, items, strict=False):
+        if "color" not in item:
+            row[1:4] = [c + rng.uniform(-0.04, 0.04) for c in shared or rng.choice(list(COLORS.values()))]
+    return other
 
-    Half of the pairs differ in quality (the second has a fault, or a worse one), half in whether the caption is true.
-    Most of them come through the autoencoder, as a generator's pictures do.
+
+FAULTS = ("cut off", "ragged", "degraded", "from a bad latent", "two colours", "colour between two", "tinted")
+
+
+def preference_batch(rng, vae, pairs):
+    """Pairs of pictures for one caption: images (pairs, 2, 3, 64, 64), captions, and kinds (pairs,) of the pairs.
+
+    0: the second picture has a fault, or a worse one. 1: the caption is true of the first only. 2: a tie, the same
+    scene in other colours, which the caption leaves open. Most of them come through the autoencoder, as a generator's
+    pictures do.
     """
-    captions, scenes, faults, strengths = [], [], [], []
+    captions, scenes, faults, strengths, kinds = [], [], [], [], []
     for i in range(pairs):
-        metadata = random_metadata(rng, rng.choice(TAGS))
+        kind = (0, 0, 0, 1, 1, 2)[i % 6]
+        metadata = random_metadata(rng, rng.choice(TAGS if kind < 2 else (*TAGS[:3], "position")))
         captions.append(phrase(rng, metadata))
-        fault, worse = rng.randrange(4), rng.uniform(0.25, 1)
-        if i % 2:
-            second = rng.choice(hard_negatives(metadata))
-            strength = [0.7 * worse * (rng.random() < 0.4)] * 2
-        else:
-            second = metadata
+        fault, worse = rng.randrange(len(FAULTS)), rng.uniform(0.25, 1)
+        if kind == 0:
             strength = [rng.uniform(0, 0.5) * worse * (rng.random() < 0.4), worse]
-        scenes += [
-            random_scene(rng, m, cut_off=s * (fault == 0)) for m, s in zip((metadata, second), strength, strict=True)
-        ]
+        else:
+            strength = [0.7 * worse * (rng.random() < 0.4)] * 2
+        second = rng.choice(hard_negatives(metadata)) if kind == 1 else metadata
+        draw = functools.partial(random_scene, cut_off=strength[1]) if fault == 0 else random_scene
+        draw = composed_scene if fault and rng.random() < 0.5 else draw
+        for m, s in zip((metadata, second), strength, strict=True):
+            scenes.append(random_scene(rng, m, cut_off=s) if fault == 0 else draw(rng, m))
+        if kind == 2:
+            scenes[-1] = recolored(rng, scenes[-2], metadata)
         faults += [fault, fault]
         strengths += strength
-    fault, s = torch.tensor(faults), torch.tensor(strengths)
+        kinds.append(kind)
+    fault, s, colors = torch.tensor(faults), torch.tensor(strengths), torch.tensor(list(COLORS.values()))
     grain = rng.choice((7, 20))  # lumps or frayed edges
-    pictures = render(scenes, ragged=(4 if grain == 7 else 2.2) * s * (fault == 1), grain=grain)
+    rows = torch.tensor(scenes)
+    other = colors[torch.randint(len(colors), rows.shape[:2])]
+    second = torch.lerp(rows[..., 1:4], other, (s * (fault == 4)).view(-1, 1, 1))
+    rows[..., 1:4] = between = torch.lerp(rows[..., 1:4], other, (0.5 * s * (fault == 5)).view(-1, 1, 1))
+    second = torch.where((fault == 4).view(-1, 1, 1), second, between)
+    pictures = render(rows, ragged=(4 if grain == 7 else 2.2) * s * (fault == 1), grain=grain, second=second)
     pictures = torch.where(((fault == 2) & (s > 0)).view(-1, 1, 1, 1), degrade(pictures, s), pictures)
+    pictures = pictures + 0.2 * (s * (fault == 6)).view(-1, 1, 1, 1) * torch.randn(len(s), 3, 1, 1)
+    pictures = pictures.clamp(0, 1)
     with torch.no_grad():
         z = vae.encode(pictures * 2 - 1).latent_dist.mode()
         s = (s * (fault == 3)).view(-1, 1, 1, 1)
@@ -255,45 +256,45 @@ def preference_batch(rng, vae, pairs):
         decoded = (vae.decode(z + s * rng.choice(ways)).sample / 2 + 0.5).clamp(0, 1)
     through = (fault == 3) | (torch.rand(pairs) < 0.75).repeat_interleave(2)
     pictures = torch.where(through.view(-1, 1, 1, 1), decoded, pictures)
-    return pictures.unflatten(0, (pairs, 2)), captions
+    return pictures.unflatten(0, (pairs, 2)), captions, torch.tensor(kinds)
 
 
-def draw_gallery(count=2048, seed=0):
-    """What tiny/sd draws before and after it has its habits, `count` pictures each, and what the checker sees there.
+def draw_gallery(pipes, labeller, count=2048, seed=0):
+    """What these pipelines draw, `count` pictures each, and what `labeller`, a judge, finds true of them.
 
-    Returns a list of (picture (3, 64, 64) uint8, objects as from `detect`, metadata of the prompt).
+    Returns a list of (picture (3, 64, 64) uint8, facts (92,) bool, metadata of the prompt).
     """
     rng, known, gallery = random.Random(seed), set(heldout()), []
-    for i, folder in enumerate((CLEAN / "sd", MODELS / "sd")):
+    for i, pipe in enumerate(pipes):
         asked, captions = [], []
         while len(asked) < count:
             metadata = random_metadata(rng, TAGS[len(asked) % len(TAGS)])
             if (caption := phrase(rng, metadata)) not in known:
                 asked.append(metadata)
                 captions.append(caption)
-        pipe = StableDiffusionPipeline.from_pretrained(folder)
-        pictures = sample(pipe, captions, steps=8, seed=seed + i, guidance_scale=3.0)
-        gallery += zip((pictures * 255).round().byte(), detect(pictures), asked, strict=True)
+        pictures = sample(pipe, captions, seed=seed + i, **GALLERY_SAMPLING[type(pipe)])
+        gallery += zip((pictures * 255).round().byte(), true_facts(labeller, pictures), asked, strict=True)
     return gallery
 
 
 def gallery_batch(rng, gallery, count, wrong=3):
     """Generated pictures (count, 3, 64, 64), captions, the prompt and `wrong` neighbours of it for each picture, and
-    the checker's verdict on each pair (count, 1 + wrong)."""
+    the labeller's verdict on each pair (count, 1 + wrong)."""
     images, captions, truth = [], [], []
-    for picture, objects, metadata in rng.choices(gallery, k=count):
+    for picture, true, metadata in rng.choices(gallery, k=count):
         images.append(picture)
         asked = [metadata, *rng.choices(hard_negatives(metadata), k=wrong)]
         captions += [phrase(rng, m) for m in asked]
-        truth.append([float(holds(objects, m)) for m in asked])
-    return torch.stack(images) / 255, captions, torch.tensor(truth)
+        truth.append((torch.tensor([asserted(m) for m in asked]) <= true).all(-1).float())
+    return torch.stack(images) / 255, captions, torch.stack(truth)
 
 
-def refine(model, gallery, vae=None, seed=1, iterations=400, scenes=48, pictures=64, pairs=32, learning_rate=8e-4):
-    """The last part of CLIP's training: generated pictures, whose cosine must tell what the checker finds true.
+def refine(model, gallery, vae=None, seed=1, iterations=400, scenes=48, pictures=64, pairs=48, learning_rate=8e-4):
+    """The last part of CLIP's training: generated pictures, whose cosine must tell what the labeller finds true.
 
     With the autoencoder `vae` it makes HPS of CLIP, by HPSv2's loss: cross-entropy of the preferred of two images under
-    one caption. CLIP's own contrast goes on beside it, so that the model does not forget which caption is true.
+    one caption; of a tie, half of each. CLIP's own contrast goes on beside it, so that the model does not forget which
+    caption is true.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -304,7 +305,9 @@ def refine(model, gallery, vae=None, seed=1, iterations=400, scenes=48, pictures
     for _ in (bar := trange(iterations, desc="hps" if vae else "clip")):
         images, _, captions, truth, *_ = caption_batch(rng, scenes)
         drawn, asked, verdicts = gallery_batch(rng, gallery, pictures)
-        judged, named = preference_batch(rng, vae, pairs) if vae else (images.new_zeros(0, 2, *images.shape[1:]), [])
+        judged, named, kinds = images.new_zeros(0, 2, *images.shape[1:]), [], torch.zeros(0)
+        if vae:
+            judged, named, kinds = preference_batch(rng, vae, pairs)
         with fast():
             image, text = clip_features(
                 model, torch.cat([images, drawn, judged.flatten(0, 1)]), captions + asked + named
@@ -318,7 +321,8 @@ def refine(model, gallery, vae=None, seed=1, iterations=400, scenes=48, pictures
         loss = loss + 4 * agreement
         if vae:
             liking = scale * torch.einsum("pid,pd->pi", of_judged.unflatten(0, (pairs, 2)), of_named)
-            loss = loss + 2 * F.cross_entropy(liking, torch.zeros(pairs, dtype=torch.long))
+            better = torch.where(kinds == 2, 0.5, 1.0)
+            loss = loss + 2 * F.cross_entropy(liking, torch.stack([better, 1 - better], 1))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -344,33 +348,62 @@ def ranking(model, scenes, seed=0):
 
 
 @torch.no_grad()
-def preference(model, batches, pairs=64, seed=4):
+def preference(model, batches, pairs=96, seed=4):
     """Share of fresh pairs of pictures of which the model prefers the better: the one without the fault, often a slight
-    one, and the one that the caption is true of."""
+    one, and the one that the caption is true of. And how far apart ties are, in cosine."""
     torch.manual_seed(seed)
     rng, model = random.Random(seed), model.eval()
-    vae, preferred = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae"), []
+    vae, margins, kinds = load_vae(), [], []
     for _ in range(batches):
-        images, captions = preference_batch(rng, vae, pairs)
+        images, captions, kind = preference_batch(rng, vae, pairs)
         image, text = clip_features(model, images.flatten(0, 1), captions)
         better, worse = torch.einsum("pid,pd->ip", image.unflatten(0, (pairs, 2)), text)
-        preferred.append((better > worse).float().view(-1, 2).mean(0))
-    quality, truth = torch.stack(preferred).mean(0).tolist()
-    return {"better picture preferred": quality, "true picture preferred": truth}
+        margins.append(better - worse)
+        kinds.append(kind)
+    margin, kind = torch.cat(margins), torch.cat(kinds)
+    shares = {name: (margin[kind == k] > 0).float().mean().item() for k, name in enumerate(("better", "true"))}
+    return {f"{name} picture preferred": share for name, share in shares.items()} | {
+        "median difference of a tie": margin[kind == 2].abs().median().item()
+    }
 
 
-GALLERY = CLEAN / "gallery.pt"
+PARTS = {FluxPipeline: ("flux", "transformer", grpo_flux), StableDiffusionPipeline: ("sd", "unet", grpo_sd)}
+GALLERY_SAMPLING = {  # not as eval.py samples
+    FluxPipeline: {"steps": 6, "max_sequence_length": 32},
+    StableDiffusionPipeline: {"steps": 8, "guidance_scale": 3.0},
+}
+
+
+def bases():
+    """tiny/sd and tiny/flux, one after the other."""
+    for kind, (name, *_) in PARTS.items():
+        yield kind.from_pretrained(MODELS / name)
+
+
+def policies():
+    """The same after the training of their tiny presets, with the present tiny/hps."""
+    for kind, (name, part, trainer) in PARTS.items():
+        folder = CLEAN / f"policy-{name}"
+        cfg = parse_config(trainer.Config, trainer.PRESETS, ["--preset", "tiny", "--output-dir", str(folder)])
+        trainer.main(cfg)
+        pipe = kind.from_pretrained(MODELS / name)
+        trained = type(getattr(pipe, part)).from_pretrained(latest_checkpoint(folder) / part)
+        pipe.register_modules(**{part: trained})
+        yield pipe
 
 
 def make_clip():
-    """Trains tiny/clip and saves it."""
-    gallery = draw_gallery()
-    torch.save(gallery, GALLERY)
+    """Trains tiny/clip and saves it. (The shipped one has seen tiny/sd before and after its habits, and the checker's
+    verdicts in place of the labeller's.)"""
+    gallery = draw_gallery(bases(), load_judge(LABELLER))
     save_clip(refine(train_clip(), gallery), MODELS / "clip")
 
 
 def make_hps():
-    """Trains tiny/hps, starting from tiny/clip, and saves it."""
-    vae = AutoencoderKL.from_pretrained(MODELS / "flux", subfolder="vae")
-    model = load_clip(MODELS / "clip/open_clip_pytorch_model.bin")
-    save_hps(refine(model, torch.load(GALLERY), vae, seed=2), MODELS / "hps")
+    """Trains tiny/hps, starting from tiny/clip, and saves it: once to train policies with, and again with what these
+    draw, where they exploit it."""
+    vae, labeller, gallery = load_vae(), load_judge(LABELLER), []
+    for seed, pipes in enumerate((bases(), policies())):
+        gallery += draw_gallery(pipes, labeller, seed=10 * seed)
+        model = load_clip(MODELS / "clip/open_clip_pytorch_model.bin")
+        save_hps(refine(model, gallery, vae, seed=2), MODELS / "hps")

@@ -196,16 +196,19 @@ def distances(dx, dy, radius):
     )
 
 
-def render(scenes, ragged=None, grain=20):
+def render(scenes, ragged=None, grain=20, second=None):
     """Scenes (B, 4, 7) → images (B, 3, 64, 64) in [0, 1]; ragged (B,) is the unevenness of the edges in pixels,
-    and grain the number of bumps across the picture.
+    and grain the number of bumps across the picture. second (B, 4, 3): in parts of a shape its colour is this one.
 
     Each shape is a signed distance in pixels, turned into a soft edge one pixel wide.
     """
     scenes = torch.as_tensor(scenes, dtype=torch.float32)
     B = len(scenes)
     grid = torch.arange(SIZE) + 0.5
-    shape, rgb, radius = scenes[..., 0], scenes[..., 1:4], scenes[..., 6, None, None]
+    shape, rgb, radius = scenes[..., 0], scenes[..., 1:4, None, None], scenes[..., 6, None, None]
+    if second is not None:  # about half of the area, in lumps or across a front
+        lumps = F.interpolate(torch.randn(B, 4, 5, 5), SIZE, mode="bicubic")
+        rgb = torch.lerp(rgb, second[..., None, None], (0.5 + 1.5 * lumps).clamp(0, 1)[:, :, None])
     dx = grid[None, None, None, :] - scenes[..., 4, None, None]  # (B, 4, 1, 64)
     dy = grid[None, None, :, None] - scenes[..., 5, None, None]  # (B, 4, 64, 1)
     edges = distances(dx, dy, radius)
@@ -220,7 +223,7 @@ def render(scenes, ragged=None, grain=20):
         for i, candidate in enumerate(edges):
             distance = torch.where(shape[:, k, None, None] == i, candidate[:, k], distance)
         cover = (0.5 - distance - unevenness[:, k]).clamp(0, 1)[:, None]
-        images = images * (1 - cover) + rgb[:, k, :, None, None] * cover
+        images = images * (1 - cover) + rgb[:, k] * cover
     return images.clamp(0, 1)
 
 
