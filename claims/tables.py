@@ -159,7 +159,7 @@ def tiny() -> str:
                 if figures := found.get(folder):
                     columns = [*KINDS, "overall", "AUC, hps", "AUC, clip"] if rows is drawn else list(figures)
                     rows.append([title.format(f"`tiny/{name}`"), *(f"{figures[column]:.2f}" for column in columns)])
-    for name in ("clip", "hps", "hps, of two pictures", "videoalign"):
+    for name in ("clip", "hps", "hps, of two pictures", "judge", "videoalign"):
         figures = {"true caption first": found[name]["overall"]} if "overall" in found[name] else found[name]
         judged.append([name, ", ".join(f"{what} {share:.2f}" for what, share in figures.items())])
     pictures = table(" | ".join(["", *KINDS.values(), "overall", "AUC of HPS", "AUC of CLIP"]), drawn)

@@ -80,12 +80,14 @@ def check_clips(count=300, seed=1):
 def check_judges():
     """CLIP and HPS: the true caption above all with one attribute changed. HPS: the better of two pictures preferred.
 
+    The second judge: which captions it accepts.
     VideoAlign: as in `make_videoalign.judge_figures`.
     """
     for name, file in (("clip", "clip/open_clip_pytorch_model.bin"), ("hps", "hps/HPS_tiny.pt")):
         model = make_clip_hps.load_clip(MODELS / file)
         shares = make_clip_hps.ranking(model, scenes=1200)
         yield name, shares | {"overall": sum(shares.values()) / len(shares)}
+    yield "judge", make_judge.accuracy(make_judge.load_judge(), 1200)
     yield "hps, of two pictures", make_clip_hps.preference(model, batches=20)
     yield "videoalign", make_videoalign.judge_figures(VideoAlignReward(str(MODELS / "videoalign")), scenes=200)
 

@@ -9,6 +9,7 @@ another seed, runs/tiny/labeller, tells HPS in its training what is true of the 
 
 import functools
 import itertools
+import random
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from tiny.pictures import (
     TAGS,
     composed_scene,
     degrade,
+    hard_negatives,
     holds,
     make_metadata,
     parse,
@@ -76,11 +78,11 @@ def new_judge():
 
 
 def spoil_colors(rng, scenes, share):
-    """Gives a share of the shapes a second colour or a colour between two, in place, and half of these so little of it
-    that nothing changes.
+    """Gives a share of the shapes a second colour or a colour between two, in place; half of these so little of it that
+    nothing changes.
 
     scenes: lists of rows. Returns the colours `second` that `render` takes, and for each scene the objects
-    {"class", "color", "box"} that it shows: a shape of two colours is none, and a colour between two is none.
+    {"class", "color", "box"} that it shows. A shape with two colours, or one between two, is none.
     """
     second, objects = torch.tensor(scenes)[..., 1:4], [scene_objects(scene) for scene in scenes]
     for i, found in enumerate(objects):
@@ -89,28 +91,32 @@ def spoil_colors(rng, scenes, share):
                 continue
             other = rng.choice([rgb for name, rgb in COLORS.items() if name != item["color"]])
             much, two = rng.random() < 0.5, rng.random() < 0.5
-            mix = rng.uniform(0.6, 1) if much and two else rng.uniform(0.42, 0.5) if much else rng.uniform(0, 0.15)
+            mix = rng.uniform(0.5, 1) if much and two else rng.uniform(0.38, 0.5) if much else rng.uniform(0, 0.15)
             mixed = [a + mix * (b - a) for a, b in zip(scenes[i][k][1:4], other, strict=True)]
             second[i, k] = torch.tensor(mixed)
             if not two:
                 scenes[i][k][1:4] = mixed
             if much:
-                item |= {"class": None} if two else {"color": None}
+                item["class"] = None
     return second, objects
 
 
 def labelled_pictures(vae, rng, count):
-    """Pictures (count, 3, 64, 64), and which FACTS are true of them (count, facts)."""
+    """Pictures (count, 3, 64, 64), and which FACTS are true of them (count, facts). A pale picture shows nothing."""
     asked = [random_metadata(rng, TAGS[i % len(TAGS)]) for i in range(count)]
     scenes = [rng.choice((random_scene, composed_scene))(rng, metadata) for metadata in asked]
-    second, objects = spoil_colors(rng, scenes, share=0.3)
+    second, objects = spoil_colors(rng, scenes, share=0.35)
     pictures = render(scenes, (torch.rand(count) < 0.2) * 1.5 * torch.rand(count), second=second)
     some = torch.rand(count, 1, 1, 1)
-    pictures = torch.where(some < 0.3, degrade(pictures, 0.8 * torch.rand(count) + 0.01), pictures)
+    pictures = torch.where(some < 0.2, degrade(pictures, 0.6 * torch.rand(count) + 0.01), pictures)
+    pale = torch.rand(count) < 0.15
+    lost = torch.where(pale, 0.5 + 0.35 * torch.rand(count), 0.25 * torch.rand(count)).view(-1, 1, 1, 1)
+    pictures = torch.lerp(pictures, pictures.mean((2, 3), keepdim=True), lost)
     z = vae.encode(pictures * 2 - 1).latent_dist.mode()
     decoded = vae.decode(z + 0.3 * torch.rand(count, 1, 1, 1) * torch.randn_like(z)).sample / 2 + 0.5
     pictures = torch.where(some % 0.1 < 0.07, decoded.clamp(0, 1), pictures)
-    return pictures, torch.tensor([[float(holds(o, fact)) for fact in FACTS] for o in objects])
+    true = torch.tensor([[float(holds(o, fact)) for fact in FACTS] for o in objects])
+    return pictures, true * ~pale[:, None]
 
 
 def train_judge(seed, iterations=2000, batch=96):
@@ -155,6 +161,30 @@ def judged(images, prompts):
     images = F.interpolate(images.detach().float().cpu(), (SIZE, SIZE), mode="bilinear")
     stated = torch.tensor([asserted(parse(prompt)) for prompt in prompts])
     return (stated <= true_facts(load_judge(), images)).all(1).float()
+
+
+@torch.no_grad()
+def accuracy(model, count, seed=6):
+    """Shares of captions accepted on freshly drawn scenes: the right one, one with an attribute changed, and the right
+    one of a scene whose shapes have two colours each."""
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    asked = [random_metadata(rng, TAGS[i % len(TAGS)]) for i in range(count)]
+    wrong = [rng.choice(hard_negatives(metadata)) for metadata in asked]
+    scenes = torch.tensor([random_scene(rng, metadata) for metadata in asked])
+    second = torch.tensor(list(COLORS.values())).roll(3, 0)  # the opposite hue
+    second = second[torch.cdist(scenes[..., 1:4], torch.tensor(list(COLORS.values()))).argmin(-1)]
+
+    def accepted(pictures, captions):
+        stated = torch.tensor([asserted(metadata) for metadata in captions])
+        return (stated <= true_facts(model, pictures)).all(1).float().mean().item()
+
+    pure = render(scenes)
+    return {
+        "correct captions accepted": accepted(pure, asked),
+        "wrong captions accepted": accepted(pure, wrong),
+        "spoilt colours accepted": accepted(render(scenes, second=second), asked),
+    }
 
 
 def save_judge(model, folder):
