@@ -227,7 +227,7 @@ def judge(compare: Compare, measured: dict[str, dict[str, list[float]]]) -> dict
 
     It holds, or does not, if Student's interval for the difference, 95 %, lies on one side of the bound. It is
     equivalent if the interval of two one-sided tests, 90 %, lies within the margin, and undecided otherwise.
-    p is the smaller one of both tests. A single seed decides nothing.
+    p is that of the test that decided. A single seed decides nothing.
     """
     from scipy import stats
 
@@ -246,6 +246,8 @@ def judge(compare: Compare, measured: dict[str, dict[str, list[float]]]) -> dict
         sides = ((-compare.margin, "greater"), (compare.margin, "less"))
         smaller = max(test(bound, alternative=side).pvalue for bound, side in sides) if compare.margin else 1.0
     verdict = HOLDS if low > compare.by else FAILS if high <= compare.by else OPEN
+    if smaller < 0.05:
+        verdict, p = EQUAL, smaller
     finite = [float(x) if math.isfinite(x) else None for x in (low, high)]  # JSON has no infinity
     return {
         "says": str(compare),
@@ -254,8 +256,8 @@ def judge(compare: Compare, measured: dict[str, dict[str, list[float]]]) -> dict
         "interval": finite,
         "constant": constant,
         "margin": compare.margin,
-        "p": float(min(p, smaller)),
-        "verdict": EQUAL if smaller < 0.05 else verdict,
+        "p": float(p),
+        "verdict": verdict,
     }
 
 

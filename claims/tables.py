@@ -158,7 +158,8 @@ def tiny() -> str:
             for folder, title in ((f"runs/tiny/{name}", "{} before its habits"), (f"tiny/{name}", "{}")):
                 if figures := found.get(folder):
                     columns = [*KINDS, "overall", "AUC, hps", "AUC, clip"] if rows is drawn else list(figures)
-                    rows.append([title.format(f"`tiny/{name}`"), *(f"{figures[column]:.2f}" for column in columns)])
+                    cells = (f"{figures[column]:.2f}" if column in figures else "-" for column in columns)
+                    rows.append([title.format(f"`tiny/{name}`"), *cells])
     for name in ("clip", "hps", "hps, of two pictures", "judge", "videoalign"):
         figures = {"true caption first": found[name]["overall"]} if "overall" in found[name] else found[name]
         judged.append([name, ", ".join(f"{what} {share:.2f}" for what, share in figures.items())])

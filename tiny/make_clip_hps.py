@@ -401,7 +401,7 @@ def make_clip():
 
 def make_hps():
     """Trains tiny/hps, starting from tiny/clip, and saves it: once to train policies with, and again with what these
-    draw, where they exploit it."""
+    draw, where they exploit it. (Of the shipped one the policies had been trained with its predecessor.)"""
     vae, labeller, gallery = load_vae(), load_judge(LABELLER), []
     for seed, pipes in enumerate((bases(), policies())):
         gallery += draw_gallery(pipes, labeller, seed=10 * seed)

@@ -91,7 +91,7 @@ def spoil_colors(rng, scenes, share):
                 continue
             other = rng.choice([rgb for name, rgb in COLORS.items() if name != item["color"]])
             much, two = rng.random() < 0.5, rng.random() < 0.5
-            mix = rng.uniform(0.5, 1) if much and two else rng.uniform(0.38, 0.5) if much else rng.uniform(0, 0.15)
+            mix = rng.uniform(0.6, 1) if much and two else rng.uniform(0.42, 0.5) if much else rng.uniform(0, 0.15)
             mixed = [a + mix * (b - a) for a, b in zip(scenes[i][k][1:4], other, strict=True)]
             second[i, k] = torch.tensor(mixed)
             if not two:

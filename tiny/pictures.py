@@ -207,7 +207,7 @@ def render(scenes, ragged=None, grain=20, second=None):
     grid = torch.arange(SIZE) + 0.5
     shape, rgb, radius = scenes[..., 0], scenes[..., 1:4, None, None], scenes[..., 6, None, None]
     if second is not None:  # about half of the area, in lumps or across a front
-        size = (3, 5, 9)[torch.randint(3, ()).item()]
+        size = (5, 9)[torch.randint(2, ()).item()]
         lumps = F.interpolate(torch.randn(B, 4, size, size), SIZE, mode="bicubic")
         rgb = torch.lerp(rgb, second[..., None, None], (0.5 + 1.5 * lumps).clamp(0, 1)[:, :, None])
     dx = grid[None, None, None, :] - scenes[..., 4, None, None]  # (B, 4, 1, 64)
