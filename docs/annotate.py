@@ -98,10 +98,16 @@ def formulas(text: str) -> str:
 
     def displayed(match: re.Match) -> str:
         number = match[2] and f'<a href="#eq-{match[2]}" title="to the line">({match[2]})</a>'
-        return f'<div class="equation" tabindex="0">{convert(match[1], display="block")}{number or ""}</div>'
+        return f'<div class="equation" tabindex="0">{mathml(match[1], "block")}{number or ""}</div>'
+
+    def inline(match: re.Match) -> str:  # with the punctuation that follows, on one line
+        return f'<span class="nowrap">{mathml(match[1], "inline")}{match[2]}</span>'
+
+    def mathml(latex: str, display: str) -> str:  # a raised prime is too small to see without a font for mathematics
+        return convert(latex.replace("'", "\\text{\u2032}"), display=display)
 
     text = re.sub(r"\$\$(.+?)\$\$(?: \((\d+)\))?", displayed, text, flags=re.DOTALL)
-    return re.sub(r"\$([^$]+)\$", lambda match: convert(match[1]), text)
+    return re.sub(r"\$([^$]+)\$([.,;:)]*)", inline, text)
 
 
 class Page:
