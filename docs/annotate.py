@@ -169,7 +169,6 @@ def build() -> str:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
     os.chdir(DOCS.parent)  # presets name folders relative to the repository
     (DOCS / "annotated.html").write_text(build(), encoding="utf-8")
     print(f"docs/annotated.html: {(DOCS / 'annotated.html').stat().st_size:,} bytes")
