@@ -7,8 +7,8 @@ Legend: sigma and sigma_ the levels of a step, the noisier first (alpha, alpha_ 
 of which K are stochastic and trained; G samples of a group; r rewards, A advantages, eps standard normal draws.
 """
 
+import functools
 import math
-from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -39,6 +39,7 @@ from test_readme import read, table
 STEPS = {name: step for name, (step, _) in SDE.items()} | {"ddim": ddim_sde_step}
 
 
+@functools.cache
 def ddim_alphas(T):
     """alpha_bar of Stable Diffusion's T timesteps and after the last, (T+1,), by diffusers' scheduler."""
     scheduler = DDIMScheduler.from_pretrained("tiny/sd", subfolder="scheduler")
@@ -66,12 +67,12 @@ def marginal(modes, a, b):
 
 def exact_output(step, modes, z, level):
     """The best network's output at z: E[noise | z] for diffusion, E[noise - x0 | z] for flow, by Tweedie's formula."""
-    a, b = of_level(step, level)
+    a, b = of_level(step, level.clamp(max=1 - 1e-6))  # x0 is 0 / 0 where z has nothing of it
     z = z.double().requires_grad_()
     with torch.enable_grad():
         score = torch.autograd.grad(marginal(modes, a, b).log_prob(z).sum(), z)[0]
     noise = -b * score
-    return noise.detach() if step is ddim_sde_step else (noise - (z - b * noise) / a.clamp(min=1e-9)).detach()
+    return noise.detach() if step is ddim_sde_step else (noise - (z - b * noise) / a).detach()
 
 
 @pytest.mark.parametrize("modes", [GAUSSIAN, TWO_MODES], ids=["gaussian", "two-modes"])
@@ -377,6 +378,7 @@ def test_the_division_by_the_spread_moves_the_optimum_of_several_prompts():
     (stopped, error), (at_mean, _) = gradient(optimum), gradient(1.0)
     assert error < 0.01 and abs(stopped) < 4 * error
     assert at_mean == pytest.approx(-sum(math.erf(1 - c) for c in wanted) / math.sqrt(2 * math.pi), abs=4 * error)
+    assert f"training stops at {optimum:.2f}" in read("docs/questions.md")
     assert at_mean < -0.2  # the paper's gradient is not 0 where that of E[r] is
 
 
@@ -399,8 +401,8 @@ def of_steps(levels, eta):
     return (torch.tensor(x, dtype=torch.float64) for x in (std, D, c))
 
 
-def trained_shift(levels, eta, k, penalty, G, n=256, iterations=250):
-    """h (T-1,) after GRPO from h = 0: each iteration is a rollout of n groups and one update; mean of the last 150.
+def trained_shift(levels, eta, k, penalty, G, n=256, iterations=180):
+    """h (T-1,) after GRPO from h = 0: each iteration is a rollout of n groups and one update; mean of the last 100.
 
     penalty: (v - v_ref, mean, mean of v_ref, std) of all pairs (sample, step) → what is added to the loss.
     """
@@ -427,7 +429,7 @@ def trained_shift(levels, eta, k, penalty, G, n=256, iterations=250):
         with torch.no_grad():
             h -= 0.1 * (T - 1) * torch.autograd.grad(loss, h)[0]
         kept.append(h.detach().clone())
-    return torch.stack(kept[-150:]).mean(0).double()
+    return torch.stack(kept[-100:]).mean(0).double()
 
 
 @pytest.mark.parametrize("term", ["path", "velocity"])
@@ -438,7 +440,7 @@ def test_training_reaches_the_optimum_under_a_kl_term(term):
         h_t = (G - 1)/G c(G) / beta · c_t / |c|.
     velocity: the trainers' --kl-weight, beta |v - v_ref|². The KL of a step is w_t |v - v_ref|² with
         w_t = D_t² / (2 std_t²), so this is the KL of the path over w_t, and h_t has the factor w_t.
-    The error of h_t by chance is about 1 / sqrt(150 n G) = 0.002 times a few, as the 150 iterations are correlated.
+    The error of h_t by chance is about 1 / sqrt(100 n G) = 0.002 times a few, as the 100 iterations are correlated.
     """
     cfg, G = options_of("grpo_flux.py", "tiny"), 8
     levels = flow_sigmas(cfg.steps, cfg.shift)
@@ -489,7 +491,7 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("case, tolerance", [("flux", 1e-5), ("sd", 5e-5)])
+@pytest.mark.parametrize("case, tolerance", [("flux", 1e-5), pytest.param("sd", 5e-5, marks=pytest.mark.slow)])
 def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, tolerance, tmp_path, monkeypatch):
     """`main` adds up the gradients of micro-batches; here all pairs (sample, step) of an update make one autograd pass.
 
@@ -507,7 +509,7 @@ def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, tolerance, 
         return kept[name][1]
 
     for name in ("sample_groups", "group_advantages"):
-        monkeypatch.setattr(trainer, name, partial(keep, name, getattr(trainer, name)))
+        monkeypatch.setattr(trainer, name, functools.partial(keep, name, getattr(trainer, name)))
 
     def compare(optimizer):
         """Instead of the optimizer's step: the gradient that it would follow, against equation 9 at these weights."""
