@@ -132,7 +132,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
 
     rewards {name: (B,)} with the G samples of a prompt side by side; weights {name: float}, on the normalised rewards.
     Returns (B,), within plus or minus `clip`. Raw rewards are never added: their scales differ.
-    A group whose rewards are all equal gets 0 and teaches nothing.
+    A group whose rewards are all equal gets 0 and gives no gradient.
     """
     advantages = 0.0
     for name, r in rewards.items():
@@ -204,7 +204,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
         "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
         **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
         "advantage_abs": A.abs().mean().item(),
-        "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these teach nothing
+        "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these give no gradient
         "ratio_mean": 1 + of_all.mean().item(),
         "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
         "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side

@@ -15,7 +15,7 @@ This file needs torch only. It knows no model (a model is a callable) and no pro
 out with the helper that its docstring names.
 
 Legend: B samples, T sampling steps, d elements of one sample, `...` the latent's own dimensions.
-Diffusion: z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise; alpha_bar rises to 1; the network predicts the noise.
+Diffusion: z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise; alpha_bar rises to ≈ 1; the network predicts the noise.
 Rectified flow: z = (1 - sigma) x0 + sigma x1 with x1 ~ N(0, 1); sigma falls 1 → 0; the network predicts v = x1 - x0.
 """
 
@@ -137,8 +137,9 @@ def flow_grpo_sde_step(v, z, sigma, sigma_next, eta):
 def cps_step(v, z, sigma, sigma_next, eta):
     """Coefficients-preserving sampling (2509.05952): a part of the noise in z is replaced by fresh noise.
 
-    The total noise stays exactly sigma_next, so samples carry no excess noise. Arguments and result are those of
-    `flow_sde_step`, the result is a `Step`. eta in [0, 1], about 0.8. Its log-probability is `cps_log_prob`.
+    For data that are a single point the noise of z_next is exactly sigma_next, at any size of step. Otherwise z_next
+    varies too little, since the predicted x0 and x1 are means. Arguments and result are those of `flow_sde_step`, the
+    result is a `Step`. eta in [0, 1], about 0.8. Its log-probability is `cps_log_prob`.
     """
     sigma, sigma_next = (
         torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))

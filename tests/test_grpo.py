@@ -187,7 +187,7 @@ def test_advantages_are_normalised_within_each_prompts_group():
     torch.testing.assert_close(A, torch.tensor([-1.0, 0.0, 1.0, -1.0, 1.0, 0.0]))
 
 
-def test_a_group_of_equal_rewards_teaches_nothing_whatever_the_value():
+def test_a_group_of_equal_rewards_gives_no_gradient_whatever_the_value():
     """In float32 the mean of 12 equal numbers often differs from them in the last digit."""
     r = torch.rand(2000, 1, generator=torch.Generator().manual_seed(0)).expand(-1, 12)
     assert (r != r.mean(1, keepdim=True)).any()
@@ -202,7 +202,7 @@ def test_several_rewards_are_normalised_before_they_are_added():
     torch.testing.assert_close(A, torch.tensor([1.0, 0.0, -1.0]))
 
 
-def test_a_group_without_spread_teaches_nothing_and_outliers_are_clipped():
+def test_a_group_without_spread_gives_no_gradient_and_outliers_are_clipped():
     r = torch.cat([torch.full((40,), 1.0), torch.zeros(39), torch.ones(1)])
     A = group_advantages({"r": r}, {"r": 1.0}, 40, 5.0)
     assert (A[:40] == 0).all()
