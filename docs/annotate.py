@@ -21,6 +21,12 @@ from docs import figures
 
 DOCS = Path(__file__).resolve().parent
 ROW = re.compile(r"^\| (?P<labels>[^|]+) \|[^|]*\| `(?P<name>\w+)` \| \[`(?P<code>.+?)`\]\((?P<file>\w+\.py)#", re.M)
+PARTS = {  # other lines that belong to an equation: tag → file, function, how the line begins
+    "eq. 6, draw": ("sampling.py", "rollout", "z = mean + std * "),
+    "eq. 7, s": ("sampling.py", "ddim_sde_step", "std = "),
+    "eq. 8, s": ("sampling.py", "flow_sde_step", "return Step("),
+    "eq. 9, ratio": ("grpo_sd.py", "grpo_loss", "rho = "),
+}
 WORDS = "and as assert break class continue def del elif else except finally for from global if import in is lambda not"
 WORDS += " None True False or pass raise return try while with yield"
 TOKEN = re.compile(
@@ -79,6 +85,16 @@ def equations() -> dict[str, Equation]:
     return {equation.label: equation for equation in found}
 
 
+def parts() -> dict[tuple[str, int], str]:
+    """(file, number) of each line of PARTS → its tag."""
+    found = {}
+    for tag, (file, name, beginning) in PARTS.items():
+        first, lines = find(file, name)
+        (number,) = (n for n, line in enumerate(lines, first) if line.strip().startswith(beginning))
+        found[file, number] = tag
+    return found
+
+
 def highlight(text: str) -> list[str]:
     """The lines of Python code as HTML: strings, comments, words, numbers and decorators in spans."""
     done, end = [], 0
@@ -114,7 +130,7 @@ class Page:
     """What the template calls."""
 
     def __init__(self):
-        self.equations, self.anchors = equations(), set()
+        self.equations, self.parts, self.anchors = equations(), parts(), set()
 
     def code(self, file: str, name: str, comment: str = "") -> str:
         """A function, or its part that begins with a comment, with line numbers and the equations' labels."""
@@ -139,7 +155,8 @@ class Page:
     def _line(self, file: str, number: int, row: str) -> str:
         here = [e for e in self.equations.values() if (e.file, e.number) == (file, number)]
         places = "".join(f"<a{self._anchor(e.anchor)}></a>" for e in here)
-        tag = f' data-tag="{", ".join(e.tag for e in here)}"' if here else ""
+        tag = ", ".join(e.tag for e in here) or self.parts.get((file, number), "")
+        tag = f' data-tag="{tag}"' * bool(tag)
         return f'<span class="l" data-n="{number}"{tag}>{places}{row}\n</span>'
 
     def _anchor(self, name: str) -> str:

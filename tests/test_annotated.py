@@ -121,6 +121,13 @@ def test_an_equation_leads_to_its_line(page, label):
     assert f'<a href="#{equation.anchor}">{equation.file} {equation.number}</a>' in page
 
 
+def test_the_other_lines_of_an_equation_are_marked(page):
+    places = annotate.parts()
+    assert len(places) == len(annotate.PARTS)
+    for (_, number), tag in places.items():
+        assert re.findall(rf'data-n="(\d+)" data-tag="{tag}">', page) == [f"{number}"]
+
+
 def test_links_lead_somewhere_and_nothing_is_loaded(page):
     anchors = re.findall(r'\bid="([^"]+)"', page)
     assert len(set(anchors)) == len(anchors)
