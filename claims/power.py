@@ -29,7 +29,7 @@ def shares(effect: float, seeds: int, trials: int, paired: bool = True, margin: 
     return {verdict: found[verdict] / trials for verdict in (HOLDS, FAILS, EQUAL, OPEN)}
 
 
-def write(trials: int = 4000) -> None:
+def write(trials: int = 2000) -> None:
     """Simulate 10 seeds, paired and by Welch's test, and the 3 of former versions."""
     rows = [
         {"seeds": seeds, "test": "paired" if paired else "Welch", "effect": effect}
