@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import geneval, report, vote
-from evaluation.models import FAMILIES, Model, check_whole, find_weights, load_pipeline, run_options
+from evaluation.models import FAMILIES, Model, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
 from runtime import checkpoints, data, loading, processes
@@ -216,7 +216,8 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
     functions, and one that is no evaluation's. Refuse weights that are not as a training run saved them.
     """
     folder, advice = Path(cfg.output_dir), "take another --output-dir"
-    check_whole(models, world)
+    for model in models:
+        checkpoints.require_whole(Path(model.weights), "--checkpoint", world)
     if world.is_main:
         asked = json.dumps([[row["prompt"], row.get("image")] for row in rows])
         new = {"script": "eval.py"} | asdict(cfg) | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}

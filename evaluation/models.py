@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
-from runtime import checkpoints, files, loading, processes
+from runtime import files, loading, processes
 from runtime.options import Lazy, RunError, require
 
 diffusers = Lazy("diffusers")
@@ -97,14 +97,6 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
         f"--checkpoint {checkpoint} has neither a {component} folder with a whole config.json, nor "
         f"{loading.LORA_FILE}, nor model_index.json; {base}, a {family}, needs one of these"
     )
-
-
-def check_whole(models: list[Model], world: processes.World) -> None:
-    """Raise RunError if weights in a training run's checkpoint are not as the run saved them. A collective."""
-    for weights in (Path(model.weights) for model in models):
-        if (weights.parent / checkpoints.SUMS).is_file():
-            fault = checkpoints.find_fault(weights.parent, world, weights.name)
-            require(not fault, f"--checkpoint {weights.parent} is damaged: {fault}; take another checkpoint")
 
 
 def load_pipeline(model: Model, family: str, base: str, network: str, world: processes.World):

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from rewards import parse_paths, parse_spec
 
-from .files import FINGERPRINTED, fingerprint, read_json, write_atomically, writing
+from .files import fingerprint, read_json, write_atomically, writing
 from .loading import find_init
 from .lora import public_lora
 from .options import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, require
 from .processes import EMA, World, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves: as intended
 
 SUMS = "SHA256SUMS"  # of a checkpoint: `sha256sum -c` reads it
 GIB = 2**30
@@ -46,12 +48,11 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     """
     output_dir, init = Path(config.output_dir), None
     content = {"script": script_of(config)} | dataclasses.asdict(config) | {"resume": False}
-    content["directory"], content["processes"] = os.getcwd(), world.size
+    content |= {"directory": os.getcwd(), "processes": world.size}
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if config.init and not world.from_main(complete_checkpoints(output_dir)):
         init = find_init(config.init)
-        fault = find_fault(init.parent, world, init.name) if (init.parent / SUMS).is_file() else ""
-        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
+        require_whole(init, "--init", world)
     if world.is_main:
         content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
         content["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -71,11 +72,6 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
             )
     world.barrier()
     checkpoint = newest_whole_checkpoint(output_dir, world, content) if config.resume else None
-    done = int(checkpoint.name[11:]) if checkpoint else 0
-    require(
-        config.iterations >= done,
-        f"--iterations {config.iterations} is below the {done} that the run in {output_dir} has done; raise it",
-    )
     return Folder(content, checkpoint, init)
 
 
@@ -103,40 +99,30 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     return [path for path in paths if path and Path(path).exists()]
 
 
-OWN = {"dryrun.json", "results.json"}  # of runs and evaluations
-
-
 def refuse_foreign(folder: Path) -> dict:
-    """Raise RunError if this --output-dir holds files of a model, a checkpoint or a program. Others may be logs.
+    """The content of config.json in this --output-dir, {} if there is none.
 
-    Returns the content of its config.json, {} if there is none.
+    Raises RunError if it is not a run's, or if the folder is a model's or a checkpoint.
     """
-    file, suffixes, advice = folder / "config.json", FINGERPRINTED - {".txt"}, "take another --output-dir"
-    if file.is_file():
-        stored = read_json(file)
-        require("script" in stored, f"{folder} holds a config.json that is no run's, or is damaged; {advice}")
-        return stored
-    names = [path.name for path in sorted(folder.glob("*")) if path.name not in OWN]
-    foreign = [name for name in names if name == SUMS or Path(name).suffix in suffixes]
-    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, which no run wrote; {advice}")
-    return {}
+    stored, marks = read_json(folder / "config.json"), ("config.json", "model_index.json", SUMS)
+    foreign = [name for name in marks if "script" not in stored and (folder / name).is_file()]
+    require(not foreign, f"{folder} holds {', '.join(foreign)}, no run's or damaged; take another --output-dir")
+    return stored
 
 
 def lock_folder(folder: Path) -> None:
     """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
-    from filelock import FileLock, Timeout
+    from filelock import FileLock
 
-    if LOCKS:  # of an earlier run of this process
+    while LOCKS:  # of an earlier run of this process
         LOCKS.pop().release()
-    LOCKS.append(FileLock(folder / ".lock"))
+    lock = FileLock(folder / ".lock")
     try:
-        LOCKS[0].acquire(timeout=0)
-    except Timeout as e:
-        LOCKS.clear()
-        raise RunError(f"another process is working in {folder}; wait for it, or take another --output-dir") from e
-    except (OSError, NotImplementedError) as e:
-        LOCKS.clear()
-        raise RunError(f"cannot lock {folder} ({e}); take an --output-dir on a file system that has locks") from e
+        lock.acquire(timeout=0)
+    except (OSError, NotImplementedError) as e:  # Timeout is an OSError
+        advice = "wait for it, or take another --output-dir"
+        raise RunError(f"another process is working in {folder}, or it cannot be locked ({e}); {advice}") from e
+    LOCKS.append(lock)
 
 
 LOCKS: list = []  # that of this process's run
@@ -175,16 +161,19 @@ def find_fault(checkpoint: Path, world: World, part: str = "") -> str:
     return f"its {wrong[0]} is missing or damaged" if wrong else ""
 
 
+def require_whole(weights: Path, option: str, world: World) -> None:
+    """Raise RunError if weights (a file or a folder) in a run's checkpoint are not as they were saved. A collective."""
+    fault = find_fault(weights.parent, world, weights.name) if (weights.parent / SUMS).is_file() else ""
+    require(not fault, f"{option} {weights.parent} is damaged: {fault}; take another checkpoint")
+
+
 def read_sums(checkpoint: Path) -> dict[str, str]:
     """{name: sha256} of the files that a checkpoint's SHA256SUMS lists; {} if it is missing or damaged."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+        return {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return {}
-    files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    weights = [name for name in files if name.endswith((".safetensors", ".distcp")) and "state.part/" not in name]
-    return sums if sums.keys() >= set(weights) else {}  # it was cut off
 
 
 def write_sums(checkpoint: Path, sums: dict[str, str]) -> None:
@@ -193,13 +182,9 @@ def write_sums(checkpoint: Path, sums: dict[str, str]) -> None:
 
 
 def find_difference(checkpoint: Path, run: dict) -> str:
-    """Why a whole checkpoint is not one of `run`, by its name, from which to go on; "" if it is."""
+    """Why a whole checkpoint is not one of `run` from which to go on; "" if it is."""
     if not (checkpoint / "state").is_dir():
         return "it keeps no state to resume from; --keep-states says how many checkpoints do"
-    metrics = checkpoint / "state/metrics.jsonl"  # a line for each iteration
-    saved_as = name_of(len(metrics.read_text(encoding="utf-8").splitlines())) if metrics.is_file() else checkpoint.name
-    if checkpoint.name != saved_as:
-        return f"it was renamed: the run saved it as {saved_as}"
     stored = read_json(checkpoint / "state/config.json")
     own = run.keys() - FREE_ON_RESUME - {"directory", "processes", "files", "versions"}
     other = sorted(name for name in own if stored.get(name) != run[name])
@@ -261,6 +246,7 @@ class Checkpoints:
         self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
         self.optimizer, self.ema, self.world, self.keep_states = optimizer, ema, world, keep_states
         self.is_lora = bool(getattr(self.network, "peft_config", None))
+        self.group = {"process_group": world.patient, "no_dist": world.size == 1}
 
     def _state(self) -> dict:
         options = state_dict.StateDictOptions(ignore_frozen_params=True)
@@ -282,10 +268,8 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
         self.world.barrier()  # rank 0 may have drawn curves until now
         self.require_finite(iteration)
-        with writing(final), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
-            dcp.save(self._state(), checkpoint_id=part / "state", **group)
+        with writing(final):
+            dcp.save(self._state(), checkpoint_id=part / "state", **self.group)
             self._save_public(part, "")
             if self.ema.average:
                 self.world.barrier()  # rank 0 may write for long
@@ -384,10 +368,7 @@ class Checkpoints:
     def restore(self, checkpoint: Path) -> int:
         """Load a whole checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
         state = self._state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
-            dcp.load(state, checkpoint_id=checkpoint / "state", **group)
+        dcp.load(state, checkpoint_id=checkpoint / "state", **self.group)
         options = state_dict.StateDictOptions(strict=False)
         state_dict.set_model_state_dict(self.network, state["network"], options=options)
         state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])

@@ -90,7 +90,7 @@ def complaint(trainer, *words):
         ),
         (
             "--timesteps first --sde-window 2",
-            "--timesteps first does not apply: all 2 steps of --sde-window are",
+            "--timesteps first does not go with --sde-window 2",
         ),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
@@ -165,13 +165,10 @@ def complaint(trainer, *words):
         ("--model tiny/flux/vae", "cannot load tiny/flux/vae"),
         ("--model tiny/sd/unet", "cannot load tiny/sd/unet"),
         ("--output-dir ''", "--output-dir is empty"),
-        ("--output-dir ~no-such-user/runs", "--output-dir ~no-such-user/runs: there is no such user"),
-        ("--output-dir tiny/hps", "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, which no run wrote"),
-        ("--output-dir tiny/flux", "tiny/flux holds model_index.json, which no run wrote"),
-        ("--output-dir tiny/flux/vae", "tiny/flux/vae holds a config.json that is no run's"),
-        ("--output-dir runtime", "runtime holds __init__.py, "),
+        ("--output-dir tiny/flux", "tiny/flux holds model_index.json, no run's"),
+        ("--output-dir tiny/flux/vae", "tiny/flux/vae holds config.json, no run's"),
         ("--dry-run --processes 7", "must be a multiple of the 7 processes"),
-        ("--dry-run --output-dir tiny/clip", "tiny/clip holds "),
+        ("--dry-run --output-dir tiny/flux", "tiny/flux holds model_index.json"),
         ("--dry-run --model tiny/clip", "cannot load tiny/clip"),
         ("--dry-run --steps 0", "--steps must be at least 2"),
     ],
@@ -267,7 +264,7 @@ def test_options_of_flux(words, expected):
         ("--max-sequence-length -3", "--max-sequence-length must be at least 1, got -3"),
         ("--sde-window-every 0", "--sde-window-every must be at least 1, got 0"),
         ("--ratio none", "argument --ratio: invalid choice: 'none' (choose from 'plain', 'guard', 'dppo')"),
-        ("--ratio guard --sde cps --eta 0.8", "--ratio guard needs Gaussian log-probabilities, which --sde cps"),
+        ("--ratio guard --sde cps --eta 0.8", "--ratio guard needs log-probabilities that --sde cps does not use"),
     ],
 )
 def test_options_of_rectified_flow(trainer, words, expected):
@@ -328,28 +325,15 @@ def test_wan_2_2_is_refused(key, value, tmp_path):
     assert f"--model {model} is a Wan 2.2" in complaint(grpo_video, "--preset", "tiny-wan", "--model", str(model))
 
 
-@pytest.mark.parametrize("option", ["--model", "--prompts", "--reward", "--reward-paths", "--output-dir"])
-@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a", "a\0b"], ids=["long", "deep", "NUL"])
-def test_names_that_no_file_can_have(option, name, tmp_path):
-    start = {"--output-dir": f"{tmp_path}/", "--reward-paths": "hps="}.get(option, "")
-    line = complaint(grpo_flux, option, start + name)
-    assert line.startswith(option) and "is too long for a path, or has a NUL byte" in line
-
-
 @EVERY
-@pytest.mark.parametrize("variables, expected", [
-    *[(variables, "start the script with torchrun, or unset the variables") for variables in (
-        "WORLD_SIZE=2", "WORLD_SIZE=x", "WORLD_SIZE=0", "WORLD_SIZE=", "RANK=x", "RANK=-1", "RANK=3", "LOCAL_RANK=5",
-        "LOCAL_WORLD_SIZE=0", "WORLD_SIZE=2 RANK=0 MASTER_ADDR= MASTER_PORT=29500",
-    )],
-    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x", "check torchrun's address and port"),
-    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999", "check torchrun's address and port"),
+@pytest.mark.parametrize("variables", [
+    "WORLD_SIZE=2", "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999",
 ])  # fmt: skip
-def test_torchruns_variables(trainer, variables, expected, monkeypatch):
+def test_torchruns_variables(trainer, variables, monkeypatch):
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))
-    line = complaint(trainer)
-    assert expected in line and all(name in line for name in variables.split()[:1] if "unset" in expected)
+    assert "check torchrun's address and port" in complaint(trainer)
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,9 @@ def test_home_is_expanded_and_an_empty_folder_name_refused(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("content, expected", [
-    ({"model_index.json": "{}"}, "holds model_index.json, which no run wrote"),
-    ({"config.json": '{"metrics": "hps"}'}, "holds a config.json that is no run's"),
-    ({"config.json": '{"metrics": '}, "holds a config.json that is no run's"),
+    ({"model_index.json": "{}"}, "holds model_index.json, no run's or damaged"),
+    ({"config.json": '{"metrics": "hps"}'}, "holds config.json, no run's or damaged"),
+    ({"config.json": '{"metrics": '}, "holds config.json, no run's or damaged"),
     ({"metrics.jsonl": "{}\n"}, "already holds a run"),
     ({"checkpoint-000005/unet/config.json": "{}"}, "already holds a run"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
@@ -186,9 +186,6 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
     assert (cfg.eta, cfg.iterations, cfg.resume) == (0.7, 9, True)
     start(cfg, world, ["one", "two"])
     assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
-    cfg = parse("--output-dir", str(tmp_path), "--resume", "--iterations", "1")
-    with pytest.raises(RunError, match=r"^--iterations 1 is below the 2 that the run in .* has done; raise it$"):
-        start(cfg, world, ["one", "two"])
 
 
 def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(tmp_path, world):
@@ -220,15 +217,6 @@ def test_resume_from_a_folder_that_was_moved(tmp_path, world):
     assert parse("--output-dir", str(tmp_path / "new"), "--resume").output_dir == str(tmp_path / "new")
 
 
-def test_resume_from_another_directory_goes_back_to_that_of_the_start(tmp_path, world, monkeypatch):
-    (tmp_path / "start").mkdir()
-    monkeypatch.chdir(tmp_path / "start")
-    a_run(Path("run"), world)
-    monkeypatch.chdir(tmp_path)
-    assert parse("--output-dir", "start/run", "--resume").output_dir == str(tmp_path / "start" / "run")
-    assert Path.cwd() == tmp_path / "start"
-
-
 def test_resume_with_other_prompts_is_refused(tmp_path, world):
     a_run(tmp_path, world)
     before = tree(tmp_path)
@@ -239,12 +227,9 @@ def test_resume_with_other_prompts_is_refused(tmp_path, world):
 
 
 @pytest.mark.parametrize("content, expected", [
-    (None, "config.json cannot be read"),
-    ("{", "config.json cannot be read"),
-    ("[]", "is not the config.json of a run"),
-    ("{}", "has preset = None, which is no str"),
-    ({"eta": "much"}, "has eta = 'much', which is no float"),
-    ({"iterations": 2.5}, "has iterations = 2.5, which is no int"),
+    (None, "config.json is damaged, or of another version: its preset is None, which is no str"),
+    ("[]", "config.json is damaged, or of another version: its preset is None, which is no str"),
+    ({"eta": "much"}, "its eta is 'much', which is no float"),
     ({"script": "grpo_other.py"}, "is a run of grpo_other.py, not of test_folders.py"),
 ])  # fmt: skip
 def test_resume_with_a_damaged_config(content, expected, tmp_path, world):

@@ -227,7 +227,7 @@ def test_a_checkpoint_has_a_model_card_which_may_be_edited(small_run, tmp_path):
     options = ["--preset", "tiny", "--checkpoint", str(checkpoint)]  # and so is eval.py, with the folder as it is
     _, _, models, _ = evaluation.plan(parse_config(evaluation.Config, evaluation.PRESETS, options))
     assert [model.kind for model in models] == ["base", "network"]
-    evaluation.check_whole(models, world)
+    checkpoints.require_whole(Path(models[1].weights), "--checkpoint", world)
 
 
 # -------------------------------------------------------------------------------------- guarantees: resume, processes
