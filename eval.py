@@ -283,7 +283,6 @@ def set_sampler(pipe, cfg: Config):
             pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
     if cfg.frames > 1:
         pipe.vae.enable_tiling()  # a whole clip at full size does not fit
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

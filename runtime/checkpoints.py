@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rewards import parse_paths, parse_spec
 
-from .files import fingerprint, read_json, write_atomically, writing
-from .loading import find_init
+from .files import FINGERPRINTED, fingerprint, read_json, write_atomically, writing
+from .initial import find_init
 from .lora import public_lora
 from .options import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, require
 from .processes import EMA, World, local, trainable
@@ -99,14 +99,18 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     return [path for path in paths if path and Path(path).exists()]
 
 
+OWN = {"dryrun.json", "results.json"}  # of runs and evaluations
+
+
 def refuse_foreign(folder: Path) -> dict:
     """The content of config.json in this --output-dir, {} if there is none.
 
-    Raises RunError if it is not a run's, or if the folder is a model's or a checkpoint.
+    Raises RunError if the folder holds files of a model, a checkpoint or a program, but no run. Others may be logs.
     """
-    stored, marks = read_json(folder / "config.json"), ("config.json", "model_index.json", SUMS)
-    foreign = [name for name in marks if "script" not in stored and (folder / name).is_file()]
-    require(not foreign, f"{folder} holds {', '.join(foreign)}, no run's or damaged; take another --output-dir")
+    stored, suffixes = read_json(folder / "config.json"), FINGERPRINTED - {".txt"}
+    names = [path.name for path in sorted(folder.glob("*")) if path.name not in OWN and "script" not in stored]
+    foreign = [name for name in names if name == SUMS or Path(name).suffix in suffixes]
+    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, no run's or damaged; take another --output-dir")
     return stored
 
 

@@ -183,20 +183,16 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
     from diffusers import AutoPipelineForText2Image
 
-    from .loading import SAFETY, component_names, find_folder, load_components, load_pretrained
+    from .loading import load_pipeline
 
     index = _first_frame_index(config)
     listed = _listed_first_frames(index) if pictures else {}
     missing = {prompt: path for prompt, path in pictures.items() if prompt not in listed}
     if not missing:
         return
-    option, kind = "--first-frame-model", AutoPipelineForText2Image
-    folder = find_folder(config.first_frame_model, option)
     with world.in_turn():
-        parts = load_components(folder, world.dtype, option=option)
-        parts |= {SAFETY: None} if SAFETY in component_names(folder / "model_index.json", option) else {}
-        pipe = load_pretrained(kind.from_pretrained, folder, option, dtype=world.dtype, **parts).to(world.device)
-    pipe.set_progress_bar_config(disable=True)
+        pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")
+    pipe.to(world.device)  # also with --offload: nothing else is there yet
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
     for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
         if not path.exists():
@@ -204,7 +200,7 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             save_image(path, pipe(prompt, generator=generator, **options).images[0])
-    del pipe, parts
+    del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room
     world.barrier()
     if world.is_main:

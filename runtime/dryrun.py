@@ -10,6 +10,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -295,10 +296,9 @@ def run(
 def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
     master = world.dtype if cfg.lora_rank else torch.float32
-    prepare = (cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
-    elements = sum(p.numel() for p in loading.empty_network(network_class, config, master, *prepare).parameters())
-    prepare += (False, False, cfg.quantize)
-    network = loading.empty_network(network_class, config, master, *prepare)
+    build = partial(loading.empty_network, network_class, config, dtype=master, lora_rank=cfg.lora_rank)
+    build = partial(build, lora_targets=lora_targets, checkpointing=cfg.gradient_checkpointing)
+    elements, network = sum(p.numel() for p in build().parameters()), build(quantized=cfg.quantize)
     parts = training_bytes(cfg, network, world.shard_size, world.dtype)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

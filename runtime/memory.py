@@ -60,8 +60,8 @@ def require_fit(config, world: World, component: str, lora_targets: Sequence[str
     def needed(config) -> Callable[[int], int]:
         """Of a run with these options: shard size → bytes."""
         dtype, kind = world.dtype if config.lora_rank else torch.float32, getattr(diffusers, original["_class_name"])
-        prepare = config.lora_rank, lora_targets, False, False, False, config.quantize
-        network = loading.empty_network(kind, original, dtype, *prepare)
+        prepare = {"lora_rank": config.lora_rank, "lora_targets": lora_targets, "quantized": config.quantize}
+        network = loading.empty_network(kind, original, dtype=dtype, **prepare)
         return lambda shard_size: sum(training_bytes(config, network, shard_size, world.dtype).values())
 
     own, prompts, advice = needed(config), config.prompts_per_iteration, []

@@ -16,7 +16,8 @@ import grpo_flux
 import grpo_sd
 import rewards
 from fake_hub import COMMIT, FakeHub
-from runtime import loading, lora, processes
+from runtime import initial, loading, lora, processes
+from runtime.lora import LORA_FILE
 from runtime.options import RunError, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +253,7 @@ def test_folders_with_other_copies_of_the_weights(form, tmp_path):
 def test_a_single_file_is_answered_with_the_call_that_converts_it(tmp_path):
     file = tmp_path / "dream.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, file)
-    expected = rf"--model {file} is a single file; make a folder of it: diffusers.*from_single_file\(\"{file}\"\)"
+    expected = rf"--model: no folder '{file}'; .* of a single file .*PIPELINE\.from_single_file\(\"{file}\"\)"
     with pytest.raises(RunError, match=expected):
         grpo_sd.check(parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(file), "--reward", "hps"]))
 
@@ -265,7 +266,7 @@ def test_an_exported_lora_needs_no_metadata(tmp_path):
     from test_trainers import train
 
     out = train("flux", tmp_path / "run", lora_rank=4, learning_rate=0.01, num_samples=1, iterations=2)
-    file = out / "checkpoint-000002" / loading.LORA_FILE
+    file = out / "checkpoint-000002" / LORA_FILE
     base = load_file("tiny/flux/transformer/diffusion_pytorch_model.safetensors")
     lora = load_file(file)
     import diffusers
@@ -330,7 +331,7 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
         ["--preset", "tiny", "--lora-rank", "2", "--init", str(tmp_path / "lora.safetensors")],
     )  # fmt: skip
     grpo_flux.check(cfg)
-    _, started, _ = grpo_flux.load_models(cfg, world, loading.find_init(cfg.init))
+    _, started, _ = grpo_flux.load_models(cfg, world, initial.find_init(cfg.init))
     for name, weight in network.state_dict().items():
         torch.testing.assert_close(started.state_dict()[name], weight, rtol=0, atol=0)
 
