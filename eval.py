@@ -208,7 +208,7 @@ def fetch(cfg: Config) -> None:
     if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
         fetch_rewards(rewards, parse_paths(cfg.reward_paths))
     if "geneval" in metric_specs(cfg.metrics):
-        geneval.fetch(cfg.detector, cfg.detector_clip)
+        geneval.GenEvalReward.fetch(cfg.detector, cfg.detector_clip)
 
 
 def open_output(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:

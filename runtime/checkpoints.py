@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves: as intended
 
+CARD = ("README.md", "reward.png", "samples.png")  # what runtime/card.py adds to a checkpoint
 SUMS = "SHA256SUMS"  # of a checkpoint: `sha256sum -c` reads it
 GIB = 2**30
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
@@ -65,11 +67,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         if config.resume:
             changed = [path for path, sha256 in content["files"].items() if stored.get("files", {}).get(path) != sha256]
             changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
-            require(
-                not changed,
-                f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "
-                "start a new run in another --output-dir, which may --init from a checkpoint of this one",
-            )
+            message = f"{', '.join(changed)} changed after the run in {output_dir} was started"
+            require(not changed, f"{message}; restore it, or start a new run in another --output-dir, with --init")
     world.barrier()
     checkpoint = newest_whole_checkpoint(output_dir, world, content) if config.resume else None
     return Folder(content, checkpoint, init)
@@ -244,8 +243,6 @@ class Checkpoints:
     reward.png and samples.png.
     """
 
-    CARD = ("README.md", "reward.png", "samples.png")
-
     def __init__(self, pipeline, component: str, optimizer, ema: EMA, world: World, keep_states: int = 2):
         self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
         self.optimizer, self.ema, self.world, self.keep_states = optimizer, ema, world, keep_states
@@ -260,10 +257,10 @@ class Checkpoints:
             "ema": {str(i): average for i, average in enumerate(self.ema.average)},
         }
 
-    def save(self, output_dir: str, iteration: int, card: str = "") -> None:
+    def save(self, output_dir: str, iteration: int, add_card: Callable[[Path], None] = lambda folder: None) -> None:
         """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete.
 
-        card: the text of its README.md, if it shall have one; the run's curves and newest samples come with it.
+        add_card: writes the model card into the folder.
         Raises RunError, and writes nothing, if a weight is not finite.
         """
         final = Path(output_dir) / name_of(iteration)
@@ -287,8 +284,7 @@ class Checkpoints:
             names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
             sums = sha256_of(part, self.world.from_main(names), self.world)
             if self.world.is_main:
-                if card:
-                    self._write_card(part, iteration, card)
+                add_card(part)
                 write_sums(part, sums)
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
@@ -301,26 +297,14 @@ class Checkpoints:
         public, state = checkpoint_bytes(config, whole, trained, self.world.dtype)
         count, states = checkpoints_to_come(config, done, len([*Path(config.output_dir).glob("checkpoint-*/state")]))
         free = shutil.disk_usage(config.output_dir).free
-        where = f"{config.output_dir} has {free / GIB:.3g} GiB of room"
-        require(
-            not count or public + state <= free,
-            f"a checkpoint takes {(public + state) / GIB:.3g} GiB, but {where}; make room or take another --output-dir",
-        )
-        if count * public + states * state > free:
-            print(
-                f"warning: checkpoints of the run: {count}, with state at most {states} of them, "
-                f"{(count * public + states * state) / GIB:.3g} GiB, but {where}; make room, raise --save-every or "
-                "lower --keep-states",
-                file=sys.stderr,
-            )
-
-    def _write_card(self, folder: Path, iteration: int, card: str) -> None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        sheets = [path for path in sorted(folder.parent.glob("samples/*.png")) if path.stem.isdigit()]
-        sheets = [path for path in sheets if int(path.stem) <= iteration]  # later ones: of a run that continued earlier
-        for file, name in zip([folder.parent / "reward.png", *sheets[-1:]], self.CARD[1:], strict=False):
-            if file.is_file():
-                shutil.copy(file, folder / name)
+        one, all_of_them = (public + state) / GIB, (count * public + states * state) / GIB
+        where = f"but {config.output_dir} has {free / GIB:.3g} GiB of room; make room"
+        fine = not count or one <= free / GIB
+        require(fine, f"a checkpoint takes {one:.3g} GiB, {where} or take another --output-dir")
+        if all_of_them > free / GIB:
+            what = f"warning: checkpoints of the run: {count}, with state at most {states} of them"
+            advice = "raise --save-every or lower --keep-states"
+            print(f"{what}, {all_of_them:.3g} GiB, {where}, {advice}", file=sys.stderr)
 
     def require_finite(self, iteration: int) -> None:
         """Raise RunError if a trained weight, or its average, is infinite or NaN. A collective."""

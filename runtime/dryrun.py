@@ -29,6 +29,7 @@ from rewards import cached_folder, parse_paths
 
 from . import dryreward, loading, processes
 from .checkpoints import GIB, checkpoint_bytes, checkpoints_to_come, refuse_foreign
+from .data import PromptCache
 from .files import write_atomically, writing
 from .memory import training_bytes
 from .options import require
@@ -40,13 +41,9 @@ PAINTER = {"FLUX.1-dev": 16_870_599_139}  # parameters of the pipeline that pain
 # AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-    ),
+FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own, which older torch does not count
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
 }
 
 
@@ -263,7 +260,7 @@ def run(
     host = max(*read, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
-    beside = CUDA_CONTEXT + processes.PromptCache.SIZE * measured["condition_bytes"] / GIB
+    beside = CUDA_CONTEXT + PromptCache.SIZE * measured["condition_bytes"] / GIB
     gpu["buffers"] += beside
     peak = peak / GIB + beside
     result = {

@@ -368,7 +368,7 @@ def test_a_run_that_lost_a_checkpoint_ends_bit_for_bit_like_one_that_did_not(nam
 @pytest.mark.slow
 def test_300_random_faults_give_the_right_result_or_one_line(finished, run):
     rng, whole, refused = random.Random(0), tree(run), 0
-    files = [path for path, content in whole.items() if content and path.name not in checkpoints.Checkpoints.CARD]
+    files = [path for path, content in whole.items() if content and path.name not in checkpoints.CARD]
     for _ in range(300):
         path = rng.choice(files)
         if rng.random() < 0.5:

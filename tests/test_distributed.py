@@ -233,9 +233,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(monkeypatch, 
 
 def test_the_compute_dtype_is_an_option(monkeypatch):
     assert processes.start_world().dtype == torch.float32
-    world = processes.start_world("bfloat16")
-    with world.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert processes.start_world("bfloat16").dtype == torch.bfloat16
 
 
 def small_checkpoints(world, **options):

@@ -125,7 +125,7 @@ def test_prompts_are_split_at_line_feeds_only(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.CSV"])
 def test_files_that_are_neither_text_nor_jsonl_are_refused(name, tmp_path):
     (tmp_path / name).write_text('["a red circle"]')
-    with pytest.raises(RunError, match="is neither text nor JSONL"):
+    with pytest.raises(RunError, match="no prompt file"):
         data.load_prompts(str(tmp_path / name))
 
 

@@ -190,24 +190,6 @@ def test_what_cannot_be_fetched_is_one_line_with_advice(repositories, tmp_path):
     assert f"cannot fetch {SD}@v7 from the hub: it has no such revision; correct what follows the @" in revision
 
 
-def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
-    import errno
-
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    def full(*_, **options):
-        if options.get("local_files_only"):
-            raise errors.LocalEntryNotFoundError("nothing here")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json", "model.safetensors"])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(rewards.RewardError, match=r"the disk is full; make room or set HF_HOME, and run again"):
-        rewards.hub_folder("a/b")
-
-
 @pytest.mark.parametrize("files, expected", {
     "safetensors": (["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
     "bin": (["pytorch_model.bin", "model.fp16.safetensors"], ["pytorch_model.bin"]),

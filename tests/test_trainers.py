@@ -697,7 +697,7 @@ def test_prompts_that_are_too_long_are_reported_once(monkeypatch):
 
 
 def test_prompts_of_different_lengths_are_padded_together():
-    cache = processes.PromptCache(
+    cache = data.PromptCache(
         lambda prompts: [torch.ones(1, 2, len(prompts[0]), 3), torch.ones(1, 2, len(prompts[0]))],
         processes.start_world(),
         torch.nn.Linear(1, 1),
