@@ -36,7 +36,7 @@ from evaluation.models import FAMILIES, Model, find_weights, load_pipeline, run_
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
 from runtime import checkpoints, data, loading, processes
-from runtime.files import fingerprint, read_json, write_atomically, writing
+from runtime.files import fingerprint, lock_folder, read_json, write_atomically, writing
 from runtime.options import (
     Count,
     Lazy,
@@ -226,7 +226,7 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
         require(not is_run, f"{folder} is a training run's, not an evaluation's; {advice}")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.lock_folder(folder)
+        lock_folder(folder)
         for name in new.keys() - FREE:
             different = f"{folder} has results of {name} = {stored.get(name)!r}, not {new[name]!r}; {advice}"
             require(stored.get(name) == new[name], different)

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from rewards import parse_paths, parse_spec
 
-from .files import FINGERPRINTED, fingerprint, read_json, write_atomically, writing
+from .files import FINGERPRINTED, fingerprint, lock_folder, read_json, write_atomically, writing
 from .initial import find_init
 from .lora import public_lora
-from .options import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, require
+from .options import FREE_ON_RESUME, Lazy, complete_checkpoints, latest_checkpoint, require
 from .processes import EMA, World, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
@@ -111,24 +111,6 @@ def refuse_foreign(folder: Path) -> dict:
     foreign = [name for name in names if name == SUMS or Path(name).suffix in suffixes]
     require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, no run's or damaged; take another --output-dir")
     return stored
-
-
-def lock_folder(folder: Path) -> None:
-    """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
-    from filelock import FileLock
-
-    while LOCKS:  # of an earlier run of this process
-        LOCKS.pop().release()
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except (OSError, NotImplementedError) as e:  # Timeout is an OSError
-        advice = "wait for it, or take another --output-dir"
-        raise RunError(f"another process is working in {folder}, or it cannot be locked ({e}); {advice}") from e
-    LOCKS.append(lock)
-
-
-LOCKS: list = []  # that of this process's run
 
 
 # ---------------------------------------------------------------------------------------------------------- verifying
@@ -223,14 +205,16 @@ def checkpoint_bytes(config, whole: int, trained: int, dtype: torch.dtype) -> tu
     return copies * public, (2 + copies) * trained * 4  # master weights, Adam's two moments, the average
 
 
-def checkpoints_to_come(config, done: int = 0, states: int = 0) -> tuple[int, int]:
-    """How many a run has still to save, and how many states will be there at a time beside the `states` that are.
+def disk_needed(config, public: int, state: int, done: int = 0, states: int = 0) -> tuple[int, str]:
+    """Bytes that a run will still save after `done` iterations, and a line that says so beside the disk's room.
 
-    An old state is deleted when the new one is complete.
+    public, state: bytes of one checkpoint's; states: how many are there. An old one is deleted when a new one is whole.
     """
-    count = -(-config.iterations // config.save_every) - done // config.save_every
-    count = count if done < config.iterations else 0
-    return count, max(0, min(config.keep_states + 1 - states, count))
+    count = -(-config.iterations // config.save_every) - done // config.save_every if done < config.iterations else 0
+    states = max(0, min(config.keep_states + 1 - states, count))
+    needed, free = count * public + states * state, shutil.disk_usage(config.output_dir).free
+    what = f"checkpoints of the run: {count}, with state at most {states} of them, {needed / GIB:.3g} GiB"
+    return needed, f"{what}; {config.output_dir} has {free / GIB:.3g} GiB of room"
 
 
 class Checkpoints:
@@ -295,16 +279,13 @@ class Checkpoints:
         """Warn if the disk has no room for what a run will still save. Raises RunError if not for one checkpoint."""
         whole, trained = (sum(p.numel() for p in ps) for ps in (self.network.parameters(), trainable(self.network)))
         public, state = checkpoint_bytes(config, whole, trained, self.world.dtype)
-        count, states = checkpoints_to_come(config, done, len([*Path(config.output_dir).glob("checkpoint-*/state")]))
+        states = len([*Path(config.output_dir).glob("checkpoint-*/state")])
+        needed, line = disk_needed(config, public, state, done, states)
         free = shutil.disk_usage(config.output_dir).free
-        one, all_of_them = (public + state) / GIB, (count * public + states * state) / GIB
-        where = f"but {config.output_dir} has {free / GIB:.3g} GiB of room; make room"
-        fine = not count or one <= free / GIB
-        require(fine, f"a checkpoint takes {one:.3g} GiB, {where} or take another --output-dir")
-        if all_of_them > free / GIB:
-            what = f"warning: checkpoints of the run: {count}, with state at most {states} of them"
-            advice = "raise --save-every or lower --keep-states"
-            print(f"{what}, {all_of_them:.3g} GiB, {where}, {advice}", file=sys.stderr)
+        fine = not needed or public + state <= free
+        require(fine, f"a checkpoint takes {(public + state) / GIB:.3g} GiB, too much: {line}; make room")
+        if needed > free:
+            print(f"warning: {line}; make room, raise --save-every or lower --keep-states", file=sys.stderr)
 
     def require_finite(self, iteration: int) -> None:
         """Raise RunError if a trained weight, or its average, is infinite or NaN. A collective."""

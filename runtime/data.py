@@ -222,8 +222,6 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
         if not path.exists():
             generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
             save_image(path, pipe(prompt, generator=generator, **options).images[0])
     del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room

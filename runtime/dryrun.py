@@ -7,7 +7,6 @@ differently is imitated: autocast computes norms in float32, and attention keeps
 import contextlib
 import importlib
 import json
-import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -28,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from rewards import cached_folder, parse_paths
 
 from . import dryreward, loading, processes
-from .checkpoints import GIB, checkpoint_bytes, checkpoints_to_come, refuse_foreign
+from .checkpoints import GIB, checkpoint_bytes, disk_needed, refuse_foreign
 from .data import PromptCache
-from .files import write_atomically, writing
+from .files import write_atomically
 from .memory import training_bytes
 from .options import require
 
@@ -277,16 +276,8 @@ def run(
         "gathered_gib": (forwards + 2 * micro_batches) * gathered / GIB,
     }
     path = Path(cfg.output_dir) / "dryrun.json"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=2) + "\n")
-    print(text_of(result, cfg.gpu_memory))
-    (count, states), free = checkpoints_to_come(cfg), shutil.disk_usage(path.parent).free / GIB
-    disk = (count * public + states * state) / GIB
-    print(
-        f"checkpoints of the run: {count}, with state at most {states} of them, {disk:.0f} GiB; {cfg.output_dir} has "
-        f"{free:.0f} GiB of room"
-    )
+    print(text_of(result, cfg.gpu_memory), disk_needed(cfg, public, state)[1], sep="\n")
     return result
 
 

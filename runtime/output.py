@@ -77,8 +77,6 @@ class Run:
             group["lr"] = config.learning_rate  # it may have been changed on --resume
         if world.is_main:
             self.checkpoints.check_room(config, self.done)
-            with writing(Path(config.output_dir, "samples")) as samples:
-                samples.mkdir(exist_ok=True)
             write_atomically(Path(config.output_dir, "config.json"), json.dumps(folder.config, indent=2) + "\n")
         self.metrics = Metrics(config.output_dir, world, folder.checkpoint)
         self.preempted, self.flat, self.stopwatch = Preemption(world), 0, Stopwatch(world)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from runtime import data, loading, processes
-from runtime.checkpoints import Checkpoints, lock_folder, open_folder
+from runtime.checkpoints import Checkpoints, open_folder
+from runtime.files import lock_folder
 from runtime.options import (
     Count,
     Decay,
@@ -164,7 +165,7 @@ def test_a_run_that_failed_before_its_first_iteration_does_not_hinder_the_next(t
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from runtime.checkpoints import lock_folder\n"
+        "import sys, time; from pathlib import Path; from runtime.files import lock_folder\n"
         f"lock_folder(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(60)"
     )
     root = Path(__file__).resolve().parent.parent

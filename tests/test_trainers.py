@@ -741,7 +741,7 @@ def test_sigterm_ends_a_run_at_once_while_the_iteration_has_changed_no_weight(sm
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, but .*run has 0.000931 GiB of room; make room"):
+    with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, too much: .*run has 0.000931 GiB of room; make"):
         train("flux", tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
