@@ -599,17 +599,14 @@ def fetched_folder(path: str, choose: Callable[[Sequence[str]], tuple[list[str],
     What the cache lacks is fetched, by one process of a machine: huggingface_hub has locks. So a full cache needs no
     network. Raises RewardError, one line; what was fetched stays.
     """
+    if Path(path).is_dir():
+        return path
     repo, _, revision = path.partition("@")
     options = {"repo_id": repo, "revision": revision or None}
-
-    def found() -> str:
-        """The cached folder; "" where it lacks something, as after a broken fetch."""
-        folder = cached_folder(path)
-        files = [file.relative_to(folder).as_posix() for file in Path(folder or "-").rglob("*") if file.is_file()]
-        return "" if choose(files)[1] else folder
-
     try:
-        if folder := path if Path(path).is_dir() else found():
+        folder = cached_folder(path)
+        cached = [file.relative_to(folder).as_posix() for file in Path(folder or "-").rglob("*") if file.is_file()]
+        if folder and not choose(cached)[1]:  # else something is lacking, as after a broken fetch
             return folder
         files, missing = choose(huggingface_hub.list_repo_files(**options))
         require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")

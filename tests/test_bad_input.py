@@ -342,7 +342,7 @@ def test_torchruns_variables(trainer, variables, monkeypatch):
     [
         (None, "image to video needs first frames: name a folder or a JSONL file with --first-frames"),
         ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in "),
-        ('{"prompt": "a red circle", "image": "none.png"}', "none.png; correct its path"),
+        ('{"prompt": "a red circle", "image": "none.png"}', "none.png'); correct its path, convert it to PNG or JPEG"),
         ('{"prompt": "a red circle", "image": "text.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle", "image": "half.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle"}', 'first_frames.jsonl line 1 is not {"image": "…"}'),
