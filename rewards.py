@@ -336,13 +336,9 @@ def own_reward(place: str, visuals: Visuals, prompts: Sequence[str], fps: float 
     """FILE.py:FUNCTION, with a function(visuals, prompts) → (B,) tensor. If it fails, RewardError names the line."""
     function, (file, _, name) = load_object(place), place.rpartition(":")
     try:
-        scores = function(visuals, list(prompts))
+        return function(visuals, list(prompts))
     except Exception as e:  # the function is not ours: it may raise anything
         raise RewardError(f"reward {name}: {where(e, file)}") from e
-    expected = f"a tensor of shape {(len(prompts),)}"
-    found = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-    require(found == expected, f"reward {name}: {file} must return {expected}, it returned {found}")
-    return scores.detach().to(visuals[0].device)
 
 
 def load_object(place: str) -> Callable:
@@ -396,20 +392,17 @@ class HTTPReward:
                 request["images"] = [png(image) for image in part]
             else:
                 request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
-            scores.append(self.ask(request))
-        return torch.cat(scores).to(visuals[0].device)
+            scores += self.ask(request)
+        return torch.tensor(scores)
 
-    def ask(self, request: dict) -> Tensor:
+    def ask(self, request: dict) -> list[float]:
         try:
             answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
             answer.raise_for_status()
-            scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
+            return [float(score) for score in answer.json()["scores"]]
         except FILE_ERRORS as e:  # requests raises OSErrors
             reason = f"no scores from {self.url} ({type(e).__name__}: {first_line(e)})"
             raise RewardError(f"reward {self.name}: {reason}; fix the server") from e
-        found, expected = tuple(scores.shape), (len(request["prompts"]),)
-        require(found == expected, f"reward {self.name}: {self.url} gave scores of shape {found}, not {expected}")
-        return scores
 
     def check(self) -> None:
         """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
@@ -553,9 +546,13 @@ class Reward:
                 raw = torch.cat([part[term.name] for part in judged])
             elif term.model in LOADERS:
                 judge = partial(mean_over_frames, scorer) if is_video else scorer
-                raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces]).float()
+                raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces])
             else:
-                raw = scorer(visuals, prompts, fps).float()
+                raw = scorer(visuals, prompts, fps)
+            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            expected = f"reward {term.name} must give a tensor of shape {(len(prompts),)}"
+            require(shape == (len(prompts),), f"{expected}, and it gave {shape}")
+            raw = raw.to(visuals[0].device, torch.float32)
             for prompt, value in zip(prompts, raw.tolist(), strict=True):
                 message = f"reward {term.name} gave {value} for the prompt {prompt!r}; the run stops here"
                 require(math.isfinite(value), message)

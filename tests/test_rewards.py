@@ -345,9 +345,9 @@ def test_a_file_is_executed_once(tmp_path):
         ("fails", r"reward fails: .*own\.py, line 14: KeyError: 'no such thing"),
         (
             "column",
-            r"reward column: .*own\.py must return a tensor of shape \(2,\), it returned a tensor of shape \(2, 1\)",
+            r"reward column must give a tensor of shape \(2,\), and it gave \(2, 1\)",
         ),
-        ("number", r"reward number: .*own\.py must return a tensor of shape \(2,\), it returned a float"),
+        ("number", r"reward number must give a tensor of shape \(2,\), and it gave float"),
         ("nan", "reward nan gave nan for the prompt 'b'; the run stops here"),
         (
             "one_argument",
@@ -491,9 +491,9 @@ def test_a_server_that_fails_once_is_asked_again(judge):
         ("text", 1, "JSONDecodeError"),
         ("list", 1, "TypeError"),
         ("other", 1, "KeyError: 'scores'"),
-        ("one", 1, r"gave scores of shape \(\), not \(2,\)"),
+        ("one", 1, "TypeError"),
         ("words", 1, "ValueError"),
-        ("short", 1, r"gave scores of shape \(1,\), not \(2,\)"),
+        ("short", 1, r"must give a tensor of shape \(2,\), and it gave \(1,\)"),
         ("nan", 1, "gave nan for the prompt 'a'; the run stops here"),
     ],
 )

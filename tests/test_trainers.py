@@ -834,7 +834,7 @@ def test_a_reward_of_ones_own_that_fails_later_names_its_line_and_nothing_is_los
     before = {path: path.read_bytes() for path in (tmp_path / "out/checkpoint-000001").rglob("*") if path.is_file()}
     for kind, expected in {
         "fails": r"^reward judge: .*own\.py, line 6: KeyError: 'b'$",
-        "column": r"^reward judge: .*own\.py must return a tensor of shape \(8,\), it returned .* \(8, 1\)$",
+        "column": r"^reward judge must give a tensor of shape \(8,\), and it gave \(8, 1\)$",
         "nan": r"^reward judge gave nan for the prompt '.*'; the run stops here$",
     }.items():
         monkeypatch.setenv("JUDGE", kind)
