@@ -106,11 +106,15 @@ def _fetch_prompt_set(name: str) -> Path:
         prompts = dict.fromkeys(" ".join(line.split()) for line in lines)  # unique, in the file's order
         return "\n".join(prompt for prompt in prompts if prompt) + "\n"
 
+    return fetched_set(f"{name}.txt", fetch, f"{file} of {source}")
+
+
+def fetched_set(name: str, fetch: Callable[[], str], source: str) -> Path:
+    """`rewards.fetched_once` for a file of prompts. Raises RunError if it cannot be fetched."""
     try:
-        return fetched_once(f"{name}.txt", fetch)
-    except OSError as e:
-        where, advice = f"{file} of {source}: {first_line(e)}", "give --prompts a text file with one prompt a line"
-        raise RunError(f"cannot fetch the prompt set {name} ({where}); {advice}") from e
+        return fetched_once(name, fetch)
+    except OSError as e:  # every error of the hub's own is one
+        raise RunError(f"cannot fetch {source} ({first_line(e)}); give --prompts a file of your own") from e
 
 
 def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -> list[int]:

@@ -148,12 +148,6 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
     return loading.default_config(network_class) | known
 
 
-def pipeline_of(path: str) -> str:
-    """The class of the pipeline in this folder, or in the hub's cache; "" where there is neither."""
-    folder = here(path, "model_index.json")
-    return loading.pipeline_index(folder)["_class_name"] if folder else ""
-
-
 def here(path: str, file: str) -> str:
     """The folder, or that in the hub's cache, if there is such a file in it or the path is a folder; else ""."""
     folder = path if Path(path).is_dir() else cached_folder(path)

@@ -145,7 +145,8 @@ def first_frame_latents(
 def dry_configs(cfg) -> tuple:
     """→ the family, and class and config of transformer and VAE; if their files are not here, those of full size."""
     default = Wan if cfg.model.startswith("Wan-AI/") else HunyuanVideo
-    family = PIPELINES.get(dryrun.pipeline_of(cfg.model), default)
+    folder = dryrun.here(cfg.model, "model_index.json")
+    family = PIPELINES.get(loading.pipeline_index(folder)["_class_name"], default) if folder else default
     kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
     config = dryrun.config_of(kind, **transformer_source(cfg), **family.full_size(cfg))
     return family, kind, config, vae_kind, dryrun.config_of(vae_kind, cfg.model, "vae")

@@ -460,7 +460,7 @@ def test_a_prompt_set_that_cannot_be_fetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "text_at", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    with pytest.raises(RunError, match=r"cannot fetch the prompt set vidprom .* give --prompts a text file"):
+    with pytest.raises(RunError, match=r"cannot fetch video_prompts.txt of .* give --prompts a file of your own"):
         data.load_prompts("vidprom")
 
 
