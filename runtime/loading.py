@@ -34,7 +34,7 @@ SAFETY = "safety_checker"  # Stable Diffusion's blackens pictures; trainers and 
 def check_path(option: str, path: str) -> None:
     """Raise RunError unless `path` is a folder here, or looks like a hub id."""
     advice = "give a local folder or a hub id (OWNER/NAME or OWNER/NAME@REVISION); of a single file diffusers makes a "
-    advice += f'folder: PIPELINE.from_single_file("{path}").save_pretrained("FOLDER")'
+    advice += "folder: PIPELINE.from_single_file(FILE).save_pretrained(FOLDER)"
     require(rewards.is_folder_or_hub_id(path), f"{option}: no folder {path!r}; {advice}")
 
 

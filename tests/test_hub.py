@@ -235,7 +235,7 @@ def test_folders_with_other_copies_of_the_weights(form, tmp_path):
 def test_a_single_file_is_answered_with_the_call_that_converts_it(tmp_path):
     file = tmp_path / "dream.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, file)
-    expected = rf"--model: no folder '{file}'; .* of a single file .*PIPELINE\.from_single_file\(\"{file}\"\)"
+    expected = rf"--model: no folder '{file}'; .* of a single file .*PIPELINE\.from_single_file\(FILE\)"
     with pytest.raises(RunError, match=expected):
         grpo_sd.check(parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(file), "--reward", "hps"]))
 
