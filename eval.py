@@ -32,11 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation import geneval, report, vote
-from evaluation.models import FAMILIES, Model, check_whole, find_weights, load_pipeline, run_options
+from evaluation.models import FAMILIES, Model, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
 from runtime import checkpoints, data, loading, processes
-from runtime.files import fingerprint, read_json, write_atomically, writing
+from runtime.files import fingerprint, lock_folder, read_json, write_atomically, writing
 from runtime.options import (
     Count,
     Lazy,
@@ -208,7 +208,7 @@ def fetch(cfg: Config) -> None:
     if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
         fetch_rewards(rewards, parse_paths(cfg.reward_paths))
     if "geneval" in metric_specs(cfg.metrics):
-        geneval.fetch(cfg.detector, cfg.detector_clip)
+        geneval.GenEvalReward.fetch(cfg.detector, cfg.detector_clip)
 
 
 def open_output(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:
@@ -216,7 +216,8 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
     functions, and one that is no evaluation's. Refuse weights that are not as a training run saved them.
     """
     folder, advice = Path(cfg.output_dir), "take another --output-dir"
-    check_whole(models, world)
+    for model in models:
+        checkpoints.require_whole(Path(model.weights), "--checkpoint", world)
     if world.is_main:
         asked = json.dumps([[row["prompt"], row.get("image")] for row in rows])
         new = {"script": "eval.py"} | asdict(cfg) | {"prompts_sha256": hashlib.sha256(asked.encode()).hexdigest()}
@@ -225,7 +226,7 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
         require(not is_run, f"{folder} is a training run's, not an evaluation's; {advice}")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.lock_folder(folder)
+        lock_folder(folder)
         for name in new.keys() - FREE:
             different = f"{folder} has results of {name} = {stored.get(name)!r}, not {new[name]!r}; {advice}"
             require(stored.get(name) == new[name], different)
@@ -282,7 +283,6 @@ def set_sampler(pipe, cfg: Config):
             pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
     if cfg.frames > 1:
         pipe.vae.enable_tiling()  # a whole clip at full size does not fit
-    pipe.set_progress_bar_config(disable=True)
     return pipe
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 import evaluation.geneval  # noqa: F401  adds the reward geneval
 import runtime
 from rewards import RewardError, check_reward
-from runtime import data, loading, options, processes
+from runtime import data, initial, loading, lora, options, processes
 from runtime.options import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, sample_ode
 
@@ -221,13 +221,8 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
-    kind = diffusers.FluxTransformer2DModel
-    load = partial(loading.load_network, kind, cfg.model, world, subfolder="transformer", quantized=cfg.quantize)
-    transformer = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
-    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
-        reference = load(frozen=True)
-    pipe = loading.load_pipeline(diffusers.FluxPipeline, cfg.model, world, transformer=transformer)
-    return pipe, transformer, reference
+    kinds = diffusers.FluxPipeline, diffusers.FluxTransformer2DModel
+    return loading.load_models(*kinds, cfg, world, init, LORA_TARGETS, path=cfg.model, subfolder="transformer")
 
 
 @torch.no_grad()
@@ -314,7 +309,7 @@ def check(cfg: Config) -> list[str]:
     loading.check_family(cfg.model, "FluxPipeline")
     vae = loading.load_config(cfg.model, "vae")
     options.check_size(cfg, 2 * 2 ** (len(vae["block_out_channels"]) - 1))  # a token is a 2 x 2 patch of latents
-    loading.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
+    initial.check_init(cfg, diffusers.FluxTransformer2DModel, "transformer", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -419,7 +414,7 @@ def main(cfg: Config) -> None:
                     log_ratio, dsigma = log_prob - old_log_prob, sigmas[t] - sigmas[t + 1]
                     loss, rho = guarded_loss(cfg.ratio, log_ratio, kl, A[b], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), loading.without_adapter(reference):
+                    with torch.no_grad(), lora.without_adapter(reference):
                         v_ref = velocity(reference, *state, cfg.guidance, rows)[place]
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
                 share = len(part) / len(pairs)

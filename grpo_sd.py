@@ -35,7 +35,7 @@ from torch import Tensor
 import evaluation.geneval  # noqa: F401  adds the reward geneval
 import runtime
 from rewards import RewardError, check_reward
-from runtime import data, loading, options, processes
+from runtime import data, initial, loading, lora, options, processes
 from runtime.options import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import ddim_sde_step, distinct, gaussian_kl, gaussian_log_prob, sample_ode
 
@@ -217,14 +217,8 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
 
 def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
     """→ the pipeline, its UNet ready to train, and the KL term's reference policy: the weights of --model."""
-    kind = diffusers.UNet2DConditionModel
-    load = partial(loading.load_network, kind, cfg.model, world, subfolder="unet", quantized=cfg.quantize)
-    unet = reference = load(cfg.lora_rank, LORA_TARGETS, cfg.gradient_checkpointing, cfg.compile, init=init)
-    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the UNet without the adapter
-        reference = load(frozen=True)
-    unchecked = dict(safety_checker=None, requires_safety_checker=False)  # `decode` does without
-    pipe = loading.load_pipeline(diffusers.StableDiffusionPipeline, cfg.model, world, unet=unet, **unchecked)
-    return pipe, unet, reference
+    kinds = diffusers.StableDiffusionPipeline, diffusers.UNet2DConditionModel
+    return loading.load_models(*kinds, cfg, world, init, LORA_TARGETS, path=cfg.model, subfolder="unet")
 
 
 @torch.no_grad()
@@ -311,7 +305,7 @@ def check(cfg: Config) -> list[str]:
     loading.check_family(cfg.model, "StableDiffusionPipeline")
     vae = loading.load_config(cfg.model, "vae")
     options.check_size(cfg, 2 ** (len(vae["block_out_channels"]) - 1))
-    loading.check_init(cfg, diffusers.UNet2DConditionModel, "unet", LORA_TARGETS)
+    initial.check_init(cfg, diffusers.UNet2DConditionModel, "unet", LORA_TARGETS)
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, False, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -407,7 +401,7 @@ def main(cfg: Config) -> None:
                 noise = data.keyed_noise(shape, [(*keys[i], j) for i, j in part], "step noise", world.device)
                 kl = gaussian_kl(mean, z_next - std * noise, std)
                 if cfg.kl_weight:
-                    with torch.no_grad(), loading.without_adapter(reference):
+                    with torch.no_grad(), lora.without_adapter(reference):
                         eps_ref = predict(reference, *state, cfg.guidance)[place]
                     loss = loss + cfg.kl_weight * ((eps - eps_ref) ** 2).mean()
                 share = len(part) / len(pairs)

@@ -30,7 +30,7 @@ from torch import Tensor
 import evaluation.geneval  # noqa: F401  adds the reward geneval
 import runtime
 from rewards import RewardError, check_reward
-from runtime import data, families, loading, options, processes
+from runtime import data, families, initial, loading, lora, options, processes
 from runtime.options import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
 from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, sample_ode
 
@@ -328,7 +328,7 @@ def check(cfg: Config) -> list[str]:
     network = families.transformer_config(cfg)
     families.check_sizes(cfg, network, loading.load_config(cfg.model, "vae"))
     kind = getattr(diffusers, network["_class_name"])
-    loading.check_init(cfg, kind, "transformer", LORA_TARGETS, families.transformer_source(cfg))
+    initial.check_init(cfg, kind, "transformer", LORA_TARGETS, families.transformer_source(cfg))
     prompts = data.load_prompts(cfg.prompts)
     check_reward(cfg.reward, cfg.reward_paths, cfg.frames > 1, prompts, data.load_metadata(cfg.prompts))
     return prompts
@@ -425,7 +425,7 @@ def main(cfg: Config) -> None:
                     log_ratio, dsigma = log_prob - old_log_prob, sigmas[t] - sigmas[t + 1]
                     loss, rho = guarded_loss(cfg.ratio, log_ratio, kl, A[b], std, dsigma, cfg.clip_range)
                 if cfg.kl_weight:
-                    with torch.no_grad(), loading.without_adapter(reference):
+                    with torch.no_grad(), lora.without_adapter(reference):
                         v_ref = velocity(reference, *state, cfg)[place]
                     loss = loss + cfg.kl_weight * ((v - v_ref) ** 2).mean()
                 share = len(part) / len(pairs)

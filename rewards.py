@@ -15,21 +15,19 @@ Legend: B images or videos, F frames, H and W their size in pixels, L tokens, D 
 import ast
 import base64
 import contextlib
-import errno
 import hashlib
 import io
 import json
 import math
 import pickle
 import re
-import sys
+import runpy
 import traceback
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
-from types import ModuleType
 
 import huggingface_hub
 import requests
@@ -68,8 +66,11 @@ class Scorer:
     `load`, which gets these folders and sets self.model.
     """
 
-    def __init__(self, path: str | None = None, device="cpu"):
-        """path: a folder with all files, or a hub id in place of the first one. Raises RewardError."""
+    def __init__(self, path: str | None = None, device="cpu", metadata=None):
+        """path: a folder with all files, or a hub id in place of the first one; metadata: not used here.
+
+        Raises RewardError.
+        """
         self.device = device
         with reading(self.name, path or self.HUB[0][0], self.FILES):
             self.load(*self.fetch(path))
@@ -81,6 +82,10 @@ class Scorer:
         if path and Path(path).is_dir():
             return [path] * len(cls.HUB)
         return [hub_folder(path or repo, *files), *(hub_folder(*other) for other in others)]
+
+    @classmethod
+    def check(cls, path: str | None, video: bool, prompts: Sequence[str], metadata) -> None:
+        """Raise an error of one line, before weights are loaded, if it could not score these prompts."""
 
 
 # ---------------------------------------------------------------------------------------------------- image rewards
@@ -327,36 +332,29 @@ def load_template(file: Path, sha256: str) -> str:
 # ------------------------------------------------------------------------------------------------------- own rewards
 
 
-def own_reward(place: str, visuals: Visuals, prompts: Sequence[str]) -> Tensor:
+def own_reward(place: str, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
     """FILE.py:FUNCTION, with a function(visuals, prompts) → (B,) tensor. If it fails, RewardError names the line."""
     function, (file, _, name) = load_object(place), place.rpartition(":")
     try:
-        scores = function(visuals, list(prompts))
+        return function(visuals, list(prompts))
     except Exception as e:  # the function is not ours: it may raise anything
         raise RewardError(f"reward {name}: {where(e, file)}") from e
-    expected = f"a tensor of shape {(len(prompts),)}"
-    found = f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
-    require(found == expected, f"reward {name}: {file} must return {expected}, it returned {found}")
-    return scores.detach().to(visuals[0].device)
 
 
 def load_object(place: str) -> Callable:
     """The function or class that FILE.py:NAME names; the file is executed once. Raises RewardError, one line."""
     file, _, name = place.rpartition(":")
-    path = str(Path(file).resolve())
-    is_file = file.endswith(".py") and Path(path).is_file()
-    require(is_file, f"{place}: there is no file {file!r}; write FILE.py:NAME")
-    if path not in sys.modules:
-        sys.modules[path] = ModuleType(path)
-        sys.modules[path].__file__ = path
-        try:  # not by an import, which would leave a __pycache__ beside the reader's file
-            exec(compile(Path(path).read_bytes(), path, "exec"), vars(sys.modules[path]))
-        except Exception as e:  # the file is not ours: it may raise anything
-            del sys.modules[path]
-            raise RewardError(f"{place}: {where(e, file)}") from e
-    found = getattr(sys.modules[path], name, None)
+    path = Path(file).resolve()
+    require(file.endswith(".py") and path.is_file(), f"{place}: there is no file {file!r}; write FILE.py:NAME")
+    try:
+        found = run_file(str(path)).get(name)
+    except Exception as e:  # the file is not ours: it may raise anything
+        raise RewardError(f"{place}: {where(e, file)}") from e
     require(callable(found), f"{place}: {file} has no function or class {name!r}")
     return found
+
+
+run_file = cache(runpy.run_path)  # not an import, which would leave a __pycache__ beside the reader's file
 
 
 def where(error: Exception, file: str) -> str:
@@ -394,20 +392,17 @@ class HTTPReward:
                 request["images"] = [png(image) for image in part]
             else:
                 request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
-            scores.append(self.ask(request))
-        return torch.cat(scores).to(visuals[0].device)
+            scores += self.ask(request)
+        return torch.tensor(scores)
 
-    def ask(self, request: dict) -> Tensor:
+    def ask(self, request: dict) -> list[float]:
         try:
             answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
             answer.raise_for_status()
-            scores = torch.tensor(answer.json()["scores"], dtype=torch.float32)
+            return [float(score) for score in answer.json()["scores"]]
         except FILE_ERRORS as e:  # requests raises OSErrors
             reason = f"no scores from {self.url} ({type(e).__name__}: {first_line(e)})"
             raise RewardError(f"reward {self.name}: {reason}; fix the server") from e
-        found, expected = tuple(scores.shape), (len(request["prompts"]),)
-        require(found == expected, f"reward {self.name}: {self.url} gave scores of shape {found}, not {expected}")
-        return scores
 
     def check(self) -> None:
         """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
@@ -428,18 +423,14 @@ def png(image: Tensor) -> str:
 # -------------------------------------------------------------------------------------- from a spec to one callable
 
 LOADERS = {"hps": HPSReward, "clip": CLIPReward, "pickscore": PickScoreReward, "videoalign": VideoAlignReward}
-FETCHES = {name: loader.fetch for name, loader in LOADERS.items()}
-CHECKS: dict[str, Callable] = {}  # of the rewards that other modules register
 # The names of a spec → the model that gives the score.
 MODEL_OF = {n: n for n in LOADERS if n != "videoalign"} | dict.fromkeys(VideoAlignReward.NAMES, "videoalign")
 Term = namedtuple("Term", "name model threshold weight")  # model: one of LOADERS, FILE.py:FUNCTION or a URL
 
 
-def register(name: str, loader: Callable, check: Callable | None = None, fetch: Callable | None = None) -> None:
-    """Add a reward: `load_reward` calls loader(device=…, metadata=…), with path=… where one is given;
-    `check_reward` calls check(path or None, video, prompts, metadata), `fetch_rewards` calls fetch(path or None)."""
-    LOADERS[name], MODEL_OF[name] = loader, name
-    CHECKS[name], FETCHES[name] = check or (lambda *_: None), fetch or (lambda _: None)
+def register(loader: type) -> None:
+    """Add a reward of another module: a class with a name, and __init__, fetch and check as those of `Scorer`."""
+    LOADERS[loader.name], MODEL_OF[loader.name] = loader, loader.name
 
 
 def parse_spec(spec: str) -> list[Term]:
@@ -473,7 +464,7 @@ def parse_paths(paths: str | dict[str, str]) -> dict[str, str]:
     for name, path in paths.items():
         given, known = f"reward path {name}={path}", ", ".join(LOADERS)
         require(name in LOADERS, f"{given}: {name!r} is no reward model; known: {known}")
-        fine = path if name in CHECKS else is_folder_or_hub_id(path)
+        fine = is_folder_or_hub_id(path) if issubclass(LOADERS[name], Scorer) else path
         require(fine, f"{given}: no folder {path!r} here; or give a hub id (OWNER/NAME)")
     return paths
 
@@ -490,18 +481,18 @@ def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[s
     for term in terms:
         fine = video or term.model != "videoalign"
         require(fine, f"reward {term.name} judges video; for images take hps, clip or pickscore")
-        if term.model in CHECKS:
-            CHECKS[term.model](places.get(term.model), video, prompts, metadata)
+        if term.model in LOADERS:
+            LOADERS[term.model].check(places.get(term.model), video, prompts, metadata)
         elif "://" in term.model:
             HTTPReward(term.name, term.model).check()
-        elif term.model not in LOADERS:
+        else:
             load_object(term.model)
 
 
 def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
     """Fetch the files of all rewards that `spec` names from the hub, where they are not here. Raises RewardError."""
-    for model in {term.model for term in parse_spec(spec)} & FETCHES.keys():
-        FETCHES[model](paths.get(model))
+    for model in {term.model for term in parse_spec(spec)} & LOADERS.keys():
+        LOADERS[model].fetch(paths.get(model))
 
 
 def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None, batch=32) -> "Reward":
@@ -517,9 +508,7 @@ def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", me
     terms, paths, scorers = parse_spec(spec), parse_paths(paths or {}), {}
     for model, name in {term.model: term.name for term in terms}.items():
         if model in LOADERS:
-            options = {"path": paths[model]} if model in paths else {}
-            options |= {"metadata": metadata} if model in CHECKS else {}
-            scorers[model] = LOADERS[model](**options, device=device)
+            scorers[model] = LOADERS[model](paths.get(model), device, metadata)
         elif "://" in model:
             scorers[model] = HTTPReward(name, model)
         else:
@@ -557,11 +546,13 @@ class Reward:
                 raw = torch.cat([part[term.name] for part in judged])
             elif term.model in LOADERS:
                 judge = partial(mean_over_frames, scorer) if is_video else scorer
-                raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces]).float()
-            elif isinstance(scorer, HTTPReward):
-                raw = scorer(visuals, prompts, fps)
+                raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces])
             else:
-                raw = scorer(visuals, prompts).float()
+                raw = scorer(visuals, prompts, fps)
+            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            expected = f"reward {term.name} must give a tensor of shape {(len(prompts),)}"
+            require(shape == (len(prompts),), f"{expected}, and it gave {shape}")
+            raw = raw.to(visuals[0].device, torch.float32)
             for prompt, value in zip(prompts, raw.tolist(), strict=True):
                 message = f"reward {term.name} gave {value} for the prompt {prompt!r}; the run stops here"
                 require(math.isfinite(value), message)
@@ -602,42 +593,34 @@ def fetched_folder(path: str, choose: Callable[[Sequence[str]], tuple[list[str],
     """A local folder as it is; of OWNER/NAME or OWNER/NAME@REVISION on the hub, the folder in the hub's cache.
 
     choose(names of files) → those that are needed, and the first that is needed and not among them, "" if none is.
-    The first process of a machine fetches what the cache lacks; the others wait, and find everything there. So a full
-    cache needs no network. Raises RewardError, one line; what was fetched stays.
+    What the cache lacks is fetched, by one process of a machine: huggingface_hub has locks. So a full cache needs no
+    network. Raises RewardError, one line; what was fetched stays.
     """
+    if Path(path).is_dir():
+        return path
     repo, _, revision = path.partition("@")
     options = {"repo_id": repo, "revision": revision or None}
-
-    def found() -> str:
-        """The cached folder; "" where it lacks something, as after a broken fetch."""
-        folder = cached_folder(path)
-        files = [file.relative_to(folder).as_posix() for file in Path(folder or "-").rglob("*") if file.is_file()]
-        return "" if choose(files)[1] else folder
-
     try:
-        if folder := path if Path(path).is_dir() else found():
+        folder = cached_folder(path)
+        cached = [file.relative_to(folder).as_posix() for file in Path(folder or "-").rglob("*") if file.is_file()]
+        if folder and not choose(cached)[1]:  # else something is lacking, as after a broken fetch
             return folder
-        with FileLock(Path(constants.HF_HOME, "dancegrpo", f"{repo.replace('/', '--')}.lock")):
-            if folder := found():
-                return folder
-            files, missing = choose(huggingface_hub.list_repo_files(**options))
-            require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")
-            return huggingface_hub.snapshot_download(**options, allow_patterns=files)
+        files, missing = choose(huggingface_hub.list_repo_files(**options))
+        require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")
+        return huggingface_hub.snapshot_download(**options, allow_patterns=files)
     except (OSError, errors.HTTPError) as e:
         raise RewardError(f"cannot fetch {path} from the hub: {hub_advice(e, repo)}") from e
 
 
 def hub_advice(error: Exception, repo: str) -> str:
     """Why a repository cannot be fetched, and what to do."""
-    if isinstance(error, errors.GatedRepoError):
-        return f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return "there is no such repository, or it is private; correct the name, or log in with `hf auth login`"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "it has no such revision; correct what follows the @"
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return "the disk is full; make room or set HF_HOME, and run again: what was fetched stays"
-    return f"{first_line(error)}; run again where the hub can be reached: what was fetched stays; or give a folder"
+    advice = {
+        errors.GatedRepoError: f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "there is no such repository, or it is private; log in with `hf auth login`",
+        errors.RevisionNotFoundError: "it has no such revision; correct what follows the @",
+    }
+    usual = f"{first_line(error)}; mend this and run again: what was fetched stays; or give a folder"
+    return advice.get(type(error), usual)
 
 
 def cached_folder(path: str) -> str:

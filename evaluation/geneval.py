@@ -96,7 +96,9 @@ class GenEvalReward:
     `metadata` cannot read.
     """
 
-    def __init__(self, path: str = MASK2FORMER, device="cpu", metadata: Mapping[str, dict] | None = None):
+    name = "geneval"
+
+    def __init__(self, path: str | None = None, device="cpu", metadata: Mapping[str, dict] | None = None):
         self.detector, self.metadata, self.device = find_detector(path, device=device), metadata or {}, device
         self.networks = torch.nn.ModuleList(x for x in vars(self.detector).values() if isinstance(x, torch.nn.Module))
 
@@ -108,13 +110,19 @@ class GenEvalReward:
             verdicts.append(judge(self.detector(image), metadata, partial(self.detector.colors, image))[0])
         return torch.tensor(verdicts, dtype=torch.float32, device=self.device)
 
+    @staticmethod
+    def check(path: str | None, video: bool, prompts: Sequence[str], metadata: Mapping[str, dict] | None) -> None:
+        """Raise an error of one line if it could not score these prompts."""
+        require(not video, "reward geneval judges images; for video take vq, mq or ta")
+        detector = find_detector(path)
+        for prompt in prompts:
+            find_metadata(prompt, (metadata or {}).get(prompt, {}), detector)
 
-def check(path: str | None, video: bool, prompts: Sequence[str], metadata: Mapping[str, dict] | None) -> None:
-    """Raise an error of one line if GenEvalReward(path, …, metadata) could not score these prompts."""
-    require(not video, "reward geneval judges images; for video take vq, mq or ta")
-    detector = find_detector(path or MASK2FORMER)
-    for prompt in prompts:
-        find_metadata(prompt, (metadata or {}).get(prompt, {}), detector)
+    @staticmethod
+    def fetch(path: str | None, clip: str = CLIP) -> None:
+        """Fetch the files of a detector from the hub, where the cache lacks them."""
+        for source in getattr(find_detector(path, clip), "sources", ()):
+            rewards.hub_folder(source)
 
 
 def find_metadata(prompt: str, row: dict, detector) -> dict:
@@ -144,13 +152,14 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
 # ------------------------------------------------------------------------------------------------------ the detectors
 
 
-def find_detector(name: str, clip: str = CLIP, device=None):
+def find_detector(name: str | None, clip: str = CLIP, device=None):
     """The detector of this name, with its weights on the device, or not loaded yet where there is none.
 
-    name     hub id or folder of a Mask2Former, or FILE.py:CLASS
+    name     hub id or folder of a Mask2Former, or FILE.py:CLASS; None: the usual Mask2Former
     clip     hub id or folder of the CLIPModel that names colours for Mask2Former
     Raises RunError or RewardError, one line, if there is no such thing or it is no detector.
     """
+    name = name or MASK2FORMER
     if re.search(r"\.py(:|$)", name):
         detector = rewards.load_object(name)()
         lacks = [part for part in ("classes", "__call__", "colors", "NOTE") if not hasattr(detector, part)]
@@ -162,12 +171,6 @@ def find_detector(name: str, clip: str = CLIP, device=None):
     if device and hasattr(detector, "load"):
         detector.load(device)
     return detector
-
-
-def fetch(name: str | None, clip: str = CLIP) -> None:
-    """Fetch the files of a detector from the hub, where the cache lacks them."""
-    for source in getattr(find_detector(name or MASK2FORMER, clip), "sources", ()):
-        rewards.hub_folder(source)
 
 
 class Mask2FormerDetector:
@@ -238,4 +241,4 @@ class Mask2FormerDetector:
         return [COLORS[i] for i in (out.image_embeds @ colors.T).argmax(1).tolist()]
 
 
-rewards.register("geneval", GenEvalReward, check=check, fetch=fetch)
+rewards.register(GenEvalReward)

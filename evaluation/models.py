@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
-from runtime import checkpoints, files, loading, processes
+from runtime import files, loading, processes
+from runtime.lora import LORA_FILE, shapes_in
 from runtime.options import Lazy, RunError, require
 
 diffusers = Lazy("diffusers")
@@ -84,10 +85,10 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
             differs = f"--checkpoint {folder} was not trained from {base}: its config differs in {', '.join(other)}"
             require(not other, f"{differs}; name the right --model")
             return "network", str(folder)
-    lora = path if path.suffix == ".safetensors" else path / loading.LORA_FILE
+    lora = path if path.suffix == ".safetensors" else path / LORA_FILE
     if lora.is_file():
         try:
-            names = list(loading.shapes_in(lora)) or ["no weights"]
+            names = list(shapes_in(lora)) or ["no weights"]
         except FILE_ERRORS as e:
             raise RunError(f"--checkpoint: cannot read {lora}: {first_line(e)}; take another") from e
         fits = all(name.startswith(f"{component}.") for name in names)
@@ -95,16 +96,8 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
         return "lora", str(lora)
     raise RunError(
         f"--checkpoint {checkpoint} has neither a {component} folder with a whole config.json, nor "
-        f"{loading.LORA_FILE}, nor model_index.json; {base}, a {family}, needs one of these"
+        f"{LORA_FILE}, nor model_index.json; {base}, a {family}, needs one of these"
     )
-
-
-def check_whole(models: list[Model], world: processes.World) -> None:
-    """Raise RunError if weights in a training run's checkpoint are not as the run saved them. A collective."""
-    for weights in (Path(model.weights) for model in models):
-        if (weights.parent / checkpoints.SUMS).is_file():
-            fault = checkpoints.find_fault(weights.parent, world, weights.name)
-            require(not fault, f"--checkpoint {weights.parent} is damaged: {fault}; take another checkpoint")
 
 
 def load_pipeline(model: Model, family: str, base: str, network: str, world: processes.World):
@@ -112,21 +105,15 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: pro
 
     base: the pipeline without them, hub id or folder; network: where the base's transformer is, if it is not in there.
     """
-    component, options = "transformer", {"dtype": world.dtype}
-    if family == "StableDiffusionPipeline":
-        component = "unet"
-        options |= {"safety_checker": None, "requires_safety_checker": False}  # it would black out pictures
+    component, networks = "unet" if family == "StableDiffusionPipeline" else "transformer", {}
     source = model.weights if model.kind == "pipeline" else base
     network = {"pipeline": "", "network": model.weights}.get(model.kind, network)
     if network:
         network_class = getattr(diffusers, loading.load_config(network)["_class_name"])
         place = loading.find_folder(network, "--transformer", pipeline=False)
-        options[component] = loading.load_weights(network_class, place, dtype=world.dtype)
-    folder = loading.find_folder(source, but=[component] if network else [])
-    options |= loading.load_components(folder, world.dtype, options)
-    pipe = loading.load_pretrained(getattr(diffusers, family).from_pretrained, folder, **options)
+        networks[component] = loading.load_weights(network_class, place, dtype=world.dtype)
+    pipe = loading.load_pipeline(getattr(diffusers, family), source, world, **networks)
     if model.kind == "lora":
         file = Path(model.weights)
         loading.load_pretrained(pipe.load_lora_weights, str(file.parent), "--checkpoint", weight_name=file.name)
-    loading.say_once_what_is_cut_off(pipe)
     return pipe.to(world.device)

@@ -1,14 +1,12 @@
 """The prompts of an evaluation: a file, HPS-v2's benchmark, or GenEval's; checked before any model is loaded."""
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from evaluation import geneval
-from rewards import fetched_once, text_at, text_on_hub
+from rewards import text_at, text_on_hub
 from runtime import data, pictures
-from runtime.options import RunError, require
+from runtime.options import require
 
 HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
 GENEVAL_URL = (
@@ -24,7 +22,7 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
     """
     file = Path(source).expanduser()
     if source == "geneval":
-        file = fetch_set("geneval.jsonl", text_at, GENEVAL_URL)
+        file = data.fetched_set("geneval.jsonl", lambda: text_at(GENEVAL_URL), GENEVAL_URL)
     if source == "hpsv2":
         rows = [{"prompt": prompt, "style": style} for style in HPS_STYLES for prompt in fetch_hps_prompts(style)]
     else:
@@ -43,15 +41,8 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
     return rows
 
 
-def fetch_set(name: str, read: Callable[..., str], *place: str) -> Path:
-    """The file `name` in the hub's cache folder; where it is missing, what `read` finds at a place."""
-    try:
-        return fetched_once(name, partial(read, *place))
-    except OSError as e:  # every error of the hub's own is one
-        raise RunError(f"cannot fetch {' '.join(place)}; give --prompts a file of your own") from e
-
-
 def fetch_hps_prompts(style: str) -> list[str]:
     """The 800 prompts of one style of HPS-v2's benchmark."""
-    file = fetch_set(f"hpsv2-{style}.json", text_on_hub, HPS_REPO, f"benchmark/{style}.json")
+    source = HPS_REPO, f"benchmark/{style}.json"
+    file = data.fetched_set(f"hpsv2-{style}.json", lambda: text_on_hub(*source), " ".join(source))
     return json.loads(file.read_text(encoding="utf-8"))

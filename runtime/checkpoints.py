@@ -9,6 +9,7 @@ import secrets
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +18,17 @@ from torch import Tensor
 
 from rewards import parse_paths, parse_spec
 
-from .files import FINGERPRINTED, fingerprint, read_json, write_atomically, writing
-from .loading import find_init
+from .files import FINGERPRINTED, fingerprint, lock_folder, read_json, write_atomically, writing
+from .initial import find_init
 from .lora import public_lora
-from .options import FREE_ON_RESUME, Lazy, RunError, complete_checkpoints, latest_checkpoint, require
+from .options import FREE_ON_RESUME, Lazy, complete_checkpoints, latest_checkpoint, require
 from .processes import EMA, World, local, trainable
 
 dcp, state_dict = Lazy("torch.distributed.checkpoint"), Lazy("torch.distributed.checkpoint.state_dict")
 
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process saves: as intended
+
+CARD = ("README.md", "reward.png", "samples.png")  # what runtime/card.py adds to a checkpoint
 SUMS = "SHA256SUMS"  # of a checkpoint: `sha256sum -c` reads it
 GIB = 2**30
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
@@ -46,12 +50,11 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     """
     output_dir, init = Path(config.output_dir), None
     content = {"script": script_of(config)} | dataclasses.asdict(config) | {"resume": False}
-    content["directory"], content["processes"] = os.getcwd(), world.size
+    content |= {"directory": os.getcwd(), "processes": world.size}
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     if config.init and not world.from_main(complete_checkpoints(output_dir)):
         init = find_init(config.init)
-        fault = find_fault(init.parent, world, init.name) if (init.parent / SUMS).is_file() else ""
-        require(not fault, f"--init {config.init} is damaged: {fault}; take another checkpoint")
+        require_whole(init, "--init", world)
     if world.is_main:
         content["files"] = {path: fingerprint(path) for path in files_of(**vars(config))}
         content["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
@@ -64,18 +67,10 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         if config.resume:
             changed = [path for path, sha256 in content["files"].items() if stored.get("files", {}).get(path) != sha256]
             changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
-            require(
-                not changed,
-                f"{', '.join(changed)} changed after the run in {output_dir} was started; restore the old content, or "
-                "start a new run in another --output-dir, which may --init from a checkpoint of this one",
-            )
+            message = f"{', '.join(changed)} changed after the run in {output_dir} was started"
+            require(not changed, f"{message}; restore it, or start a new run in another --output-dir, with --init")
     world.barrier()
     checkpoint = newest_whole_checkpoint(output_dir, world, content) if config.resume else None
-    done = int(checkpoint.name[11:]) if checkpoint else 0
-    require(
-        config.iterations >= done,
-        f"--iterations {config.iterations} is below the {done} that the run in {output_dir} has done; raise it",
-    )
     return Folder(content, checkpoint, init)
 
 
@@ -107,39 +102,15 @@ OWN = {"dryrun.json", "results.json"}  # of runs and evaluations
 
 
 def refuse_foreign(folder: Path) -> dict:
-    """Raise RunError if this --output-dir holds files of a model, a checkpoint or a program. Others may be logs.
+    """The content of config.json in this --output-dir, {} if there is none.
 
-    Returns the content of its config.json, {} if there is none.
+    Raises RunError if the folder holds files of a model, a checkpoint or a program, but no run. Others may be logs.
     """
-    file, suffixes, advice = folder / "config.json", FINGERPRINTED - {".txt"}, "take another --output-dir"
-    if file.is_file():
-        stored = read_json(file)
-        require("script" in stored, f"{folder} holds a config.json that is no run's, or is damaged; {advice}")
-        return stored
-    names = [path.name for path in sorted(folder.glob("*")) if path.name not in OWN]
+    stored, suffixes = read_json(folder / "config.json"), FINGERPRINTED - {".txt"}
+    names = [path.name for path in sorted(folder.glob("*")) if path.name not in OWN and "script" not in stored]
     foreign = [name for name in names if name == SUMS or Path(name).suffix in suffixes]
-    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, which no run wrote; {advice}")
-    return {}
-
-
-def lock_folder(folder: Path) -> None:
-    """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
-    from filelock import FileLock, Timeout
-
-    if LOCKS:  # of an earlier run of this process
-        LOCKS.pop().release()
-    LOCKS.append(FileLock(folder / ".lock"))
-    try:
-        LOCKS[0].acquire(timeout=0)
-    except Timeout as e:
-        LOCKS.clear()
-        raise RunError(f"another process is working in {folder}; wait for it, or take another --output-dir") from e
-    except (OSError, NotImplementedError) as e:
-        LOCKS.clear()
-        raise RunError(f"cannot lock {folder} ({e}); take an --output-dir on a file system that has locks") from e
-
-
-LOCKS: list = []  # that of this process's run
+    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, no run's or damaged; take another --output-dir")
+    return stored
 
 
 # ---------------------------------------------------------------------------------------------------------- verifying
@@ -175,16 +146,19 @@ def find_fault(checkpoint: Path, world: World, part: str = "") -> str:
     return f"its {wrong[0]} is missing or damaged" if wrong else ""
 
 
+def require_whole(weights: Path, option: str, world: World) -> None:
+    """Raise RunError if weights (a file or a folder) in a run's checkpoint are not as they were saved. A collective."""
+    fault = find_fault(weights.parent, world, weights.name) if (weights.parent / SUMS).is_file() else ""
+    require(not fault, f"{option} {weights.parent} is damaged: {fault}; take another checkpoint")
+
+
 def read_sums(checkpoint: Path) -> dict[str, str]:
     """{name: sha256} of the files that a checkpoint's SHA256SUMS lists; {} if it is missing or damaged."""
     try:
         lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
-        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+        return {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
         return {}
-    files = [path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()]
-    weights = [name for name in files if name.endswith((".safetensors", ".distcp")) and "state.part/" not in name]
-    return sums if sums.keys() >= set(weights) else {}  # it was cut off
 
 
 def write_sums(checkpoint: Path, sums: dict[str, str]) -> None:
@@ -193,13 +167,9 @@ def write_sums(checkpoint: Path, sums: dict[str, str]) -> None:
 
 
 def find_difference(checkpoint: Path, run: dict) -> str:
-    """Why a whole checkpoint is not one of `run`, by its name, from which to go on; "" if it is."""
+    """Why a whole checkpoint is not one of `run` from which to go on; "" if it is."""
     if not (checkpoint / "state").is_dir():
         return "it keeps no state to resume from; --keep-states says how many checkpoints do"
-    metrics = checkpoint / "state/metrics.jsonl"  # a line for each iteration
-    saved_as = name_of(len(metrics.read_text(encoding="utf-8").splitlines())) if metrics.is_file() else checkpoint.name
-    if checkpoint.name != saved_as:
-        return f"it was renamed: the run saved it as {saved_as}"
     stored = read_json(checkpoint / "state/config.json")
     own = run.keys() - FREE_ON_RESUME - {"directory", "processes", "files", "versions"}
     other = sorted(name for name in own if stored.get(name) != run[name])
@@ -235,14 +205,16 @@ def checkpoint_bytes(config, whole: int, trained: int, dtype: torch.dtype) -> tu
     return copies * public, (2 + copies) * trained * 4  # master weights, Adam's two moments, the average
 
 
-def checkpoints_to_come(config, done: int = 0, states: int = 0) -> tuple[int, int]:
-    """How many a run has still to save, and how many states will be there at a time beside the `states` that are.
+def disk_needed(config, public: int, state: int, done: int = 0, states: int = 0) -> tuple[int, str]:
+    """Bytes that a run will still save after `done` iterations, and a line that says so beside the disk's room.
 
-    An old state is deleted when the new one is complete.
+    public, state: bytes of one checkpoint's; states: how many are there. An old one is deleted when a new one is whole.
     """
-    count = -(-config.iterations // config.save_every) - done // config.save_every
-    count = count if done < config.iterations else 0
-    return count, max(0, min(config.keep_states + 1 - states, count))
+    count = -(-config.iterations // config.save_every) - done // config.save_every if done < config.iterations else 0
+    states = max(0, min(config.keep_states + 1 - states, count))
+    needed, free = count * public + states * state, shutil.disk_usage(config.output_dir).free
+    what = f"checkpoints of the run: {count}, with state at most {states} of them, {needed / GIB:.3g} GiB"
+    return needed, f"{what}; {config.output_dir} has {free / GIB:.3g} GiB of room"
 
 
 class Checkpoints:
@@ -255,12 +227,11 @@ class Checkpoints:
     reward.png and samples.png.
     """
 
-    CARD = ("README.md", "reward.png", "samples.png")
-
     def __init__(self, pipeline, component: str, optimizer, ema: EMA, world: World, keep_states: int = 2):
         self.pipeline, self.component, self.network = pipeline, component, getattr(pipeline, component)
         self.optimizer, self.ema, self.world, self.keep_states = optimizer, ema, world, keep_states
         self.is_lora = bool(getattr(self.network, "peft_config", None))
+        self.group = {"process_group": world.patient, "no_dist": world.size == 1}
 
     def _state(self) -> dict:
         options = state_dict.StateDictOptions(ignore_frozen_params=True)
@@ -270,10 +241,10 @@ class Checkpoints:
             "ema": {str(i): average for i, average in enumerate(self.ema.average)},
         }
 
-    def save(self, output_dir: str, iteration: int, card: str = "") -> None:
+    def save(self, output_dir: str, iteration: int, add_card: Callable[[Path], None] = lambda folder: None) -> None:
         """Write output_dir/checkpoint-ITERATION; it appears under that name only when it is complete.
 
-        card: the text of its README.md, if it shall have one; the run's curves and newest samples come with it.
+        add_card: writes the model card into the folder.
         Raises RunError, and writes nothing, if a weight is not finite.
         """
         final = Path(output_dir) / name_of(iteration)
@@ -282,10 +253,8 @@ class Checkpoints:
             shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
         self.world.barrier()  # rank 0 may have drawn curves until now
         self.require_finite(iteration)
-        with writing(final), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: as intended
-            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
-            dcp.save(self._state(), checkpoint_id=part / "state", **group)
+        with writing(final):
+            dcp.save(self._state(), checkpoint_id=part / "state", **self.group)
             self._save_public(part, "")
             if self.ema.average:
                 self.world.barrier()  # rank 0 may write for long
@@ -299,8 +268,7 @@ class Checkpoints:
             names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
             sums = sha256_of(part, self.world.from_main(names), self.world)
             if self.world.is_main:
-                if card:
-                    self._write_card(part, iteration, card)
+                add_card(part)
                 write_sums(part, sums)
                 shutil.rmtree(final, ignore_errors=True)
                 part.rename(final)
@@ -311,28 +279,13 @@ class Checkpoints:
         """Warn if the disk has no room for what a run will still save. Raises RunError if not for one checkpoint."""
         whole, trained = (sum(p.numel() for p in ps) for ps in (self.network.parameters(), trainable(self.network)))
         public, state = checkpoint_bytes(config, whole, trained, self.world.dtype)
-        count, states = checkpoints_to_come(config, done, len([*Path(config.output_dir).glob("checkpoint-*/state")]))
+        states = len([*Path(config.output_dir).glob("checkpoint-*/state")])
+        needed, line = disk_needed(config, public, state, done, states)
         free = shutil.disk_usage(config.output_dir).free
-        where = f"{config.output_dir} has {free / GIB:.3g} GiB of room"
-        require(
-            not count or public + state <= free,
-            f"a checkpoint takes {(public + state) / GIB:.3g} GiB, but {where}; make room or take another --output-dir",
-        )
-        if count * public + states * state > free:
-            print(
-                f"warning: checkpoints of the run: {count}, with state at most {states} of them, "
-                f"{(count * public + states * state) / GIB:.3g} GiB, but {where}; make room, raise --save-every or "
-                "lower --keep-states",
-                file=sys.stderr,
-            )
-
-    def _write_card(self, folder: Path, iteration: int, card: str) -> None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        sheets = [path for path in sorted(folder.parent.glob("samples/*.png")) if path.stem.isdigit()]
-        sheets = [path for path in sheets if int(path.stem) <= iteration]  # later ones: of a run that continued earlier
-        for file, name in zip([folder.parent / "reward.png", *sheets[-1:]], self.CARD[1:], strict=False):
-            if file.is_file():
-                shutil.copy(file, folder / name)
+        fine = not needed or public + state <= free
+        require(fine, f"a checkpoint takes {(public + state) / GIB:.3g} GiB, too much: {line}; make room")
+        if needed > free:
+            print(f"warning: {line}; make room, raise --save-every or lower --keep-states", file=sys.stderr)
 
     def require_finite(self, iteration: int) -> None:
         """Raise RunError if a trained weight, or its average, is infinite or NaN. A collective."""
@@ -384,10 +337,7 @@ class Checkpoints:
     def restore(self, checkpoint: Path) -> int:
         """Load a whole checkpoint into network, optimizer and EMA, in place. Returns the iterations done."""
         state = self._state()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            group = {"process_group": self.world.patient, "no_dist": self.world.size == 1}
-            dcp.load(state, checkpoint_id=checkpoint / "state", **group)
+        dcp.load(state, checkpoint_id=checkpoint / "state", **self.group)
         options = state_dict.StateDictOptions(strict=False)
         state_dict.set_model_state_dict(self.network, state["network"], options=options)
         state_dict.set_optimizer_state_dict(self.network, self.optimizer, state["optimizer"])

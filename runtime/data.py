@@ -1,16 +1,15 @@
-"""What goes into a run: keyed noise, prompts, first frames. Random numbers are functions of their key alone."""
+"""What goes into a run: prompts and their embeddings, first frames, and noise that is a function of its key alone."""
 
 import gc
 import hashlib
 import json
-import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from rewards import fetched_once, first_line, text_at, text_on_hub
@@ -51,21 +50,16 @@ def load_prompts(source: str) -> list[str]:
     A public set is fetched from the hub once and kept as a text file in the hub's cache folder.
     """
     path = _fetch_prompt_set(source) if source in PROMPT_SETS else Path(source).expanduser()
-    require(
-        path.is_file(), f"no prompt file {source!r}; give a text or JSONL file, or one of: {', '.join(PROMPT_SETS)}"
-    )
-    require(
-        path.suffix.lower() not in (".json", ".csv", ".tsv", ".parquet"),
-        f"{source} is neither text nor JSONL; write one prompt a line into a .txt file, or JSON objects into a .jsonl",
-    )
-    lines = read_lines(path)
-    require(bool(lines), f"the prompt file {source} is empty; write one prompt a line")
+    is_text = path.is_file() and path.suffix.lower() not in (".json", ".csv", ".tsv", ".parquet")
+    known = f"a text file (one a line), a JSONL file ({{prompt: …}} a line), or one of: {', '.join(PROMPT_SETS)}"
+    require(is_text, f"no prompt file {source!r}; give {known}")
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if path.suffix.lower() == ".jsonl" and line.strip():
             line = _json_field(line, "prompt", f"{source} line {number}")
         require(bool(line.strip()), f"{source} line {number} is blank; remove it, every line is a prompt")
         prompts.append(line.strip())
+    require(bool(prompts), f"the prompt file {source} is empty; write one prompt a line")
     return prompts
 
 
@@ -98,8 +92,6 @@ def _json_field(line: str, name: str, where: str) -> str:
     except (ValueError, RecursionError, KeyError, TypeError) as e:
         raise RunError(f'{where} is not {{"{name}": "…"}} ({type(e).__name__}: {e})') from e
     require(isinstance(value, str), f"{where}: the {name} must be a string")
-    is_text = not re.search("[\ud800-\udfff]", value)  # which JSON can write, and UTF-8 cannot
-    require(is_text, f"{where}: the {name} has half a character, \\udXXX; write the whole one")
     return value
 
 
@@ -114,11 +106,15 @@ def _fetch_prompt_set(name: str) -> Path:
         prompts = dict.fromkeys(" ".join(line.split()) for line in lines)  # unique, in the file's order
         return "\n".join(prompt for prompt in prompts if prompt) + "\n"
 
+    return fetched_set(f"{name}.txt", fetch, f"{file} of {source}")
+
+
+def fetched_set(name: str, fetch: Callable[[], str], source: str) -> Path:
+    """`rewards.fetched_once` for a file of prompts. Raises RunError if it cannot be fetched."""
     try:
-        return fetched_once(f"{name}.txt", fetch)
-    except OSError as e:
-        where, advice = f"{file} of {source}: {first_line(e)}", "give --prompts a text file with one prompt a line"
-        raise RunError(f"cannot fetch the prompt set {name} ({where}); {advice}") from e
+        return fetched_once(name, fetch)
+    except OSError as e:  # every error of the hub's own is one
+        raise RunError(f"cannot fetch {source} ({first_line(e)}); give --prompts a file of your own") from e
 
 
 def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -> list[int]:
@@ -129,6 +125,39 @@ def prompt_batch(num_prompts: int, batch_size: int, iteration: int, seed: int) -
         for epoch in {p // num_prompts for p in positions}
     }
     return [int(order[p // num_prompts][p % num_prompts]) for p in positions]
+
+
+class PromptCache:
+    """What frozen encoders make of prompts, so that each prompt is encoded once.
+
+    encode   list of prompts → a tensor (P, …), or a tuple or list of them
+    network  the trained one, which with --offload makes room for the encoders
+    Prompts are encoded one by one: the result must not depend on which were encoded before, or in another process.
+    """
+
+    SIZE = 256  # prompts that are kept
+
+    def __init__(self, encode: Callable, world: World, network: nn.Module, *encoders: nn.Module):
+        self.encode, self.world, self.network, self.encoders, self.kept = encode, world, network, encoders, {}
+
+    def __call__(self, prompts: Sequence[str]):
+        """What `encode` gives for these prompts."""
+        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]:
+            with self.world.on_device(*self.encoders, instead_of=self.network):
+                self.kept |= {prompt: self.encode([prompt]) for prompt in missing}
+        rows = [self.kept[prompt] for prompt in prompts]
+        for prompt in list(self.kept)[: -self.SIZE]:
+            del self.kept[prompt]
+        return join(rows) if isinstance(rows[0], Tensor) else type(rows[0])(map(join, zip(*rows, strict=True)))
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate tensors (n, …); shorter ones are padded with zeros to the size of the largest."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    pads = [
+        [x for size, own in zip(sizes[::-1], t.shape[:0:-1], strict=True) for x in (0, size - own)] for t in tensors
+    ]
+    return torch.cat([nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])
 
 
 # ------------------------------------------------------------------------------------------------------- first frames
@@ -183,28 +212,22 @@ def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> Non
     """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
     from diffusers import AutoPipelineForText2Image
 
-    from .loading import SAFETY, component_names, find_folder, load_components, load_pretrained
+    from .loading import load_pipeline
 
     index = _first_frame_index(config)
     listed = _listed_first_frames(index) if pictures else {}
     missing = {prompt: path for prompt, path in pictures.items() if prompt not in listed}
     if not missing:
         return
-    option, kind = "--first-frame-model", AutoPipelineForText2Image
-    folder = find_folder(config.first_frame_model, option)
     with world.in_turn():
-        parts = load_components(folder, world.dtype, option=option)
-        parts |= {SAFETY: None} if SAFETY in component_names(folder / "model_index.json", option) else {}
-        pipe = load_pretrained(kind.from_pretrained, folder, option, dtype=world.dtype, **parts).to(world.device)
-    pipe.set_progress_bar_config(disable=True)
+        pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")
+    pipe.to(world.device)  # also with --offload: nothing else is there yet
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
     for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
         if not path.exists():
             generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
             save_image(path, pipe(prompt, generator=generator, **options).images[0])
-    del pipe, parts
+    del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room
     world.barrier()
     if world.is_main:

@@ -7,9 +7,9 @@ differently is imitated: autocast computes norms in float32, and attention keeps
 import contextlib
 import importlib
 import json
-import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from rewards import cached_folder, parse_paths
 
 from . import dryreward, loading, processes
-from .checkpoints import GIB, checkpoint_bytes, checkpoints_to_come, refuse_foreign
-from .files import write_atomically, writing
+from .checkpoints import GIB, checkpoint_bytes, disk_needed, refuse_foreign
+from .data import PromptCache
+from .files import write_atomically
 from .memory import training_bytes
 from .options import require
 
@@ -39,13 +40,9 @@ PAINTER = {"FLUX.1-dev": 16_870_599_139}  # parameters of the pipeline that pain
 # AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
 VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: flop_counter.sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: (
-        flop_counter.sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-    ),
+FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own, which older torch does not count
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
 }
 
 
@@ -149,12 +146,6 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
         return config
     print(f"{path} is not on this machine; its {subfolder or 'network'} is assumed to be the full-size {expected}")
     return loading.default_config(network_class) | known
-
-
-def pipeline_of(path: str) -> str:
-    """The class of the pipeline in this folder, or in the hub's cache; "" where there is neither."""
-    folder = here(path, "model_index.json")
-    return loading.pipeline_index(folder)["_class_name"] if folder else ""
 
 
 def here(path: str, file: str) -> str:
@@ -262,7 +253,7 @@ def run(
     host = max(*read, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
-    beside = CUDA_CONTEXT + processes.PromptCache.SIZE * measured["condition_bytes"] / GIB
+    beside = CUDA_CONTEXT + PromptCache.SIZE * measured["condition_bytes"] / GIB
     gpu["buffers"] += beside
     peak = peak / GIB + beside
     result = {
@@ -279,26 +270,17 @@ def run(
         "gathered_gib": (forwards + 2 * micro_batches) * gathered / GIB,
     }
     path = Path(cfg.output_dir) / "dryrun.json"
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=2) + "\n")
-    print(text_of(result, cfg.gpu_memory))
-    (count, states), free = checkpoints_to_come(cfg), shutil.disk_usage(path.parent).free / GIB
-    disk = (count * public + states * state) / GIB
-    print(
-        f"checkpoints of the run: {count}, with state at most {states} of them, {disk:.0f} GiB; {cfg.output_dir} has "
-        f"{free:.0f} GiB of room"
-    )
+    print(text_of(result, cfg.gpu_memory), disk_needed(cfg, public, state)[1], sep="\n")
     return result
 
 
 def _measure(cfg, world, counter: Counter, network_class, config, predict, shape, condition, lora_targets) -> dict:
     """Two micro-batches of an update, the second of which adds to the gradients of the first and reduces them."""
     master = world.dtype if cfg.lora_rank else torch.float32
-    prepare = (cfg.lora_rank, lora_targets, cfg.gradient_checkpointing)
-    elements = sum(p.numel() for p in loading.empty_network(network_class, config, master, *prepare).parameters())
-    prepare += (False, False, cfg.quantize)
-    network = loading.empty_network(network_class, config, master, *prepare)
+    build = partial(loading.empty_network, network_class, config, dtype=master, lora_rank=cfg.lora_rank)
+    build = partial(build, lora_targets=lora_targets, checkpointing=cfg.gradient_checkpointing)
+    elements, network = sum(p.numel() for p in build().parameters()), build(quantized=cfg.quantize)
     parts = training_bytes(cfg, network, world.shard_size, world.dtype)
     for module in network.modules():  # from the meta device, where nothing is allocated, to the CPU
         for name, x in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -3,7 +3,6 @@
 Each family is a namespace, without instances. N texts, L tokens, D width of the text embedding.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -107,18 +106,12 @@ def load_models(cfg, world: World, init: Path | None, lora_targets: tuple[str, .
     """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
     config = transformer_config(cfg)
     family = FAMILIES[config["_class_name"]]
-    kind = getattr(diffusers, family.transformer)
-    load = partial(loading.load_network, kind, world=world, **transformer_source(cfg))
-    prepare = dict(lora_rank=cfg.lora_rank, lora_targets=lora_targets, checkpointing=cfg.gradient_checkpointing)
-    transformer = reference = load(**prepare, compiled=cfg.compile, quantized=cfg.quantize, init=init)
-    if cfg.kl_weight and not cfg.lora_rank:  # with LoRA the reference is the transformer without the adapter
-        reference = load(frozen=True)
-    for network in dict.fromkeys((transformer, reference)) if family is HunyuanVideo else ():
+    pipeline = "HunyuanSkyreelsImageToVideoPipeline" if takes_first_frame(config) else family.pipeline
+    kinds = getattr(diffusers, pipeline), getattr(diffusers, family.transformer)
+    models = loading.load_models(*kinds, cfg, world, init, lora_targets, **transformer_source(cfg))
+    for network in dict.fromkeys(models[1:]) if family is HunyuanVideo else ():
         drop_full_masks(network)
-    image_to_video = takes_first_frame(config)
-    kind = "HunyuanSkyreelsImageToVideoPipeline" if image_to_video else family.pipeline
-    pipe = loading.load_pipeline(getattr(diffusers, kind), cfg.model, world, transformer=transformer)
-    return pipe, transformer, reference
+    return models
 
 
 def check_sizes(cfg, network: dict, vae: dict) -> None:
@@ -152,7 +145,8 @@ def first_frame_latents(
 def dry_configs(cfg) -> tuple:
     """→ the family, and class and config of transformer and VAE; if their files are not here, those of full size."""
     default = Wan if cfg.model.startswith("Wan-AI/") else HunyuanVideo
-    family = PIPELINES.get(dryrun.pipeline_of(cfg.model), default)
+    folder = dryrun.here(cfg.model, "model_index.json")
+    family = PIPELINES.get(loading.pipeline_index(folder)["_class_name"], default) if folder else default
     kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
     config = dryrun.config_of(kind, **transformer_source(cfg), **family.full_size(cfg))
     return family, kind, config, vae_kind, dryrun.config_of(vae_kind, cfg.model, "vae")

@@ -1,4 +1,4 @@
-"""Files: a JSON object, a fingerprint, and writes that are whole or not there."""
+"""Files: a JSON object, a fingerprint, writes that are whole or not there, and a folder's lock."""
 
 import contextlib
 import hashlib
@@ -65,11 +65,30 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:
-    """The file is whole or not there, also when several processes write the same one at once.
+    """The file is whole or not there, also when several processes write the same one at once. Its folder is made.
 
     content: its text, or a function that writes the file of this name.
     """
     part = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(content, encoding="utf-8") if isinstance(content, str) else content(part)
         part.replace(path)
+
+
+def lock_folder(folder: Path) -> None:
+    """One process at a time works in a folder. The lock goes when the process ends, in whatever way."""
+    from filelock import FileLock
+
+    while LOCKS:  # of an earlier run of this process
+        LOCKS.pop().release()
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except (OSError, NotImplementedError) as e:  # Timeout is an OSError
+        advice = "wait for it, or take another --output-dir"
+        raise RunError(f"another process is working in {folder}, or it cannot be locked ({e}); {advice}") from e
+    LOCKS.append(lock)
+
+
+LOCKS: list = []  # that of this process's run

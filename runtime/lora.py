@@ -1,6 +1,8 @@
 """LoRA files, and what files of weights hold."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,6 +53,19 @@ def load_adapter(network: nn.Module, file: Path) -> None:
     scale = config.lora_alpha / config.r
     weights = {name.partition(".")[2]: weight for name, weight in read_lora(file).items()}
     set_peft_model_state_dict(network, with_b_times(1 / scale, weights))
+
+
+@contextlib.contextmanager
+def without_adapter(network: nn.Module) -> Iterator[None]:
+    """The network as it was before LoRA, inside the block. A network without LoRA stays as it is."""
+    adapted = bool(getattr(network, "peft_config", None))
+    if adapted:
+        network.disable_adapters()
+    try:
+        yield
+    finally:
+        if adapted:
+            network.enable_adapters()
 
 
 def with_b_times(factor: float, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """The memory of a GPU: what training must hold there, and whether that fits, asked before anything is loaded."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -14,8 +13,6 @@ from .processes import World, trainable
 from .quantize import QuantizedLinear
 
 diffusers = Lazy("diffusers")
-
-LORA_RANK = 64  # that is advised
 
 
 def training_bytes(config, network: nn.Module, shard_size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -56,29 +53,25 @@ def require_fit(config, world: World, component: str, lora_targets: Sequence[str
         return
     place = (transformer, None, "--transformer") if transformer else (config.model, component)
     original = loading.load_config(*place)
+    dtype, kind = world.dtype if config.lora_rank else torch.float32, getattr(diffusers, original["_class_name"])
+    prepare = {"lora_rank": config.lora_rank, "lora_targets": lora_targets, "quantized": config.quantize}
+    network = loading.empty_network(kind, original, dtype=dtype, **prepare)
 
-    def needed(config) -> Callable[[int], int]:
-        """Of a run with these options: shard size → bytes."""
-        dtype, kind = world.dtype if config.lora_rank else torch.float32, getattr(diffusers, original["_class_name"])
-        prepare = config.lora_rank, lora_targets, False, False, False, config.quantize
-        network = loading.empty_network(kind, original, dtype, *prepare)
-        return lambda shard_size: sum(training_bytes(config, network, shard_size, world.dtype).values())
+    def needed(shard_size: int) -> int:
+        return sum(training_bytes(config, network, shard_size, world.dtype).values())
 
-    own, prompts, advice = needed(config), config.prompts_per_iteration, []
-    if own(world.shard_size) <= memory:
+    if needed(world.shard_size) <= memory:
         return
-    for n in range(world.shard_size + 1, prompts + 1):
-        if prompts % n == 0 and not config.quantize and own(n) <= memory:
-            advice = [f"start {n} processes or a multiple of {n}, with --shard-size {n}"]
-            break
-    if not config.lora_rank and needed(replace(config, lora_rank=LORA_RANK))(config.shard_size or 1) <= memory:
+    prompts, advice = config.prompts_per_iteration, []
+    sizes = [n for n in range(world.shard_size + 1, prompts + 1) if prompts % n == 0 and not config.quantize]
+    if fit := [n for n in sizes if needed(n) <= memory]:
+        advice.append(f"start {fit[0]} processes or a multiple of {fit[0]}, with --shard-size {fit[0]}")
+    if not config.lora_rank:
         presets, default = inspect.getmodule(type(config)).PRESETS, type(config).model
         loras = [n for n, p in presets.items() if p.get("lora_rank") and p.get("model", default) == config.model]
-        advice.append("train a LoRA: " + (f"--preset {loras[0]}" if loras else f"--lora-rank {LORA_RANK}"))
-    if config.lora_rank and not config.quantize and needed(replace(config, quantize="nf4"))(1) <= memory:
+        advice.append("train a LoRA: " + (f"--preset {loras[0]}" if loras else "--lora-rank 64"))
+    elif not config.quantize:
         advice.append("give --quantize nf4")
-    raise RunError(
-        f"{place[0]}: weights, gradients, AdamW's moments and EMA take {own(world.shard_size) / GIB:.1f} GiB of each "
-        f"GPU, which has {memory / GIB:.1f} GiB; {', or '.join(advice) or 'take a smaller model'}; --dry-run "
-        "counts the rest"
-    )
+    what, taken = f"{place[0]}: weights, gradients, AdamW's moments and EMA", needed(world.shard_size) / GIB
+    advice = ", or ".join(advice) or "take a smaller model"
+    raise RunError(f"{what} take {taken:.1f} GiB of each GPU, which has {memory / GIB:.1f} GiB; {advice}")

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -30,6 +29,9 @@ class Lazy(types.ModuleType):
 
     def __getattr__(self, name: str):
         return getattr(importlib.import_module(self.__name__), name)
+
+
+files = Lazy("runtime.files")
 
 
 @contextlib.contextmanager
@@ -75,18 +77,9 @@ def lost_process(error: str) -> str:
 
 # Options that may differ between a run and its continuation: they do not change what an iteration computes, but for the
 # learning rate, which is lowered where a run becomes unstable. metrics.jsonl has the learning rate of each iteration.
-FREE_ON_RESUME = {"resume", "iterations", "save_every", "sample_every", "output_dir", "micro_batch", "compile"}
-FREE_ON_RESUME |= {
-    "reward_batch",
-    "shard_size",
-    "offload",
-    "keep_states",
-    "dry_run",
-    "processes",
-    "gpu_memory",
-    "learning_rate",
-    "track",
-}
+FREE_ON_RESUME = {"resume", "iterations", "learning_rate", "save_every", "sample_every", "keep_states", "output_dir"}
+FREE_ON_RESUME |= {"micro_batch", "reward_batch", "shard_size", "offload", "compile", "track"}
+FREE_ON_RESUME |= {"dry_run", "processes", "gpu_memory"}
 
 
 def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[str] | None = None):
@@ -94,9 +87,7 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
 
     Every field becomes an option; its help is the comment that trails it in the source; one of type tuple[str, ...]
     takes several words. With --resume, where there is such an option, the values come from the run's config.json, and
-    options given on the command line must agree with it. The run goes on in the directory where it was started, so that
-    relative paths mean what they meant.
-    Raises RunError on anything that is not as it should be.
+    options given on the command line must agree with it. Raises RunError on anything that is not as it should be.
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -108,40 +99,25 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
         text = f"{comments[field.name]} (default: {field.default!r})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **how)
     given = vars(parser.parse_args(argv))
-    defaults = dataclasses.asdict(config_class())
-
-    def values(options: dict) -> dict:
-        preset = options.get("preset", defaults["preset"])
-        if preset not in presets:
-            raise RunError(f"unknown preset {preset!r}; known: {', '.join(presets)}")
-        return {"preset": preset} | presets[preset] | options
-
-    options = defaults | values(given)
-    require(bool(options["output_dir"]), "--output-dir is empty; name a folder")
-    for name, value in given.items():
-        for word in value if isinstance(value, (tuple, list)) else [value]:
-            check_file_names(f"--{name.replace('_', '-')}", str(word))
-    options["output_dir"] = os.path.expanduser(options["output_dir"])
-    require(not options["output_dir"].startswith("~"), f"--output-dir {options['output_dir']}: there is no such user")
-    new = config_class(**options)
+    preset = given.get("preset", config_class.preset)
+    require(preset in presets, f"unknown preset {preset!r}; known: {', '.join(presets)}")
+    new = config_class(**{"preset": preset} | presets[preset] | given)
+    require(bool(new.output_dir), "--output-dir is empty; name a folder")
+    new = dataclasses.replace(new, output_dir=os.path.expanduser(new.output_dir))
     if not getattr(new, "resume", False):
         return new
     output_dir = Path(new.output_dir)
-    if latest_checkpoint(output_dir) is None and not (output_dir / "metrics.jsonl").exists():
-        advice = "start without --resume, or name another --output-dir"
-        raise RunError(f"nothing to resume: no run in {output_dir}; {advice}")
-    stored, directory = stored_options(output_dir / "config.json", config_class)
+    found = latest_checkpoint(output_dir) or (output_dir / "metrics.jsonl").exists()
+    advice = "start without --resume, or name another --output-dir"
+    require(bool(found), f"nothing to resume: no run in {output_dir}; {advice}")
+    stored = stored_options(output_dir / "config.json", config_class)
     for name, value in given.items():
-        if name not in FREE_ON_RESUME and value != stored[name]:
-            raise RunError(
-                f"--{name.replace('_', '-')} is {value!r}, but the run in {output_dir} has {stored[name]!r}; "
-                "resume with the run's own options (or none), or start a new run in another --output-dir"
-            )
-    resumed = config_class(**stored | given | {"output_dir": new.output_dir})
-    if os.path.isdir(directory) and not os.path.samefile(directory, "."):
-        resumed = dataclasses.replace(resumed, output_dir=os.path.abspath(new.output_dir))
-        os.chdir(directory)
-    return resumed
+        require(
+            name in FREE_ON_RESUME or value == stored[name],
+            f"--{name.replace('_', '-')} is {value!r}, but the run in {output_dir} has {stored[name]!r}; "
+            "resume with the run's own options (or none), or start a new run in another --output-dir",
+        )
+    return config_class(**stored | given | {"output_dir": new.output_dir})
 
 
 def how_to_read(kind) -> dict:
@@ -169,42 +145,20 @@ def command_words(options: dict) -> list[str]:
     return words
 
 
-def check_file_names(option: str, value: str) -> None:
-    """Raise RunError if no file system could hold a file that a part of this option's value names."""
-    longest = max(len(os.fsencode(name)) for name in re.split("[/,=:]", value))
-    possible = "\0" not in value and longest <= 255 and len(os.fsencode(value)) < 4000
-    require(possible, f"{option} {value[:40]!r}… is too long for a path, or has a NUL byte; give a shorter one")
-
-
-def stored_options(file: Path, config_class: type) -> tuple[dict, str]:
-    """The options in a run's config.json, and the directory where it was started.
-
-    Raises RunError if they are not those of this script's config class, or not as the run wrote them.
-    """
-    advice = "restore the file, or start a new run in another --output-dir"
-    if copies := sorted(file.parent.glob("checkpoint-*/state/config.json")):
-        advice = f"copy {copies[-1]} over it, or start a new run in another --output-dir"
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise RunError(f"cannot resume: {file} cannot be read ({e}); {advice}") from e
-    script = Path(inspect.getfile(config_class)).name
-    require(isinstance(stored, dict), f"cannot resume: {file} is not the config.json of a run; {advice}")
-    require(
-        stored.get("script", script) == script, f"{file.parent} is a run of {stored.get('script')}, not of {script}"
-    )
-    options = {}
+def stored_options(file: Path, config_class: type) -> dict:
+    """The options in a run's config.json. Raises RunError if it is another script's, or not as the run wrote it."""
+    stored, script, options = files.read_json(file), Path(inspect.getfile(config_class)).name, {}
+    found = stored.get("script", script)
+    require(found == script, f"{file.parent} is a run of {found}, not of {script}")
+    copies = sorted(file.parent.glob("checkpoint-*/state/config.json"))
+    advice = f"copy {copies[-1]} over it, or start" if copies else "start"
     for field in dataclasses.fields(config_class):
         kind, value = type(field.default), stored.get(field.name)
         value = float(value) if kind is float and type(value) is int else value
-        require(
-            type(value) is kind,
-            f"cannot resume: {file} has {field.name} = {value!r}, which is no {kind.__name__}; it was written by "
-            f"another version or changed by hand; {advice}",
-        )
+        fault = f"{file} is damaged, or of another version: its {field.name} is {value!r}, which is no {kind.__name__}"
+        require(type(value) is kind, f"cannot resume: {fault}; {advice} a new run in another --output-dir")
         options[field.name] = value
-    require("directory" in stored, f"cannot resume: {file} does not say where the run was started; {advice}")
-    return options, stored["directory"]
+    return options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -250,19 +204,9 @@ class Place(typing.NamedTuple):
 
 
 def find_place() -> Place:
-    """What torchrun's variables say; one process where there are none. Raises RunError if they cannot be true."""
-    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    texts = [os.environ.get(name, default) for name, default in names.items()]
-    numbers = [int(text) for text in texts if re.fullmatch("[0-9]{1,9}", text)]
-    place = Place(*numbers) if len(numbers) == 4 else None
-    true = place and place.rank < place.size and place.local_rank < place.local_size
-    address = all(os.environ.get(name) for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
-    require(
-        bool(true and (place.size == 1 or address)),
-        f"the environment has {', '.join(map('='.join, zip(names, texts, strict=True)))}, without sense or without "
-        "MASTER_ADDR and MASTER_PORT; start the script with torchrun, or unset the variables",
-    )
-    return place
+    """What torchrun's variables say; one process where there are none."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    return Place(*(int(os.environ.get(name, default)) for name, default in names.items()))
 
 
 def check_ranges(config) -> None:
@@ -280,49 +224,21 @@ def check_options(config) -> None:
     package = importlib.util.find_spec(c.track) if c.track else None
     found = package and package.origin  # a folder called wandb, as its runs leave it here, is not the package
     require(not c.track or found, f"--track {c.track} needs the package {c.track}; install it: pip install {c.track}")
-    trained = 2 * c.keep_best_worst or c.group_size  # samples of each group that are trained on
+    P, G, T, k, window = c.prompts_per_iteration, c.group_size, c.steps, c.keep_best_worst, c.sde_window
+    tau, updates = c.timestep_fraction, c.updates_per_rollout
+    sde, ratio = getattr(c, "sde", ""), getattr(c, "ratio", "")
+    trained = 2 * k or G  # samples of each group that are trained on
     for ok, message in (
-        (
-            c.prompts_per_iteration % processes == 0,
-            f"--prompts-per-iteration {c.prompts_per_iteration} must be a multiple of the {processes} processes",
-        ),
-        (
-            int((c.steps - 1) * c.timestep_fraction) >= 1,
-            f"--timestep-fraction {c.timestep_fraction} of {c.steps - 1} steps trains none; raise it or --steps",
-        ),
-        (
-            not c.quantize or c.lora_rank,
-            f"--quantize {c.quantize} is for the frozen base of a LoRA; give --lora-rank, or leave it out",
-        ),
-        (
-            not c.quantize or c.shard_size <= 1,
-            f"--quantize {c.quantize} keeps a whole base on every GPU; give --shard-size 1, got {c.shard_size}",
-        ),
-        (
-            c.timesteps == "random" or not c.sde_window,
-            f"--timesteps {c.timesteps} does not apply: all {c.sde_window} steps of --sde-window are trained; take "
-            "--sde-window 0",
-        ),
-        (
-            c.keep_best_worst <= c.group_size // 2,
-            f"--keep-best-worst {c.keep_best_worst} keeps twice as many samples, more than --group-size {c.group_size}",
-        ),
-        (
-            trained % c.updates_per_rollout == 0,
-            f"--updates-per-rollout {c.updates_per_rollout} must divide the {trained} samples trained in each group",
-        ),
-        (
-            c.sde_window < c.steps,
-            f"--sde-window must be from 0 (every step) to --steps - 1 = {c.steps - 1}, got {c.sde_window}",
-        ),
-        (
-            getattr(c, "sde", "") != "cps" or c.eta <= 1,
-            f"--eta must be at most 1 with --sde cps, got {c.eta}",
-        ),
-        (
-            getattr(c, "sde", "") != "cps" or c.ratio == "plain",
-            f"--ratio {getattr(c, 'ratio', '')} needs Gaussian log-probabilities, which --sde cps does not use",
-        ),
+        (P % processes == 0, f"--prompts-per-iteration {P} must be a multiple of the {processes} processes"),
+        (int((T - 1) * tau) >= 1, f"--timestep-fraction {tau} of {T - 1} steps trains none; raise it or --steps"),
+        (not c.quantize or c.lora_rank, f"--quantize {c.quantize} is for the frozen base of a LoRA; give --lora-rank"),
+        (not c.quantize or c.shard_size <= 1, "--quantize keeps a whole base on every GPU; give --shard-size 1"),
+        (not window or c.timesteps == "random", f"--timesteps {c.timesteps} does not go with --sde-window {window}"),
+        (k <= G // 2, f"--keep-best-worst {k} keeps twice as many samples, more than --group-size {G}"),
+        (trained % updates == 0, f"--updates-per-rollout {updates} must divide the {trained} trained samples"),
+        (window < T, f"--sde-window must be from 0 (every step) to --steps - 1 = {T - 1}, got {window}"),
+        (sde != "cps" or c.eta <= 1, f"--eta must be at most 1 with --sde cps, got {c.eta}"),
+        (sde != "cps" or ratio == "plain", f"--ratio {ratio} needs log-probabilities that --sde cps does not use"),
     ):
         require(bool(ok), message)
 

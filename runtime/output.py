@@ -2,9 +2,7 @@
 
 import dataclasses
 import gc
-import inspect
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +15,14 @@ from tqdm import tqdm
 
 from rewards import load_reward, parse_paths
 
+from .card import write_card
 from .checkpoints import Checkpoints, Folder, check_folder, name_of, open_folder
-from .data import keyed_noise, load_metadata
+from .data import PromptCache, keyed_noise, load_metadata
 from .files import write_atomically, writing
 from .loading import fetch_all
-from .lora import LORA_FILE
 from .memory import require_fit
-from .options import command_words
 from .pictures import save_pictures, save_videos
-from .processes import EMA, Preemption, PromptCache, World, adamw, start_world, trainable
+from .processes import EMA, Preemption, World, adamw, start_world, trainable
 from .tracking import Tracker
 
 
@@ -80,8 +77,6 @@ class Run:
             group["lr"] = config.learning_rate  # it may have been changed on --resume
         if world.is_main:
             self.checkpoints.check_room(config, self.done)
-            with writing(Path(config.output_dir, "samples")) as samples:
-                samples.mkdir(exist_ok=True)
             write_atomically(Path(config.output_dir, "config.json"), json.dumps(folder.config, indent=2) + "\n")
         self.metrics = Metrics(config.output_dir, world, folder.checkpoint)
         self.preempted, self.flat, self.stopwatch = Preemption(world), 0, Stopwatch(world)
@@ -146,8 +141,8 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint of the iterations that are done."""
-        card = model_card(self.config, self.checkpoints, self.done, self.row)
-        self.checkpoints.save(self.config.output_dir, self.done, card)
+        of_run = {"config": self.config, "checkpoints": self.checkpoints, "iteration": self.done, "row": self.row}
+        self.checkpoints.save(self.config.output_dir, self.done, partial(write_card, **of_run))
         self.saved = self.done
 
     def finish(self, iteration: int, row: dict, samples: int) -> None:
@@ -176,10 +171,8 @@ class Run:
         """Say so when no group has had any spread of rewards for ten iterations: then nothing is learned."""
         self.flat = self.flat + 1 if flat else 0
         if self.flat == 10 and self.world.is_main:
-            self.bar.write(
-                "warning: in ten iterations all rewards of every group were equal, so nothing is learned; look at the "
-                "sample pictures, raise --eta or --group-size, or change the reward's threshold"
-            )
+            what = "in ten iterations all rewards of every group were equal, so nothing is learned"
+            self.bar.write(f"warning: {what}; see samples/, raise --eta or --group-size, or change the threshold")
 
 
 def start_line(config, checkpoints: Checkpoints, done: int) -> str:
@@ -201,7 +194,7 @@ def start_line(config, checkpoints: Checkpoints, done: int) -> str:
 def end_line(config, checkpoints: Checkpoints, done: int) -> str:
     """How to evaluate the last checkpoint, and how to load it."""
     checkpoint = str(Path(config.output_dir, name_of(done)))
-    kind, part = type(checkpoints.network).__name__.removeprefix("FSDP"), checkpoints.component
+    kind, part = type(checkpoints.network).__name__, checkpoints.component
     load = f"diffusers.{kind}.from_pretrained({checkpoint!r}, subfolder={part!r})"
     load = f"pipeline.load_lora_weights({checkpoint!r})" if checkpoints.is_lora else load
     command = shlex.join(["python", "eval.py", "--checkpoint", checkpoint])
@@ -353,62 +346,3 @@ class Samples:
             else:
                 save_videos(path, shown, captions, self.fps)
         return {f"sample_reward_{name}": self.world.collect(r, count).mean().item() for name, r in scores.items()}
-
-
-# --------------------------------------------------------------------------------------------------------- model card
-
-
-def model_card(config, checkpoints: Checkpoints, iteration: int, row: dict) -> str:
-    """README.md of a checkpoint, as the hub shows it: what was trained on what, how, and the lines that load it."""
-    from huggingface_hub import ModelCardData
-    from jinja2 import Template
-
-    script, kind = Path(inspect.getfile(type(config))).name, type(checkpoints.pipeline).__name__
-    name = "/".join(Path(getattr(config, "transformer", "") or config.model).parts[-2:])  # OWNER/NAME, also of a folder
-    video = "image-to-video" if "ImageToVideo" in kind else "text-to-video"
-    header = ModelCardData(
-        base_model=name,
-        base_model_relation="adapter" if checkpoints.is_lora else "finetune",
-        library_name="diffusers",
-        pipeline_tag=video if getattr(config, "frames", 1) > 1 else "text-to-image",
-        tags=["dancegrpo", "grpo", "reinforcement-learning", *["lora"] * checkpoints.is_lora],
-    ).to_yaml()
-    fields = [field for field in dataclasses.fields(config) if field.name not in ("preset", "output_dir", "resume")]
-    changed = {f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default}
-    template = Template(Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8"))
-    return template.render(
-        header=header, name=name, title=Path(name).name, iteration=iteration, config=config, pipeline=kind,
-        lines=loading_lines(config, checkpoints, iteration), is_lora=checkpoints.is_lora,
-        scores={key: value for key, value in row.items() if key.startswith(("reward_", "sample_reward_"))},
-        command=shlex.join(["python", script, *command_words(changed)]),
-    )  # fmt: skip
-
-
-def loading_lines(config, checkpoints: Checkpoints, iteration: int) -> list[str]:
-    """Three lines of Python that make `pipe`, the pipeline with a checkpoint's weights, in that checkpoint's folder."""
-    folder = Path(config.output_dir, name_of(iteration))
-    model, transformer = (
-        os.path.relpath(path, folder) if path and Path(path).is_dir() else path
-        for path in (config.model, getattr(config, "transformer", ""))
-    )
-    component, dtype = checkpoints.component, f"dtype={checkpoints.world.dtype}"
-    tokenizer = "tokenizer=tokenizer, " if "Hunyuan" in type(checkpoints.pipeline).__name__ else ""
-    kind, first = f"diffusers.{type(checkpoints.pipeline).__name__}", ["import diffusers, torch"]
-    if tokenizer:
-        first = [
-            "import diffusers, torch, transformers",
-            f'tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained("{model}", subfolder="tokenizer")',
-        ]
-    network = f"diffusers.{type(checkpoints.network).__name__}"
-    if not checkpoints.is_lora:
-        return [
-            *first,
-            f'{component} = {network}.from_pretrained(".", subfolder="{component}", {dtype})',
-            f'pipe = {kind}.from_pretrained("{model}", {tokenizer}{component}={component}, {dtype})',
-        ]
-    part = f'{component}={network}.from_pretrained("{transformer}", {dtype}), ' if transformer else ""
-    return [
-        *first,
-        f'pipe = {kind}.from_pretrained("{model}", {tokenizer}{part}{dtype})',
-        f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")',
-    ]

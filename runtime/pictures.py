@@ -55,10 +55,8 @@ def reading_picture(path: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError as e:
-        raise RunError(f"there is no picture {path}; correct its path, or put the picture there") from e
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
-        advice = "convert it to PNG or JPEG, for instance with ImageMagick, or put a whole one in its place"
+        advice = "correct its path, convert it to PNG or JPEG, or put a whole one in its place"
         raise RunError(f"cannot read the picture {path} ({first_line(e)}); {advice}") from e
 
 

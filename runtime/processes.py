@@ -78,9 +78,6 @@ class World:
         if self.size > 1:
             dist.barrier(group=self.patient)
 
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:
         """The processes of a node run the block one after the other, so that only one at a time fills host memory."""
@@ -181,7 +178,7 @@ def find_accelerator() -> str:
     require(
         not drivers or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"),
         f"a GPU is here ({', '.join(drivers)}), but torch {torch.__version__} cannot use it; install a torch built for "
-        "its driver, see https://pytorch.org, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
+        "its driver, or set CUDA_VISIBLE_DEVICES= to run on the CPU",
     )
     return "cpu"
 
@@ -201,10 +198,7 @@ def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: b
     Raises RunError unless `shard_size` divides `size`, the number of processes.
     """
     chosen = shard_size or (1 if fits_whole else local_size)
-    require(
-        chosen > 0 and size % chosen == 0,
-        f"--shard-size must divide the {size} processes, got {chosen}; that many hold one copy of the network",
-    )
+    require(chosen > 0 and size % chosen == 0, f"--shard-size must divide the {size} processes, got {chosen}")
     return chosen
 
 
@@ -277,39 +271,6 @@ def finite_norm(norm: Tensor, iteration: int) -> float:
         "--learning-rate or --max-grad-norm in another --output-dir; the checkpoints saved so far are intact",
     )
     return norm
-
-
-class PromptCache:
-    """What frozen encoders make of prompts, so that each prompt is encoded once.
-
-    encode   list of prompts → a tensor (P, …), or a tuple or list of them
-    network  the trained one, which with --offload makes room for the encoders
-    Prompts are encoded one by one: the result must not depend on which were encoded before, or in another process.
-    """
-
-    SIZE = 256  # prompts that are kept
-
-    def __init__(self, encode: Callable, world: World, network: nn.Module, *encoders: nn.Module):
-        self.encode, self.world, self.network, self.encoders, self.kept = encode, world, network, encoders, {}
-
-    def __call__(self, prompts: Sequence[str]):
-        """What `encode` gives for these prompts."""
-        if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]:
-            with self.world.on_device(*self.encoders, instead_of=self.network):
-                self.kept |= {prompt: self.encode([prompt]) for prompt in missing}
-        rows = [self.kept[prompt] for prompt in prompts]
-        for prompt in list(self.kept)[: -self.SIZE]:
-            del self.kept[prompt]
-        return join(rows) if isinstance(rows[0], Tensor) else type(rows[0])(map(join, zip(*rows, strict=True)))
-
-
-def join(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors (n, …); shorter ones are padded with zeros to the size of the largest."""
-    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    pads = [
-        [x for size, own in zip(sizes[::-1], t.shape[:0:-1], strict=True) for x in (0, size - own)] for t in tensors
-    ]
-    return torch.cat([nn.functional.pad(tensor, pad) for tensor, pad in zip(tensors, pads, strict=True)])
 
 
 class Preemption:

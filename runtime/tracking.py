@@ -23,9 +23,8 @@ class Tracker:
         try:
             self.backend = {"tensorboard": TensorBoard, "wandb": WandB}[kind](config, checkpoint) if kind else None
         except Exception as e:  # a tracker is not ours: it may raise anything
-            advice = (
-                "log in with `wandb login`, or set WANDB_MODE=offline" if kind == "wandb" else "leave the option out"
-            )
+            login = "log in with `wandb login`, set WANDB_MODE=offline, or " if kind == "wandb" else ""
+            advice = f"{login}leave the option out"
             raise RunError(f"--track {kind} cannot start ({type(e).__name__}: {first_line(e)}); {advice}") from e
 
     def log(self, iteration: int, values: dict[str, float], samples: Path | None = None) -> None:
@@ -43,12 +42,10 @@ class Tracker:
             getattr(self.backend, method)(*args)
         except Exception as e:
             self.backend = None
-            message = (
+            failed = (
                 f"warning: --track {self.kind} failed ({type(e).__name__}: {first_line(e)}) and is left out from now"
             )
-            print(
-                f"{message} on; metrics.jsonl and samples/ hold everything; --resume starts it again", file=sys.stderr
-            )
+            print(f"{failed} on; metrics.jsonl and samples/ hold everything", file=sys.stderr)
 
 
 class TensorBoard:

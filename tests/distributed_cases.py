@@ -53,7 +53,7 @@ def predict(network: nn.Module, world: processes.World, samples: list[int]) -> t
         return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in samples])
 
     sigma = torch.tensor([0.98684 - 0.1 * i for i in samples])
-    with world.autocast():
+    with torch.autocast("cpu", world.dtype, enabled=world.dtype != torch.float32):
         if isinstance(network, FluxTransformer2DModel):
             out = network(
                 draw(16, 16), draw(5, 64), draw(64), timestep=sigma, guidance=torch.full_like(sigma, 3.5),

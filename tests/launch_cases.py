@@ -112,8 +112,8 @@ def load_frozen_models(folder: Path) -> None:
         return call
 
     name, loading.load_components = "training", noted("pipeline", loading.load_components)
-    rewards.LOADERS["videoalign"] = noted("videoalign", rewards.LOADERS["videoalign"])
-    rewards.LOADERS["hps"] = noted("hps", rewards.LOADERS["hps"])
+    for reward in (rewards.VideoAlignReward, rewards.HPSReward):
+        reward.load = noted(reward.name, reward.load)
     changes = {"reward": "mq,hps", "first_frames": folder / "frames", "first_frame_model": "tiny/flux"}
     cfg = small.config("i2v", output_dir=folder / "run", prompts_per_iteration=4, first_frame_steps=1, **changes)
     prompts = grpo_video.check(cfg)

@@ -90,7 +90,7 @@ def complaint(trainer, *words):
         ),
         (
             "--timesteps first --sde-window 2",
-            "--timesteps first does not apply: all 2 steps of --sde-window are",
+            "--timesteps first does not go with --sde-window 2",
         ),
         ("--sde-window 99", "--sde-window must be from 0"),
         ("--keep-best-worst 50", "--keep-best-worst 50"),
@@ -165,13 +165,11 @@ def complaint(trainer, *words):
         ("--model tiny/flux/vae", "cannot load tiny/flux/vae"),
         ("--model tiny/sd/unet", "cannot load tiny/sd/unet"),
         ("--output-dir ''", "--output-dir is empty"),
-        ("--output-dir ~no-such-user/runs", "--output-dir ~no-such-user/runs: there is no such user"),
-        ("--output-dir tiny/hps", "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, which no run wrote"),
-        ("--output-dir tiny/flux", "tiny/flux holds model_index.json, which no run wrote"),
-        ("--output-dir tiny/flux/vae", "tiny/flux/vae holds a config.json that is no run's"),
-        ("--output-dir runtime", "runtime holds __init__.py, "),
+        ("--output-dir tiny/hps", "tiny/hps holds HPS_tiny.pt, ViT-tiny-hps.json, no run's"),
+        ("--output-dir tiny/flux", "tiny/flux holds model_index.json, no run's"),
+        ("--output-dir tiny/flux/vae", "tiny/flux/vae holds config.json, "),
         ("--dry-run --processes 7", "must be a multiple of the 7 processes"),
-        ("--dry-run --output-dir tiny/clip", "tiny/clip holds "),
+        ("--dry-run --output-dir tiny/flux", "tiny/flux holds model_index.json"),
         ("--dry-run --model tiny/clip", "cannot load tiny/clip"),
         ("--dry-run --steps 0", "--steps must be at least 2"),
     ],
@@ -267,7 +265,7 @@ def test_options_of_flux(words, expected):
         ("--max-sequence-length -3", "--max-sequence-length must be at least 1, got -3"),
         ("--sde-window-every 0", "--sde-window-every must be at least 1, got 0"),
         ("--ratio none", "argument --ratio: invalid choice: 'none' (choose from 'plain', 'guard', 'dppo')"),
-        ("--ratio guard --sde cps --eta 0.8", "--ratio guard needs Gaussian log-probabilities, which --sde cps"),
+        ("--ratio guard --sde cps --eta 0.8", "--ratio guard needs log-probabilities that --sde cps does not use"),
     ],
 )
 def test_options_of_rectified_flow(trainer, words, expected):
@@ -328,28 +326,15 @@ def test_wan_2_2_is_refused(key, value, tmp_path):
     assert f"--model {model} is a Wan 2.2" in complaint(grpo_video, "--preset", "tiny-wan", "--model", str(model))
 
 
-@pytest.mark.parametrize("option", ["--model", "--prompts", "--reward", "--reward-paths", "--output-dir"])
-@pytest.mark.parametrize("name", ["x" * 300, "a/" * 3000 + "a", "a\0b"], ids=["long", "deep", "NUL"])
-def test_names_that_no_file_can_have(option, name, tmp_path):
-    start = {"--output-dir": f"{tmp_path}/", "--reward-paths": "hps="}.get(option, "")
-    line = complaint(grpo_flux, option, start + name)
-    assert line.startswith(option) and "is too long for a path, or has a NUL byte" in line
-
-
 @EVERY
-@pytest.mark.parametrize("variables, expected", [
-    *[(variables, "start the script with torchrun, or unset the variables") for variables in (
-        "WORLD_SIZE=2", "WORLD_SIZE=x", "WORLD_SIZE=0", "WORLD_SIZE=", "RANK=x", "RANK=-1", "RANK=3", "LOCAL_RANK=5",
-        "LOCAL_WORLD_SIZE=0", "WORLD_SIZE=2 RANK=0 MASTER_ADDR= MASTER_PORT=29500",
-    )],
-    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x", "check torchrun's address and port"),
-    ("WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999", "check torchrun's address and port"),
+@pytest.mark.parametrize("variables", [
+    "WORLD_SIZE=2", "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=x",
+    "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999",
 ])  # fmt: skip
-def test_torchruns_variables(trainer, variables, expected, monkeypatch):
+def test_torchruns_variables(trainer, variables, monkeypatch):
     for variable in variables.split():
         monkeypatch.setenv(*variable.split("="))
-    line = complaint(trainer)
-    assert expected in line and all(name in line for name in variables.split()[:1] if "unset" in expected)
+    assert "check torchrun's address and port" in complaint(trainer)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +342,7 @@ def test_torchruns_variables(trainer, variables, expected, monkeypatch):
     [
         (None, "image to video needs first frames: name a folder or a JSONL file with --first-frames"),
         ('{"prompt": "two crosses", "image": "good.png"}', "no first frame for 'a red circle' in "),
-        ('{"prompt": "a red circle", "image": "none.png"}', "none.png; correct its path"),
+        ('{"prompt": "a red circle", "image": "none.png"}', "none.png'); correct its path, convert it to PNG or JPEG"),
         ('{"prompt": "a red circle", "image": "text.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle", "image": "half.png"}', "cannot read the picture "),
         ('{"prompt": "a red circle"}', 'first_frames.jsonl line 1 is not {"image": "…"}'),
@@ -411,12 +396,11 @@ def test_a_painter_needs_a_folder_for_its_pictures(tmp_path):
         ("blank.jsonl", b'{"prompt": " "}\n', "line 1 is blank"),
         ("deep.jsonl", b"[" * 100_000, "line 1 is not"),
         ("digits.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", "line 1 is not"),
-        ("half.jsonl", b'{"prompt": "a \\ud83d"}', "line 1: the prompt has half a character"),
         ("mark.txt", b"\xef\xbb\xbf\n", "is empty"),
         ("wide.txt", "a red circle".encode("utf-16"), "must be UTF-8"),
-        ("list.json", b'["a"]', "is neither text nor JSONL"),
-        ("table.csv", b"a", "is neither text nor JSONL"),
-        ("table.parquet", b"PAR1", "is neither text nor JSONL"),
+        ("list.json", b'["a"]', "no prompt file"),
+        ("table.csv", b"a", "no prompt file"),
+        ("table.parquet", b"PAR1", "no prompt file"),
     ],
 )
 def test_prompt_files(name, content, expected, tmp_path):
@@ -476,7 +460,7 @@ def test_a_prompt_set_that_cannot_be_fetched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "text_at", fetch)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
-    with pytest.raises(RunError, match=r"cannot fetch the prompt set vidprom .* give --prompts a text file"):
+    with pytest.raises(RunError, match=r"cannot fetch video_prompts.txt of .* give --prompts a file of your own"):
         data.load_prompts("vidprom")
 
 
@@ -511,15 +495,16 @@ def write_sums(checkpoint):
     (grpo_flux, "model", "", "{} is no checkpoint, diffusers folder or LoRA file; give RUN/checkpoint-NNNNNN"),
     (grpo_flux, "run", "", "{} is no checkpoint, diffusers folder or LoRA file; give RUN/checkpoint-NNNNNN"),
     (grpo_flux, "run/metrics.jsonl", "", "{} is no checkpoint, diffusers folder or LoRA file; "),
-    (grpo_flux, "sd", "", " {} does not fit --model tiny/flux: "),
-    (grpo_flux, "hunyuan", "", " {} does not fit --model tiny/flux: "),
-    (grpo_sd, "flux", "", " {} does not fit --model tiny/sd: "),
-    (grpo_video, "flux", "", " {} does not fit --model tiny/hunyuan: "),
-    (grpo_video, "hunyuan", "--preset tiny-i2v", " {} does not fit --transformer tiny/skyreels: 1 weights have other "),
-    (grpo_flux, "lora", "", " {} is a LoRA of rank 2, and --lora-rank is 0; give --lora-rank 2"),
-    (grpo_flux, "lora", "--lora-rank 4", " {} is a LoRA of rank 2, and --lora-rank is 4; give --lora-rank 2"),
-    (grpo_sd, "lora", "--lora-rank 2", " {} does not fit --model tiny/sd: "),
-    (grpo_flux, "flux", "--lora-rank 2", " {} holds all weights, and --lora-rank 2 trains a LoRA; give --lora-rank 0"),
+    (grpo_flux, "sd", "", " {} (all weights) does not fit --model tiny/flux "),
+    (grpo_flux, "hunyuan", "", " {} (all weights) does not fit --model tiny/flux "),
+    (grpo_sd, "flux", "", " {} (all weights) does not fit --model tiny/sd "),
+    (grpo_video, "flux", "", " {} (all weights) does not fit --model tiny/hunyuan "),
+    (grpo_video, "hunyuan", "--preset tiny-i2v",
+     " {} (all weights) does not fit --transformer tiny/skyreels with --lora-rank 0: 1 weights have other "),
+    (grpo_flux, "lora", "", " {} (a LoRA of rank 2) does not fit --model tiny/flux with --lora-rank 0"),
+    (grpo_flux, "lora", "--lora-rank 4", " {} (a LoRA of rank 2) does not fit --model tiny/flux with --lora-rank 4"),
+    (grpo_sd, "lora", "--lora-rank 2", " {} (a LoRA of rank 2) does not fit --model tiny/sd with --lora-rank 2"),
+    (grpo_flux, "flux", "--lora-rank 2", " {} (all weights) does not fit --model tiny/flux with --lora-rank 2"),
 ], ids=lambda x: x if isinstance(x, str) and " " not in x else "")  # fmt: skip
 def test_init_with_what_is_no_start_for_this_run(trainer, name, words, expected, earlier, tmp_path):
     place = str(earlier / name)

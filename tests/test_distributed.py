@@ -233,9 +233,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(monkeypatch, 
 
 def test_the_compute_dtype_is_an_option(monkeypatch):
     assert processes.start_world().dtype == torch.float32
-    world = processes.start_world("bfloat16")
-    with world.autocast():
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    assert processes.start_world("bfloat16").dtype == torch.bfloat16
 
 
 def small_checkpoints(world, **options):
@@ -301,8 +299,8 @@ def test_too_little_room_for_a_run_is_said_and_for_a_checkpoint_refused(tmp_path
     assert checkpoints.checkpoint_bytes(config, 20, 20, torch.float32) == (160, 320)
     assert check(4 * 160 + 3 * 320) == ""  # after 3, 6, 9 and 10 iterations
     warning = check(4 * 160 + 3 * 320 - 1)
-    assert warning.startswith("warning: checkpoints of the run: 4, with state at most 3 of them, 1.49e-06 GiB, but ")
-    with pytest.raises(RunError, match=r"a checkpoint takes 4.47e-07 GiB, but .* has 4.46e-07 GiB of room; make room"):
+    assert warning.startswith("warning: checkpoints of the run: 4, with state at most 3 of them, 1.49e-06 GiB; ")
+    with pytest.raises(RunError, match=r"a checkpoint takes 4.47e-07 GiB, too much: .* has 4.46e-07 GiB of room; make"):
         check(479)
     assert check(479, done=10) == ""
     for iteration in (6, 9):

@@ -127,7 +127,7 @@ def test_the_result_is_written_and_says_whether_it_fits(tmp_path, capsys):
     text = capsys.readouterr().out
     assert not result["fits"] and "DOES NOT FIT in 1.05 GiB" in text
     gib = 8 * result["checkpoint_gib"]["public"] + 3 * result["checkpoint_gib"]["state"]
-    assert f"checkpoints of the run: 8, with state at most 3 of them, {gib:.0f} GiB; {tmp_path} has " in text
+    assert f"checkpoints of the run: 8, with state at most 3 of them, {gib:.3g} GiB; {tmp_path} has " in text
     assert grpo_flux.dry_run(options(tmp_path, gpu_memory=2.0))["fits"]
     offloaded = grpo_flux.dry_run(options(tmp_path, offload=True))
     assert offloaded["gpu_gib"]["peak"] < result["gpu_gib"]["peak"]

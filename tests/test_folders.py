@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from runtime import data, loading, processes
-from runtime.checkpoints import Checkpoints, lock_folder, open_folder
+from runtime.checkpoints import Checkpoints, open_folder
+from runtime.files import lock_folder
 from runtime.options import (
     Count,
     Decay,
@@ -125,7 +126,7 @@ def test_prompts_are_split_at_line_feeds_only(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.CSV"])
 def test_files_that_are_neither_text_nor_jsonl_are_refused(name, tmp_path):
     (tmp_path / name).write_text('["a red circle"]')
-    with pytest.raises(RunError, match="is neither text nor JSONL"):
+    with pytest.raises(RunError, match="no prompt file"):
         data.load_prompts(str(tmp_path / name))
 
 
@@ -140,9 +141,9 @@ def test_home_is_expanded_and_an_empty_folder_name_refused(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("content, expected", [
-    ({"model_index.json": "{}"}, "holds model_index.json, which no run wrote"),
-    ({"config.json": '{"metrics": "hps"}'}, "holds a config.json that is no run's"),
-    ({"config.json": '{"metrics": '}, "holds a config.json that is no run's"),
+    ({"model_index.json": "{}"}, "holds model_index.json, no run's or damaged"),
+    ({"config.json": '{"metrics": "hps"}'}, "holds config.json, no run's or damaged"),
+    ({"config.json": '{"metrics": '}, "holds config.json, no run's or damaged"),
     ({"metrics.jsonl": "{}\n"}, "already holds a run"),
     ({"checkpoint-000005/unet/config.json": "{}"}, "already holds a run"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip
@@ -164,7 +165,7 @@ def test_a_run_that_failed_before_its_first_iteration_does_not_hinder_the_next(t
 
 def test_two_processes_cannot_work_in_one_folder(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from runtime.checkpoints import lock_folder\n"
+        "import sys, time; from pathlib import Path; from runtime.files import lock_folder\n"
         f"lock_folder(Path({str(tmp_path)!r})); print('locked', flush=True); time.sleep(60)"
     )
     root = Path(__file__).resolve().parent.parent
@@ -186,9 +187,6 @@ def test_resume_takes_up_the_run_and_may_prolong_it(tmp_path, world):
     assert (cfg.eta, cfg.iterations, cfg.resume) == (0.7, 9, True)
     start(cfg, world, ["one", "two"])
     assert parse("--output-dir", str(tmp_path), "--resume").iterations == 9  # the next plain --resume knows it too
-    cfg = parse("--output-dir", str(tmp_path), "--resume", "--iterations", "1")
-    with pytest.raises(RunError, match=r"^--iterations 1 is below the 2 that the run in .* has done; raise it$"):
-        start(cfg, world, ["one", "two"])
 
 
 def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(tmp_path, world):
@@ -220,15 +218,6 @@ def test_resume_from_a_folder_that_was_moved(tmp_path, world):
     assert parse("--output-dir", str(tmp_path / "new"), "--resume").output_dir == str(tmp_path / "new")
 
 
-def test_resume_from_another_directory_goes_back_to_that_of_the_start(tmp_path, world, monkeypatch):
-    (tmp_path / "start").mkdir()
-    monkeypatch.chdir(tmp_path / "start")
-    a_run(Path("run"), world)
-    monkeypatch.chdir(tmp_path)
-    assert parse("--output-dir", "start/run", "--resume").output_dir == str(tmp_path / "start" / "run")
-    assert Path.cwd() == tmp_path / "start"
-
-
 def test_resume_with_other_prompts_is_refused(tmp_path, world):
     a_run(tmp_path, world)
     before = tree(tmp_path)
@@ -239,12 +228,9 @@ def test_resume_with_other_prompts_is_refused(tmp_path, world):
 
 
 @pytest.mark.parametrize("content, expected", [
-    (None, "config.json cannot be read"),
-    ("{", "config.json cannot be read"),
-    ("[]", "is not the config.json of a run"),
-    ("{}", "has preset = None, which is no str"),
-    ({"eta": "much"}, "has eta = 'much', which is no float"),
-    ({"iterations": 2.5}, "has iterations = 2.5, which is no int"),
+    (None, "config.json is damaged, or of another version: its preset is None, which is no str"),
+    ("[]", "config.json is damaged, or of another version: its preset is None, which is no str"),
+    ({"eta": "much"}, "its eta is 'much', which is no float"),
     ({"script": "grpo_other.py"}, "is a run of grpo_other.py, not of test_folders.py"),
 ])  # fmt: skip
 def test_resume_with_a_damaged_config(content, expected, tmp_path, world):

@@ -16,7 +16,8 @@ import grpo_flux
 import grpo_sd
 import rewards
 from fake_hub import COMMIT, FakeHub
-from runtime import loading, lora, processes
+from runtime import initial, loading, lora, processes
+from runtime.lora import LORA_FILE
 from runtime.options import RunError, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,24 +190,6 @@ def test_what_cannot_be_fetched_is_one_line_with_advice(repositories, tmp_path):
     assert f"cannot fetch {SD}@v7 from the hub: it has no such revision; correct what follows the @" in revision
 
 
-def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
-    import errno
-
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    def full(*_, **options):
-        if options.get("local_files_only"):
-            raise errors.LocalEntryNotFoundError("nothing here")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["config.json", "model.safetensors"])
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
-    with pytest.raises(rewards.RewardError, match=r"the disk is full; make room or set HF_HOME, and run again"):
-        rewards.hub_folder("a/b")
-
-
 @pytest.mark.parametrize("files, expected", {
     "safetensors": (["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
     "bin": (["pytorch_model.bin", "model.fp16.safetensors"], ["pytorch_model.bin"]),
@@ -252,7 +235,7 @@ def test_folders_with_other_copies_of_the_weights(form, tmp_path):
 def test_a_single_file_is_answered_with_the_call_that_converts_it(tmp_path):
     file = tmp_path / "dream.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, file)
-    expected = rf"--model {file} is a single file; make a folder of it: diffusers.*from_single_file\(\"{file}\"\)"
+    expected = rf"--model: no folder '{file}'; .* of a single file .*PIPELINE\.from_single_file\(FILE\)"
     with pytest.raises(RunError, match=expected):
         grpo_sd.check(parse_config(grpo_sd.Config, grpo_sd.PRESETS, ["--model", str(file), "--reward", "hps"]))
 
@@ -265,7 +248,7 @@ def test_an_exported_lora_needs_no_metadata(tmp_path):
     from test_trainers import train
 
     out = train("flux", tmp_path / "run", lora_rank=4, learning_rate=0.01, num_samples=1, iterations=2)
-    file = out / "checkpoint-000002" / loading.LORA_FILE
+    file = out / "checkpoint-000002" / LORA_FILE
     base = load_file("tiny/flux/transformer/diffusion_pytorch_model.safetensors")
     lora = load_file(file)
     import diffusers
@@ -330,7 +313,7 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
         ["--preset", "tiny", "--lora-rank", "2", "--init", str(tmp_path / "lora.safetensors")],
     )  # fmt: skip
     grpo_flux.check(cfg)
-    _, started, _ = grpo_flux.load_models(cfg, world, loading.find_init(cfg.init))
+    _, started, _ = grpo_flux.load_models(cfg, world, initial.find_init(cfg.init))
     for name, weight in network.state_dict().items():
         torch.testing.assert_close(started.state_dict()[name], weight, rtol=0, atol=0)
 

@@ -345,9 +345,9 @@ def test_a_file_is_executed_once(tmp_path):
         ("fails", r"reward fails: .*own\.py, line 14: KeyError: 'no such thing"),
         (
             "column",
-            r"reward column: .*own\.py must return a tensor of shape \(2,\), it returned a tensor of shape \(2, 1\)",
+            r"reward column must give a tensor of shape \(2,\), and it gave \(2, 1\)",
         ),
-        ("number", r"reward number: .*own\.py must return a tensor of shape \(2,\), it returned a float"),
+        ("number", r"reward number must give a tensor of shape \(2,\), and it gave float"),
         ("nan", "reward nan gave nan for the prompt 'b'; the run stops here"),
         (
             "one_argument",
@@ -491,9 +491,9 @@ def test_a_server_that_fails_once_is_asked_again(judge):
         ("text", 1, "JSONDecodeError"),
         ("list", 1, "TypeError"),
         ("other", 1, "KeyError: 'scores'"),
-        ("one", 1, r"gave scores of shape \(\), not \(2,\)"),
+        ("one", 1, "TypeError"),
         ("words", 1, "ValueError"),
-        ("short", 1, r"gave scores of shape \(1,\), not \(2,\)"),
+        ("short", 1, r"must give a tensor of shape \(2,\), and it gave \(1,\)"),
         ("nan", 1, "gave nan for the prompt 'a'; the run stops here"),
     ],
 )
@@ -529,29 +529,29 @@ def test_an_address_without_a_name_is_refused(spec):
 
 
 def test_a_registered_reward(monkeypatch):
-    for name in ("LOADERS", "MODEL_OF", "CHECKS", "FETCHES"):
+    for name in ("LOADERS", "MODEL_OF"):
         monkeypatch.setattr(rewards, name, dict(getattr(rewards, name)))
     calls = []
 
-    def load(path="default", device="cpu", metadata=None):
-        calls.append((path, metadata))
-        return lambda images, prompts: images.mean((1, 2, 3))
+    class Bright:
+        name = "bright"
 
-    rewards.register("bare", load)
-    rewards.register("bright", load, check=lambda *a: calls.append(a), fetch=lambda path: calls.append(path))
-    paths = {"bright": "anything, also no folder"}
-    check_reward("bright,bare", "", True, ["a"], {"a": {}})
-    rewards.fetch_rewards("bright,bare", {})
-    rewards.fetch_rewards("bright", paths)
-    reward = load_reward("bright@0.5:2,bare", paths, metadata={"a": {}})
-    assert calls == [
-        (None, True, ["a"], {"a": {}}),
-        None,
-        *paths.values(),
-        (*paths.values(), {"a": {}}),
-        ("default", {"a": {}}),
-    ]
-    assert reward(torch.ones(1, 3, 4, 4), ["a"]) == {"bright": 1.0, "bare": 1.0}
+        def __init__(self, *arguments):
+            calls.append(arguments)
+
+        def __call__(self, images, prompts):
+            return images.mean((1, 2, 3))
+
+        fetch = check = staticmethod(lambda *arguments: calls.append(arguments))
+
+    rewards.register(Bright)
+    path = "anything, also no folder"
+    check_reward("bright", "", True, ["a"], {"a": {}})
+    rewards.fetch_rewards("bright", {})
+    rewards.fetch_rewards("bright", {"bright": path})
+    reward = load_reward("bright@0.5:2", {"bright": path}, metadata={"a": {}})
+    assert calls == [(None, True, ["a"], {"a": {}}), (None,), (path,), (path, "cpu", {"a": {}})]
+    assert reward(torch.ones(1, 3, 4, 4), ["a"]) == {"bright": 1.0}
     with pytest.raises(RewardError, match="reward path bright=: no folder"):
         parse_paths("bright=")
 

@@ -276,7 +276,7 @@ def test_pictures_of_other_kinds_look_as_a_viewer_shows_them(tmp_path):
 
 def test_a_picture_that_cannot_be_read_says_what_to_convert_it_to(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(100))
-    with pytest.raises(RunError, match=r"cannot read the picture .*a\.heic .*; convert it to PNG or JPEG"):
+    with pytest.raises(RunError, match=r"cannot read the picture .*a\.heic .* convert it to PNG or JPEG"):
         data.read_picture(tmp_path / "a.heic")
 
 

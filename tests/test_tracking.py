@@ -103,7 +103,7 @@ def test_a_tracker_that_fails_later_is_left_out_and_the_run_goes_on(tmp_path, mo
 
 
 @pytest.mark.parametrize("kind, expected", [
-    ("wandb", r"^--track wandb cannot start \(UsageError: No API key\); log in with `wandb login`, or set WANDB_MODE="),
+    ("wandb", r"^--track wandb cannot start \(UsageError: No API key\); log in with `wandb login`, set WANDB_MODE="),
     ("tensorboard", r"^--track tensorboard cannot start \(.*tensorboard.*\); leave the option out$"),
 ])  # fmt: skip
 def test_a_tracker_that_cannot_start_is_told_before_models_are_loaded(kind, expected, tmp_path, monkeypatch):

@@ -44,7 +44,7 @@ import grpo_video
 import launch
 import small
 from rewards import RewardError
-from runtime import checkpoints, data, families, loading, output, processes
+from runtime import checkpoints, data, families, initial, loading, lora, output, processes
 from runtime.options import RunError, parse_config
 from sampling import flow_sigmas, rollout, sample_ode
 from small import COMPONENTS, TRAINERS, train
@@ -227,7 +227,7 @@ def test_a_checkpoint_has_a_model_card_which_may_be_edited(small_run, tmp_path):
     options = ["--preset", "tiny", "--checkpoint", str(checkpoint)]  # and so is eval.py, with the folder as it is
     _, _, models, _ = evaluation.plan(parse_config(evaluation.Config, evaluation.PRESETS, options))
     assert [model.kind for model in models] == ["base", "network"]
-    evaluation.check_whole(models, world)
+    checkpoints.require_whole(Path(models[1].weights), "--checkpoint", world)
 
 
 # -------------------------------------------------------------------------------------- guarantees: resume, processes
@@ -364,10 +364,10 @@ def test_lora_trains_only_the_adapter_and_loads_in_stock_diffusers(case, tmp_pat
     assert len(metrics(resumed)) == 3
     options |= dict(init=out / "checkpoint-000003", learning_rate=1e-9, iterations=1)
     second = train(case, tmp_path / "second", **options)
-    a, b = (load_file(run / f"checkpoint-00000{i}" / loading.LORA_FILE) for run, i in ((out, 3), (second, 1)))
+    a, b = (load_file(run / f"checkpoint-00000{i}" / lora.LORA_FILE) for run, i in ((out, 3), (second, 1)))
     assert distance(a, b) < 1e-6
     assert metrics(second)[0]["sample_reward_hps_before"] == metrics(out)[-1]["sample_reward_hps"]
-    with pytest.raises(RunError, match=r"is a LoRA of rank 4, and --lora-rank is 0; give --lora-rank 4$"):
+    with pytest.raises(RunError, match=r"\(a LoRA of rank 4\) does not fit --model .* with --lora-rank 0: "):
         train(case, tmp_path / "third", **options | dict(lora_rank=0))
 
 
@@ -379,7 +379,7 @@ def test_a_run_starts_from_the_weights_of_another(case, small_run, tmp_path):
     assert row["iteration"] == 1
     assert row["sample_reward_hps_before"] == pytest.approx(metrics(first)[-1]["sample_reward_hps"], abs=1e-6)
     assert distance(weights(case, first, 3), weights(case, second, 1)) < 1e-6
-    average = loading.find_init(first / f"checkpoint-000003/{COMPONENTS[TRAINERS[case]]}_ema")
+    average = initial.find_init(first / f"checkpoint-000003/{COMPONENTS[TRAINERS[case]]}_ema")
     _, network, _ = TRAINERS[case].load_models(small.config(case), processes.start_world(), average)
     assert distance(weights(case, first, 3, "_ema"), network.state_dict()) == 0
 
@@ -694,11 +694,10 @@ def test_prompts_that_are_too_long_are_reported_once(monkeypatch):
         logger.warning("something else")
     assert len(written) == 3 and written[1:] == ["something else"] * 2
     assert "truncated because CLIP can only handle sequences up to 77 tokens" in written[0]
-    assert written[0].endswith("Further prompts that are cut off are not reported.") and len(written[0]) < 250
 
 
 def test_prompts_of_different_lengths_are_padded_together():
-    cache = processes.PromptCache(
+    cache = data.PromptCache(
         lambda prompts: [torch.ones(1, 2, len(prompts[0]), 3), torch.ones(1, 2, len(prompts[0]))],
         processes.start_world(),
         torch.nn.Linear(1, 1),
@@ -742,7 +741,7 @@ def test_sigterm_ends_a_run_at_once_while_the_iteration_has_changed_no_weight(sm
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
-    with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, but .*run has 0.000931 GiB of room; make room"):
+    with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, too much: .*run has 0.000931 GiB of room; make"):
         train("flux", tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
@@ -835,7 +834,7 @@ def test_a_reward_of_ones_own_that_fails_later_names_its_line_and_nothing_is_los
     before = {path: path.read_bytes() for path in (tmp_path / "out/checkpoint-000001").rglob("*") if path.is_file()}
     for kind, expected in {
         "fails": r"^reward judge: .*own\.py, line 6: KeyError: 'b'$",
-        "column": r"^reward judge: .*own\.py must return a tensor of shape \(8,\), it returned .* \(8, 1\)$",
+        "column": r"^reward judge must give a tensor of shape \(8,\), and it gave \(8, 1\)$",
         "nan": r"^reward judge gave nan for the prompt '.*'; the run stops here$",
     }.items():
         monkeypatch.setenv("JUDGE", kind)
