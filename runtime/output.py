@@ -263,7 +263,8 @@ class Metrics:
 
     def gain(self) -> str:
         """What the sample pictures' scores were before training and are now, and where to look."""
-        names = [key for key in self.rows[-1] if key.startswith("sample_reward_")] if self.rows else []
+        last = self.rows[-1] if self.rows else {}
+        names = [key for key in last if key.startswith("sample_reward_") and not key.endswith("_before")]
         scores = [f"{key} {y[0]:.3f} → {y[-1]:.3f}" for key in names for _, y in [curve(self.rows, key)]]
         return f"{', '.join(scores)}; see {self.path.with_name('samples')} and {self.path.with_name('reward.png')}"
 

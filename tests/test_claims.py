@@ -277,10 +277,11 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
 
 
 def test_the_tables_in_results_md_say_what_the_files_say():
-    written = (tables.ROOT / "RESULTS.md").read_text(encoding="utf-8")
-    assert written == tables.filled(written, command.NAMES), "run python -m claims table"
+    for page in ("claims/README.md", "RESULTS.md"):
+        written = (tables.ROOT / page).read_text(encoding="utf-8")
+        assert written == tables.filled(written, command.NAMES), "run python -m claims table"
     places = [name for _, name, _ in tables.PLACE.findall(written)]
-    others = {"verdicts", "throughput", "commands", "full_size", "tiny"}
+    others = {"verdicts", "parts", "throughput", "commands", "full_size", "tiny"}
     assert others < set(places) <= others | set(command.EXPERIMENTS)
     assert {path.stem for path in tables.RESULTS.glob("*.json")} <= set(command.NAMES)
 

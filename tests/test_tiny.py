@@ -153,7 +153,7 @@ def test_hps_prefers_clean_pictures_and_true_captions():
     for parameter in hps.visual.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     quality, truth, _ = make_clip_hps.preference(hps, batches=4).values()
-    assert max(quality, truth) < 0.6
+    assert max(quality, truth) < 0.65
 
 
 def test_ties_are_the_same_scene_in_other_colours_that_the_caption_leaves_open():
