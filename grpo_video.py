@@ -301,6 +301,7 @@ def sample_groups(cfg: Config, world, transformer, vae, conditions, keys: list, 
         of_sample = [x[chunk // cfg.group_size] for x in conditions]
         trajectory, log_prob, z0_hat = [z], torch.zeros(len(chunk), T, device=world.device), z
         for t in range(T):  # `sampling.rollout` is this loop for any model
+            world.poll()  # SIGTERM ends the run here
             # The policy: given z, the next latent is Gaussian. Outside the window it is the next point of the ODE.
             seen, place = distinct([(i, t) for i in chunk.tolist()], cfg.group_size, cfg.shared_noise)
             v = velocity(transformer, z[seen], sigmas[t], [x[seen] for x in of_sample], cfg)[place]

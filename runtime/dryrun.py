@@ -7,6 +7,7 @@ differently is imitated: autocast computes norms in float32, and attention keeps
 import contextlib
 import importlib
 import json
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -225,9 +226,16 @@ def run(
     P, G, M = cfg.prompts_per_iteration // cfg.processes, cfg.group_size, cfg.micro_batch
     stochastic = cfg.sde_window or cfg.steps - 1
     trained = stochastic if cfg.sde_window else int(stochastic * cfg.timestep_fraction)
-    pairs = P * (2 * cfg.keep_best_worst or G) * trained // cfg.updates_per_rollout
+    samples, U = P * (2 * cfg.keep_best_worst or G), cfg.updates_per_rollout
+    pairs = samples * trained // U
     forwards = -(-P * G // M) * cfg.steps
-    micro_batches = -(-pairs // M) * cfg.updates_per_rollout
+    micro_batches = -(-pairs // M) * U
+    drawn, learned = P * G * cfg.steps, U * pairs  # evaluations for a sample and a step
+    if cfg.shared_noise:  # a group's first step is evaluated once in each micro-batch that has samples of the group
+        drawn -= P * G - (P + -(-P * G // M) - -(-P * G // math.lcm(M, G)))
+        first = {"random": trained / stochastic, "first": 1, "last": trained // stochastic}[cfg.timesteps]
+        groups, firsts = P * (1 - (1 - first) ** (samples / P / U)), samples / U * first  # on average
+        learned -= U * max(0, firsts - (groups + firsts // M))
     scoring *= min(cfg.reward_batch, P * G)
     whole, parts = measured["elements"], measured["bytes"]
     master = dtype.itemsize if cfg.lora_rank else 4
@@ -264,8 +272,8 @@ def run(
         "host_gib": host / GIB + node * HOST_PROCESS,
         "checkpoint_gib": {"public": public / GIB, "state": state / GIB},
         "pflop": {
-            "rollout": forwards * measured["forward_flops"] / 1e15,
-            "update": micro_batches * measured["forward_flops_update"] / 1e15,
+            "rollout": drawn / M * measured["forward_flops"] / 1e15,
+            "update": learned / M * measured["forward_flops_update"] / 1e15,
         },
         "gathered_gib": (forwards + 2 * micro_batches) * gathered / GIB,
     }

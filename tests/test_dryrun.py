@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -19,7 +20,7 @@ import grpo_video
 from rewards import CLIPReward, HPSReward, PickScoreReward, RewardError, VideoAlignReward
 from runtime import dryreward, dryrun, families, loading, processes
 from runtime.options import RunError
-from sampling import flow_sigmas
+from sampling import distinct, flow_sigmas
 
 ROWS, LENGTH = 8, 32  # of 64 x 64 pixels; text tokens
 OPTIONS = {
@@ -105,6 +106,27 @@ def test_sharding_divides_what_is_trained_and_costs_traffic(tmp_path):
     assert four["pflop"]["rollout"] == pytest.approx(one["pflop"]["rollout"] / 4)
     replicated = grpo_flux.dry_run(options(tmp_path, processes=4, shard_size=2))
     assert replicated["gpu_gib"]["gradients"] == pytest.approx(one["gpu_gib"]["gradients"] / 2, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [2, 4, 64])
+def test_a_groups_first_step_is_counted_once(micro_batch, tmp_path):
+    changes = {"micro_batch": micro_batch, "updates_per_rollout": 2, "timestep_fraction": 0.5}
+    shared, own = (grpo_flux.dry_run(options(tmp_path, shared_noise=x, **changes))["pflop"] for x in (True, False))
+    P, G, T = 4, 4, 5
+
+    def evaluated(pairs):
+        chunks = [pairs[i : i + micro_batch] for i in range(0, len(pairs), micro_batch)]
+        return sum(len(distinct(chunk, G, True)[0]) for chunk in chunks)
+
+    drawn = sum(evaluated([(b, t) for b in range(P * G)]) for t in range(T))
+    assert shared["rollout"] / own["rollout"] == pytest.approx(drawn / (P * G * T))
+    learned, rng = [], np.random.default_rng(0)
+    for _ in range(300):  # half of each group's samples in an update, two of four steps of each
+        samples = [p * G + g for p in range(P) for g in grpo_flux.deal(range(G), 2, rng)[0]]
+        pairs = [(b, t) for b in samples for t in grpo_flux.choose_steps(range(T - 1), 0.5, "random", rng)]
+        learned.append(evaluated(sorted(pairs, key=lambda pair: pair[1])) / len(pairs))
+    assert shared["update"] / own["update"] == pytest.approx(sum(learned) / 300, rel=0.06)
 
 
 @pytest.mark.slow
