@@ -269,10 +269,8 @@ def velocity(transformer, z: Tensor, sigma: Tensor, condition: list[Tensor], cfg
             return_dict=False,
             **families.family_of(transformer).arguments(transformer.config, sigma, text, cfg),
         )[0].float()
-    if n == 1:
-        return out
-    v_empty, v_prompt = rearrange(out, "(b two) c f h w -> two b c f h w", two=2)
-    return v_empty + cfg.true_guidance * (v_prompt - v_empty)
+    v = rearrange(out, "(b n) c f h w -> n b c f h w", n=n)  # of ("", prompt), or of the prompt
+    return v[0] + cfg.true_guidance * (v[1] - v[0]) if n == 2 else v[0]
 
 
 @torch.no_grad()

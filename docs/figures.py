@@ -176,8 +176,8 @@ def group() -> list[str]:
         plot("Rewards, and their mean", sample, ("reward (no unit)", 0, 1, [0, 0.5, 1]), level, dots(r)),
         plot("Advantages", sample, ("advantage (standard deviations)", -2, 2, [-2, 0, 2]), zero, dots(A)),
         plot(
-            "First step: draws, and pushes on the mean",
-            ("next latent z′ (dots); push (arrows, 1 / latent)", -3, 7, [-2, 0, 2, 4, 6]),
+            "First step: draws and gradients of the mean",
+            ("next latent z′ (dots); gradient (arrows)", -3, 7, [-2, 0, 2, 4, 6]),
             ("sample of the group", -0.5, size + 0.5, {0: "mean", **{i: str(i) for i in numbers}}),
             ("rules faint", [(mean[0].item(), -0.5), (mean[0].item(), size + 0.5)]),
             ("arrows b", arrows), ("dots a", draws),
@@ -237,14 +237,12 @@ def kl() -> list[str]:
             points.append((sigma.item(), math.log10(gaussian_kl(new.mean, old.mean, new.std).item())))
         lines += [(f"line {name}", points), (f"dots {name}", points)]
     axis = ("KL of the step, per element", -3, 1, {-3: "0.001", -2: "0.01", -1: "0.1", 0: "1", 1: "10"})
-    panels = [
-        plot("A velocity that is off by 1 everywhere", ("noise level σ (no unit)", 0, 1, [0, 0.5, 1]), axis, *lines)
-    ]
+    panels = [plot("KL if v changes by 1", ("noise level σ (no unit)", 0, 1, [0, 0.5, 1]), axis, *lines)]
     for d in (16, 1024):
         mean = math.sqrt(2 * 0.01) * torch.ones(4000, d)  # std is 1, so that the KL per element is 0.01
         log_rho = gaussian_log_prob(x := normal(f"kl {d}", 4000, d), mean, 1.0) - gaussian_log_prob(x, 0 * mean, 1.0)
         panels.append(plot(
-            f"KL 0.01 per element, d = {d:,} elements",
+            f"k = 0.01, d = {d:,}",
             ("log ρ, the mean over elements", -0.15, 0.15, [-0.1, -0.01, 0.1]),
             ("density, cut off at 40", 0, 40, [0, 20, 40]),
             ("rules faint", [(-0.01, 0), (-0.01, 40)]), ("area a", histogram(log_rho, -0.15, 0.15, 61)),
