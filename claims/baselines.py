@@ -1,6 +1,6 @@
 """GRPO against DDPO, ReFL and online DPO, at equal cost in evaluations of the network; and a batch baseline in flow."""
 
-from .experiment import EARLY, SPEED, Compare, Experiment, average, heldout
+from .experiment import EARLY, SPEED, Compare, Experiment, heldout, speed
 
 HPS, CLIP = "HPS on held-out prompts (cosine)", "CLIP on held-out prompts (cosine)"
 CHECKER = "checker accuracy, held-out"
@@ -37,7 +37,7 @@ CLAIMS = {
             "NFT": EARLY | {"loop": "claims.forward:nft", "iterations": 14},
             "AWM": EARLY | {"loop": "claims.forward:awm", "iterations": 14},
         },
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(
             Compare(SPEED, "NFT", "GRPO", margin=0.01, paired=False),
             Compare(SPEED, "AWM", "GRPO", margin=0.01, paired=False),
@@ -49,7 +49,7 @@ CLAIMS = {
         trainer="grpo_flux",
         preset="tiny",
         arms={"group": EARLY, "batch": EARLY | {"loop": "claims.ddpo"}},
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "group", "batch", margin=0.01, paired=False),),
         curves=(("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
     ),

@@ -7,7 +7,7 @@ import torch
 
 import grpo_flux
 
-from .experiment import EARLY, SPEED, Compare, Experiment, Run, average, mean
+from .experiment import EARLY, SPEED, Compare, Experiment, Run, mean, speed
 
 OFF = "ratio before the first update, largest distance from 1"
 CLIP_RANGE = grpo_flux.PRESETS["tiny"]["clip_range"]
@@ -58,7 +58,7 @@ CLAIMS = {
             "int(1000 sigma)": EARLY | {"loop": "claims.faults:integer_time"},
             "bf16, other batch": EARLY | {"dtype": "bfloat16", "loop": "claims.faults:other_batch"},
         },
-        measures={OFF: off, SPEED: average("sample_reward_hps"), "share of ratios clipped": mean("clip_fraction")},
+        measures={OFF: off, SPEED: speed("sample_reward_hps"), "share of ratios clipped": mean("clip_fraction")},
         compares=(
             Compare(OFF, "latents in bf16", by=CLIP_RANGE),
             Compare(SPEED, "exact", "latents in bf16", margin=0.01),

@@ -1,6 +1,6 @@
 """The noise: shared at the start or not, and how much of it in the steps."""
 
-from .experiment import EARLY, SPEED, Compare, Experiment, average, heldout, mean
+from .experiment import EARLY, SPEED, Compare, Experiment, heldout, mean, speed
 
 HPS = "HPS on held-out prompts (cosine)"
 CURVE = ("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)")
@@ -13,7 +13,7 @@ CLAIMS = {
         trainer="grpo_flux",
         preset="tiny",
         arms={"shared": EARLY, "own": EARLY | {"shared_noise": False}},
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "shared", "own", margin=0.01), Compare(HPS, "shared", "own", margin=0.01)),
         curves=(CURVE,),
     ),
@@ -22,7 +22,7 @@ CLAIMS = {
         trainer="grpo_flux",
         preset="tiny",
         arms={f"eta {eta:g}": EARLY | {"eta": eta, "reward": f"hps@{THRESHOLD}"} for eta in (0.1, 0.3, 1.0)},
-        measures={NO_SPREAD: mean("zero_variance_groups"), SPEED: average("sample_reward_hps")},
+        measures={NO_SPREAD: mean("zero_variance_groups"), SPEED: speed("sample_reward_hps")},
         compares=(Compare(NO_SPREAD, "eta 0.1", "eta 1", by=1), Compare(SPEED, "eta 1", "eta 0.1", margin=0.01)),
         curves=(CURVE, ("iteration", "zero_variance_groups", NO_SPREAD)),
     ),

@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import grpo_flux
 
-from .experiment import EARLY, SPEED, Compare, Experiment, average, evaluations, heldout
+from .experiment import EARLY, SPEED, Compare, Experiment, evaluations, heldout, speed
 
 HPS = "HPS on held-out prompts (cosine)"
 LABEL = "HPS of sample pictures (cosine)"
@@ -52,7 +52,7 @@ CLAIMS = {
             "last 40 %": ALL | {"timesteps": "last", "timestep_fraction": 0.4},
             "all": ALL | {"timestep_fraction": 1.0},
         },
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "first 30 %", "last 40 %"), Compare(HPS, "all", "first 30 %")),
         curves=(("iteration", "sample_reward_hps", LABEL),),
         heldout={"preset": "tiny", "prompts": "prompts/tiny_single_heldout.txt"},
@@ -61,8 +61,11 @@ CLAIMS = {
         says="An SDE window of two steps costs at most 0.6 of all steps, for the same reward less 0.01 (MixGRPO)",
         trainer="grpo_flux",
         preset="tiny",
-        arms={"window of 2": EARLY | {"sde_window": 2}, "all 5": EARLY | {"timestep_fraction": 1.0}},
-        measures={SPEED: average("sample_reward_hps"), COST: lambda run: evaluations(run.config) / 1000},
+        arms={
+            "window of 2": EARLY | {"sde_window": 2, "sde_window_every": 1000},
+            "all 5": EARLY | {"timestep_fraction": 1.0},
+        },
+        measures={SPEED: speed("sample_reward_hps"), COST: lambda run: evaluations(run.config) / 1000},
         compares=(
             Compare(SPEED, "window of 2", "all 5", by=-0.01),
             Compare(COST, "all 5", "window of 2", times=1 / 0.6),
@@ -77,7 +80,7 @@ CLAIMS = {
             "fixed": EARLY | {"sde_window": 2, "sde_window_every": 1000},
             "sliding": EARLY | {"sde_window": 2, "sde_window_every": 2},
         },
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "fixed", "sliding", margin=0.01),),
         curves=(CURVE,),
     ),
@@ -86,7 +89,7 @@ CLAIMS = {
         trainer="grpo_flux",
         preset="tiny",
         arms={f"step {k}": EARLY | {"sde_window": 1, "loop": f"claims.timesteps:branch_{k}"} for k in (0, 2, 4)},
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "step 0", "step 4", margin=0.01), Compare(SPEED, "step 0", "step 2", margin=0.01)),
         curves=(CURVE, ("iteration", "reward_std", "spread of rewards in the rollout (cosine)")),
     ),
@@ -108,7 +111,7 @@ CLAIMS = {
             "1": EARLY | {"updates_per_rollout": 1, "learning_rate": 2e-4},
             "4": EARLY | {"updates_per_rollout": 4, "learning_rate": 1e-4},
         },
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")},
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "4", "1", margin=0.01),),
         curves=(CURVE,),
     ),

@@ -1,7 +1,7 @@
 """What others changed, on rectified flow: the KL term, other SDEs, other trust regions, group size, clip range."""
 
 from .diversity import LOST, features_of, lost
-from .experiment import EARLY, SPEED, Compare, Experiment, Run, average, heldout, mean
+from .experiment import EARLY, SPEED, Compare, Experiment, Run, heldout, mean, speed
 
 HPS = "HPS on held-out prompts (cosine)"
 MOVED = "CLIP distance from the base's picture, held-out (1 - cosine)"
@@ -39,7 +39,7 @@ def flux(says: str, arms: dict, compares: tuple, measures: dict | None = None, c
         trainer="grpo_flux",
         preset="tiny",
         arms=arms,
-        measures={SPEED: average("sample_reward_hps"), HPS: heldout("hps")} | (measures or {}),
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")} | (measures or {}),
         compares=compares,
         curves=(("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)"), *curves),
     )

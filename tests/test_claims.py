@@ -74,9 +74,9 @@ def test_a_curve_begins_before_training():
 
 
 def test_measures_of_a_run():
-    run = a_run(0.0, 2.0, 4.0)
-    assert experiment.average("score")(run) == 2.0  # (10 · 1 + 10 · 3) / 20
-    assert experiment.average("score")(a_run(0.0, 4.0, 4.0)) == 3.0  # faster
+    run = a_run(5.0, 7.0, 9.0)
+    assert experiment.speed("score")(run) == 2.0  # (10 · 1 + 10 · 3) / 20
+    assert experiment.speed("score")(a_run(5.0, 9.0, 9.0)) == 3.0  # faster
     assert experiment.mean("seconds")(run) == 3.0
     assert experiment.heldout("hps")(run) == 0.3 and experiment.gain("hps")(run) == pytest.approx(0.1)
 
