@@ -13,7 +13,7 @@ def binary(trainer: str) -> Experiment:
         says=f"A reward that is only 0 or 1 is learnable: HPS above {THRESHOLD} (Fig. 3a), {trainer}",
         trainer=trainer,
         preset="tiny",
-        arms={"0 or 1": {"reward": f"hps@{THRESHOLD}"}, "HPS itself": {"reward": "hps"}},
+        arms={"0 or 1": {"reward": f"hps@{THRESHOLD}"}},
         measures={GAIN: gain("hps"), CHECKER: heldout("geneval")},
         compares=(Compare(GAIN, "0 or 1"),),
         curves=(("iteration", "zero_variance_groups", "groups without spread, of one iteration"),),
