@@ -741,6 +741,23 @@ def test_sigterm_ends_a_run_at_once_while_the_iteration_has_changed_no_weight(sm
         assert distance(weights("flux", out, 3, suffix), weights("flux", small_run("flux"), 3, suffix)) == 0
 
 
+@EACH
+def test_sigterm_ends_a_rollout_before_its_next_step(case, tmp_path, monkeypatch):
+    draws, keyed_noise = [], data.keyed_noise
+
+    def draw(shape, keys, purpose, device):
+        if purpose == "step noise":
+            draws.append(len(keys))
+            os.kill(os.getpid(), signal.SIGTERM)
+        return keyed_noise(shape, keys, purpose, device)
+
+    monkeypatch.setattr(data, "keyed_noise", draw)
+    with pytest.raises(SystemExit):
+        train(case, tmp_path / "run", iterations=1, steps=4, num_samples=1)
+    gc.unfreeze()
+    assert len(draws) == 1  # of three steps with noise
+
+
 def test_a_disk_without_room_for_a_checkpoint_is_refused_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(RunError, match=r"a checkpoint takes 0.\d+ GiB, too much: .*run has 0.000931 GiB of room; make"):
