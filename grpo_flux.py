@@ -9,13 +9,13 @@ Algorithm 1 of the paper, which `main` follows line by line:
             where a log-prob is the mean over the latent's elements
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
-    python grpo_flux.py --preset tiny                                   on a laptop, no download, some minutes
+    python grpo_flux.py --preset tiny                                   on a laptop, no download, a few minutes
     torchrun --nproc_per_node=8 --nnodes=2 … grpo_flux.py --reward hps  the release's run, 16 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_flux.py --preset lora              the release's LoRA recipe, 8 GPUs
 
 Departures from the release: initial noise is shared within a prompt's group, not by all prompts; the transformer gets
 sigma as its time, as the diffusers pipeline does, not int(1000 sigma); advantages of several rewards are added
-(Algorithm 1), not their losses; rewards see the decoded tensor, not a JPEG; every update takes samples of every group.
+(Algorithm 1), not their losses; every update takes samples of every group.
 
 Legend: P prompts of this process, G samples of each, B = P G of them, T sampling steps, N image tokens, C channels of
 a token, L text tokens, D width of the text embedding, M pairs (sample, step) in a micro-batch.
@@ -71,7 +71,7 @@ class Config:
     ratio: Literal["plain", "guard", "dppo"] = "plain"  # guard: GRPO-Guard; dppo: Flow-DPPO, --clip-range 1e-5
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
+    timesteps: Literal["random", "first", "last"] = "random"  # steps to train; first: the noisiest; not with a window
     keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
     kl_weight: NonNegative = 0.0  # beta of |prediction - that of --model|² (paper: none)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
@@ -101,7 +101,7 @@ class Config:
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
-# The paper's algorithm at its tau and number of updates. In a run so short the steps are larger, and with them epsilon.
+# The paper's algorithm, at its tau and number of updates. So short a run needs a higher learning rate and clip range.
 TINY = dict(
     model="tiny/flux", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt",
     output_dir="runs/tiny-flux", height=64, width=64, max_sequence_length=32, iterations=35, prompts_per_iteration=8,
@@ -167,7 +167,7 @@ def best_and_worst(A, group_size: int, keep: int) -> torch.Tensor:
 
 
 def deal(samples, updates: int, rng) -> list[list[int]]:
-    """Deal a group's samples, in random order, to so many updates. samples: indices; rng: numpy's."""
+    """Deal a group's samples to the updates, in random order. samples: indices; rng: numpy's."""
     order = [int(b) for b in rng.permutation(samples)]
     return [order[u::updates] for u in range(updates)]
 

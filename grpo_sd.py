@@ -9,9 +9,9 @@ Algorithm 1 of the paper, which `main` follows line by line:
             where a log-prob is the mean over the latent's elements
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
-    python grpo_sd.py --preset tiny                                 on a laptop, no download, some minutes
+    python grpo_sd.py --preset tiny                                 on a laptop, no download, a few minutes
     torchrun --nproc_per_node=8 grpo_sd.py --reward hps             the release's run, 8 GPUs of 80 GB
-    torchrun --nproc_per_node=8 grpo_sd.py --preset hps-clip        both rewards, weighted as the author advises
+    torchrun --nproc_per_node=8 grpo_sd.py --preset hps-clip        HPS and CLIP, weighted as the author advises
 
 The policy is sampled with classifier-free guidance, so the update trains the guided prediction too.
 Departures from the release: initial noise is shared within a prompt's group, not by all prompts; the image is decoded
@@ -69,7 +69,7 @@ class Config:
     # variants
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
+    timesteps: Literal["random", "first", "last"] = "random"  # steps to train; first: the noisiest; not with a window
     keep_best_worst: Natural = 0  # k > 0: train only on the k best and k worst of each group (paper: best-of-N)
     kl_weight: NonNegative = 0.0  # beta of |prediction - that of --model|² (paper: none)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
@@ -99,7 +99,7 @@ class Config:
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
-# The paper's algorithm, at its tau. In a run so short the steps are larger, and with them epsilon.
+# The paper's algorithm, at its tau. So short a run needs a higher learning rate, and with it a larger clip range.
 TINY = dict(
     model="tiny/sd", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt", output_dir="runs/tiny-sd",
     height=64, width=64, iterations=23, prompts_per_iteration=8, group_size=8, steps=6, timestep_fraction=0.6,
@@ -163,7 +163,7 @@ def best_and_worst(A, group_size: int, keep: int) -> torch.Tensor:
 
 
 def deal(samples, updates: int, rng) -> list[list[int]]:
-    """Deal a group's samples, in random order, to so many updates. samples: indices; rng: numpy's."""
+    """Deal a group's samples to the updates, in random order. samples: indices; rng: numpy's."""
     order = [int(b) for b in rng.permutation(samples)]
     return [order[u::updates] for u in range(updates)]
 

@@ -73,7 +73,7 @@ class Config:
     ratio: Literal["plain", "guard", "dppo"] = "plain"  # guard: GRPO-Guard; dppo: Flow-DPPO, --clip-range 1e-5
     sde_window: Natural = 0  # k > 0: only a window of k steps is stochastic, and all of it is trained (MixGRPO: 4)
     sde_window_every: Count = 25  # iterations after which the window slides on by one step (MixGRPO)
-    timesteps: Literal["random", "first", "last"] = "random"  # which of them; first: the noisiest; not with a window
+    timesteps: Literal["random", "first", "last"] = "random"  # steps to train; first: the noisiest; not with a window
     keep_best_worst: Natural = 4  # k > 0: train only on the k best and k worst of each group (release; best-of-N)
     kl_weight: NonNegative = 0.0  # beta of |prediction - that of --model|² (paper: none)
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
@@ -186,7 +186,7 @@ def best_and_worst(A, group_size: int, keep: int) -> torch.Tensor:
 
 
 def deal(samples, updates: int, rng) -> list[list[int]]:
-    """Deal a group's samples, in random order, to so many updates. samples: indices; rng: numpy's."""
+    """Deal a group's samples to the updates, in random order. samples: indices; rng: numpy's."""
     order = [int(b) for b in rng.permutation(samples)]
     return [order[u::updates] for u in range(updates)]
 

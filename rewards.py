@@ -1,4 +1,4 @@
-"""The reward: tensors in, tensor out. No file, no JPEG or mp4 round trip, one batched forward pass per call.
+"""The reward: tensors in, tensor out. No file, no JPEG or mp4 round trip; samples are scored in batches.
 
     reward = load_reward("hps:0.7,clip:1.4", paths={"hps": "tiny/hps", "clip": "tiny/clip"})
     scores = reward(images, prompts)          # {"hps": (B,), "clip": (B,)}; reward.weights: {"hps": 0.7, "clip": 1.4}
@@ -371,7 +371,7 @@ class HTTPReward:
         {"prompts": ["a red circle", …], "images": ["iVBORw0…", …]}                             PNG files in base64
         {"prompts": ["a red circle", …], "videos": [["iVBORw0…", …], …], "fps": 8.0}            their frames
         → {"scores": [0.27, …]}
-    If no answer begins within SECONDS, or its status is 500 or above, the same is asked again, ATTEMPTS times in all.
+    If no answer begins within SECONDS, or its status is 500 or above, the request is repeated, ATTEMPTS times in all.
     After that, and on any other bad answer: RewardError. Proxies are taken from the environment.
     """
 

@@ -5,7 +5,7 @@ DanceGRPO (arXiv 2505.07818) reads the sampling of a diffusion model as a Markov
 
     pi(z_next | z) = N(mean(z, network(z)), std²).
 
-A step function returns that Gaussian and nothing else. Drawing from it and scoring a draw are one line each:
+A step function returns that Gaussian and the predicted clean sample. Drawing and scoring are one line each:
 
     mean, std, z0_hat = flow_sde_step(v, z, sigma, sigma_next, eta)
     z_next = mean + std * noise                        # in the rollout only
@@ -84,8 +84,8 @@ def guarded_loss(ratio, log_ratio, kl, A, std, dsigma, epsilon):
     epsilon    the clip range of the ratio (guard), or the largest KL (dppo)
     Returns the loss and rho (M,).
     guard, GRPO-Guard (2510.22319): rho = exp(std (log p - log p_old + KL)) = exp(mean(noise (mean - mean_old))). Its
-    log has mean 0 at every step, where that of the plain ratio has -KL, so that clipping acts on both sides; and the
-    weight 1 / dsigma, since the gradient of a step's mean with respect to v is about dsigma.
+    log has mean 0 at every step, where the plain ratio's has -KL, so clipping acts on both sides. A is divided by
+    dsigma, since the gradient of a step's mean with respect to v is about dsigma.
     dppo, Flow-DPPO (2606.11025): rho A, not clipped. A pair is left out if its KL exceeds epsilon and it moves further
     away: A > 0 with rho > 1, or A < 0 with rho < 1.
     """

@@ -54,7 +54,7 @@ def main(name: str, cfg: Config) -> None:
     check_ranges(cfg)
     folder = Path(cfg.output_dir)
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.seeds)
-    official = len(seeds) >= 10 and not cfg.iterations and seeds.start == 11
+    official = len(seeds) == 10 and not cfg.iterations and seeds.start == 11
     results = Path("claims/results") if official else folder / "results"
     with files.writing(results):
         results.mkdir(parents=True, exist_ok=True)
