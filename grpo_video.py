@@ -159,10 +159,10 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.double().view(-1, group_size)  # (P, G); in float32 the mean of G equal rewards may differ from them
+        r = r.cpu().double().view(-1, group_size)  # (P, G); in float64 the mean of equal rewards is exact; MPS has none
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
-    return advantages.flatten().clamp(-clip, clip).float()
+    return advantages.flatten().clamp(-clip, clip).float().to(rewards[name].device)
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
@@ -220,7 +220,7 @@ def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios:
     """
     rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
     total = sum(weights[name] * r for name, r in rewards.items())
-    excess = [gather(torch.cat(rhos)).double() - 1 for rhos in ratios]
+    excess = [gather(torch.cat(rhos)).cpu().double() - 1 for rhos in ratios]
     of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
     return {
         "reward_mean": total.mean().item(),

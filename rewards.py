@@ -225,6 +225,11 @@ class VideoAlignReward(Scorer):
     LORA_SCALE, PIXELS = 2.0, (128 * 28**2, 256 * 28**2)  # alpha / rank; least and most of a frame
 
     @classmethod
+    def check(cls, path: str | None, video: bool, prompts: Sequence[str], metadata) -> None:
+        for prompt in prompts:
+            require("<|" not in prompt, f"videoalign: a prompt must not contain the model's control tokens: {prompt!r}")
+
+    @classmethod
     def fetch(cls, path: str | None = None) -> list[str]:
         template = Path(path or "-", "prompt_template.txt")
         if not template.is_file():
@@ -292,7 +297,7 @@ class VideoAlignReward(Scorer):
 
     def text(self, prompt: str, grid: tuple[int, int, int]) -> str:
         """The chat for one video of this grid: default system line, video, question, start of the answer."""
-        require("<|" not in prompt, f"videoalign: a prompt must not contain the model's control tokens: {prompt!r}")
+        self.check(None, True, [prompt], None)
         pads = "<|video_pad|>" * (math.prod(grid) // self.model.config.vision_config.spatial_merge_size**2)
         return (
             "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -495,7 +500,7 @@ def fetch_rewards(spec: str, paths: dict[str, str]) -> None:
         LOADERS[model].fetch(paths.get(model))
 
 
-def load_reward(spec: str, paths: dict[str, str] | None = None, device="cpu", metadata=None, batch=32) -> "Reward":
+def load_reward(spec: str, paths: dict | str | None = None, device="cpu", metadata=None, batch=32) -> "Reward":
     """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
 
     NAME      hps, clip, pickscore, vq, mq, ta, one that was given to `register` (geneval),

@@ -52,6 +52,9 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
     content = {"script": script_of(config)} | dataclasses.asdict(config) | {"resume": False}
     content |= {"directory": os.getcwd(), "processes": world.size}
     content["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    mine = {name: value for name, value in content.items() if name != "directory"}
+    advice = "start the same command with the same files on every machine"
+    require(world.from_main(mine) == mine, f"the processes have different options or prompts; {advice}")
     if config.init and not world.from_main(complete_checkpoints(output_dir)):
         init = find_init(config.init)
         require_whole(init, "--init", world)
@@ -267,6 +270,8 @@ class Checkpoints:
             self.world.barrier()
             names = [file.relative_to(part).as_posix() for file in sorted(part.rglob("*")) if file.is_file()]
             sums = sha256_of(part, self.world.from_main(names), self.world)
+            lost = f"{part}: a process cannot read what another wrote; all machines must share the file system"
+            require(bytes(32).hex() not in sums.values(), lost)
             if self.world.is_main:
                 add_card(part)
                 write_sums(part, sums)

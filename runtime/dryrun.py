@@ -235,7 +235,7 @@ def run(
         drawn -= P * G - (P + -(-P * G // M) - -(-P * G // math.lcm(M, G)))
         first = {"random": trained / stochastic, "first": 1, "last": trained // stochastic}[cfg.timesteps]
         groups, firsts = P * (1 - (1 - first) ** (samples / P / U)), samples / U * first  # on average
-        learned -= U * max(0, firsts - (groups + firsts // M))
+        learned -= U * max(0, firsts - (groups + (firsts - 1) // M))
     scoring *= min(cfg.reward_batch, P * G)
     whole, parts = measured["elements"], measured["bytes"]
     master = dtype.itemsize if cfg.lora_rank else 4

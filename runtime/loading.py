@@ -48,11 +48,12 @@ def find_folder(
     """
     check_path(option, path)
     try:
-        parts, index = [""], "model_index.json"
+        parts, index = [""], ""
         if pipeline and not Path(path).is_dir():
+            index = "model_index.json"
             names = component_names(Path(rewards.hub_folder(path, [index], weights=False), index), option)
             parts = [name for name in names if name not in (SAFETY, *but)]
-        return Path(rewards.fetched_folder(path, partial(choose_files, parts=parts, weights=weights)))
+        return Path(rewards.fetched_folder(path, partial(choose_files, parts=parts, weights=weights, index=index)))
     except rewards.RewardError as e:
         raise RunError(f"{option}: {e}") from e
 
@@ -65,12 +66,12 @@ WEIGHTS = [
 ]
 
 
-def choose_files(files: Iterable[str], parts: Sequence[str], weights: bool = True) -> tuple[list[str], str]:
+def choose_files(files: Iterable[str], parts: Sequence[str], weights=True, index="") -> tuple[list[str], str]:
     """Those of a repository's files that a model needs, one copy of the weights, and what is lacking, "" if nothing.
 
-    parts: folders that hold a network or a tokenizer each, "" for the root.
+    parts: folders that hold a network or a tokenizer each, "" for the root; index: a file that is needed beside them.
     """
-    wanted, lacking = [], ""
+    wanted, lacking = [index] * bool(index), "" if index in ("", *files) else index
     for part in parts:
         here = [name for folder, _, name in (file.rpartition("/") for file in files) if folder == part]
         small = [name for name in here if name.endswith((".json", ".txt", ".model"))]
@@ -101,8 +102,6 @@ def fetch_all(cfg) -> None:
     Before the process group exists: the processes of a machine wait for the first one for as long as it takes.
     """
     fetch_model(cfg.model, getattr(cfg, "transformer", ""))
-    if painter := getattr(cfg, "first_frame_model", ""):
-        find_folder(painter, "--first-frame-model")
     rewards.fetch_rewards(cfg.reward, rewards.parse_paths(cfg.reward_paths))
 
 
@@ -265,6 +264,12 @@ def load_network(
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, 0)
     weights = source.state_dict() if world.is_main else {}
+    if world.mesh is None:  # in place; set_model_state_dict would hold a second copy of the network
+        for name, weight in network.state_dict().items():
+            if world.is_main:
+                weight.copy_(weights[name])
+            dist.broadcast(weight, 0)
+        return network
     options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     state_dict.set_model_state_dict(network, weights, options=options)
     return network

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rewards import load_reward, parse_paths
+from rewards import load_reward
 
 from .card import write_card
 from .checkpoints import Checkpoints, Folder, check_folder, name_of, open_folder
@@ -54,8 +54,7 @@ def start(
     before_loading(world)
     metadata = load_metadata(config.prompts)
     with world.in_turn():
-        paths = parse_paths(config.reward_paths)
-        reward = load_reward(config.reward, paths, world.device, metadata, config.reward_batch)
+        reward = load_reward(config.reward, config.reward_paths, world.device, metadata, config.reward_batch)
         world.freeze(*reward.models)
     return Run(config, world, folder, prompts, reward, load_models(config, world, folder.init), component, tracker)
 
@@ -132,6 +131,8 @@ class Run:
         if self.world.is_main:
             self.metrics.path.touch()  # by which --resume knows a run, also before its first iteration is done
             tqdm.write(f"stopped after iteration {self.done}; continue with --output-dir {c.output_dir} --resume")
+        if self.world.size > 1:
+            torch.distributed.destroy_process_group()
         gc.freeze()  # else Python's end takes a second or two: it looks for garbage among all that is loaded
         raise SystemExit(self.preempted.exit_code)
 

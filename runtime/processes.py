@@ -187,8 +187,10 @@ DRIVERS = ("/dev/nvidiactl", "/dev/kfd")  # of CUDA and of ROCm
 
 
 def compute_dtype(option: str, kind: str = "cuda") -> torch.dtype:
-    """What --dtype means on this type of device: auto is bfloat16, but for the CPU and Apple's MPS float32."""
-    return DTYPES["float32" if kind in ("cpu", "mps") else "bfloat16"] if option == "auto" else DTYPES[option]
+    """What --dtype means on this type of device: auto is bfloat16, but float32 on the CPU, MPS and GPUs without it."""
+    emulated = kind == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
+    auto = "float32" if kind in ("cpu", "mps") or emulated else "bfloat16"
+    return DTYPES[auto if option == "auto" else option]
 
 
 def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: bool) -> int:

@@ -31,6 +31,11 @@ def train(case: str, changes: dict) -> None:
         small.train(case, changes.pop("output_dir"), **changes)
 
 
+def train_with_own_rates(case: str, changes: dict) -> None:
+    """`train`, in which every process has another learning rate."""
+    train(case, changes | {"learning_rate": 1e-5 * (1 + int(os.environ["RANK"]))})
+
+
 def train_until_sigterm(case: str, changes: dict, phase: str, time: int) -> None:
     """`train`; the last process gets SIGTERM in the middle of a phase, when it comes for the time-th time."""
     last = os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)

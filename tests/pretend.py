@@ -2,8 +2,8 @@
 
 Its tensors are torch's own, of a device called "pretend" (torch's PrivateUse1). They lie in host memory, and the CPU's
 kernels compute on them, so that results equal the CPU's. As on a GPU, `.numpy()` raises, and so does an operation that
-mixes devices: only copies, numbers (0-d tensors) and the indices of a tensor's elements may come from the CPU. Files
-cannot be loaded straight to it.
+mixes devices: only copies, numbers (0-d tensors) and the indices of a tensor's elements may come from the CPU. As on
+Apple's MPS, nothing is converted to float64. Files cannot be loaded straight to it.
 
 It cannot do: several processes, hence sharding (torch has no collectives for it); torch.compile (nobody writes its
 code); bfloat16 (autocast has no rules for it), so runs need --dtype float32.
@@ -37,6 +37,8 @@ def kernel(op, *args, **kwargs):
     """Any operation on tensors of the device, or one that makes such a tensor."""
     if makes_view(op):  # keeps the tensor's own memory, whatever the device
         return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+    if op.name() == "aten::_to_copy" and kwargs.get("dtype") == torch.float64 and args[0].device.type == NAME:
+        raise TypeError(f"Cannot convert a {NAME} tensor to float64")  # as on Apple's MPS
     originals, device, kinds = {}, None, set()  # {id of a tensor on the CPU: (it, what it stands for)}
 
     def to_host(x):

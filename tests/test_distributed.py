@@ -234,6 +234,10 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(monkeypatch, 
 def test_the_compute_dtype_is_an_option(monkeypatch):
     assert processes.start_world().dtype == torch.float32
     assert processes.start_world("bfloat16").dtype == torch.bfloat16
+    assert processes.compute_dtype("auto", "cuda") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: emulated)  # V100, T4
+    assert processes.compute_dtype("auto", "cuda") == torch.float32
 
 
 def small_checkpoints(world, **options):
@@ -317,6 +321,24 @@ def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path):
     (tmp_path / "checkpoint-000009" / "SHA256SUMS").unlink()
     checkpoints.save(tmp_path, 4)  # of a run that continued from an earlier checkpoint
     assert newest_whole_checkpoint(tmp_path, world, {}).name == "checkpoint-000004"
+
+
+def test_a_checkpoint_that_a_process_cannot_read_is_not_kept(tmp_path, monkeypatch):
+    """As where every machine has a disk of its own."""
+    monkeypatch.setattr("runtime.checkpoints.sha256_of", lambda folder, names, world: dict.fromkeys(names, 64 * "0"))
+    with pytest.raises(RunError, match=r"cannot read what another wrote; all machines must share the file system"):
+        small_checkpoints(processes.start_world()).save(tmp_path, 3)
+    assert not (tmp_path / "checkpoint-000003").exists()
+
+
+@pytest.mark.slow
+def test_processes_with_different_options_are_refused(tmp_path):
+    case = ("flux", {"output_dir": str(tmp_path / "run"), "iterations": 1})
+    started = launch.start("launch_cases", "train_with_own_rates", case, 2, tmp_path / "logs")
+    for process in started:
+        process.join(300)
+    assert started[1].exitcode == 1
+    assert "the processes have different options or prompts; start" in (tmp_path / "logs" / "rank-1.log").read_text()
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
