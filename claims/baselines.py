@@ -39,8 +39,8 @@ CLAIMS = {
         },
         measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(
-            Compare(SPEED, "NFT", "GRPO", margin=0.01, paired=False),
-            Compare(SPEED, "AWM", "GRPO", margin=0.01, paired=False),
+            Compare(SPEED, "NFT", "GRPO", margin=0.02, paired=False),
+            Compare(SPEED, "AWM", "GRPO", margin=0.02, paired=False),
         ),
         curves=(("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
     ),

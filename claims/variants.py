@@ -65,8 +65,8 @@ CLAIMS = {
             "cps, 0.8": EARLY | {"sde": "cps", "eta": 0.8},
         },
         (
-            Compare(SPEED, "flow, 0.7", "dance, 1", by=-0.01),
-            Compare(SPEED, "cps, 0.8", "dance, 1", by=-0.01),
+            Compare(SPEED, "flow, 0.7", "dance, 1", by=-0.02),
+            Compare(SPEED, "cps, 0.8", "dance, 1", by=-0.02),
         ),
     ),
     "trust-region": flux(
@@ -74,8 +74,8 @@ CLAIMS = {
         trust_regions(CLIPS),
         (
             Compare(BIAS, "plain", "guard", by=0.5),
-            Compare(SPEED, "guard", "plain", margin=0.01),
-            Compare(SPEED, "dppo", "plain", margin=0.01),
+            Compare(SPEED, "guard", "plain", margin=0.02),
+            Compare(SPEED, "dppo", "plain", margin=0.02),
         ),
         {BIAS: bias, CLIPPED: mean("clip_fraction")},
     ),
@@ -85,21 +85,21 @@ CLAIMS = {
         (
             Compare(LOST, "plain", "guard", margin=0.02),
             Compare(JUDGED, "guard", "plain", margin=0.05),
-            Compare(HPS, "guard", "plain", margin=0.01),
+            Compare(HPS, "guard", "plain", margin=0.02),
         ),
         {LOST: lost, JUDGED: heldout("judged")},
     ),
     "group-size": flux(
         "Of the same number of samples, groups of 16 teach more than groups of 4",
         {f"{64 // g} x {g}": EARLY | {"group_size": g, "prompts_per_iteration": 64 // g} for g in (4, 16)},
-        (Compare(SPEED, "4 x 16", "16 x 4", margin=0.01),),
+        (Compare(SPEED, "4 x 16", "16 x 4", margin=0.02),),
     ),
     "clip-range": flux(
         "A clip range of a tenth of the preset's slows learning, and one that clips nothing teaches as much",
         {f"{epsilon:g}": EARLY | {"clip_range": epsilon} for epsilon in (1.5e-5, 1.5e-4, 1e-2)},
         (
-            Compare(SPEED, "0.00015", "1.5e-05", margin=0.01),
-            Compare(SPEED, "0.00015", "0.01", margin=0.01),
+            Compare(SPEED, "0.00015", "1.5e-05", margin=0.02),
+            Compare(SPEED, "0.00015", "0.01", margin=0.02),
         ),
         {CLIPPED: mean("clip_fraction")},
     ),
