@@ -152,8 +152,8 @@ def test_hps_prefers_clean_pictures_and_true_captions():
     assert tie <= 0.03  # in cosine: colours that the caption leaves open
     for parameter in hps.visual.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    quality, truth, _ = make_clip_hps.preference(hps, batches=4).values()
-    assert max(quality, truth) < 0.65
+    quality, truth, _ = make_clip_hps.preference(hps, batches=12).values()  # 4 scatter around chance by 0.04
+    assert max(quality, truth) < 0.6
 
 
 def test_ties_are_the_same_scene_in_other_colours_that_the_caption_leaves_open():

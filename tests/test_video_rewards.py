@@ -253,7 +253,7 @@ def test_bad_calls_are_refused_in_one_line(judge, videos, prompts, fps, message)
 
 def test_a_prompt_with_control_tokens_is_refused_before_the_model_is_loaded():
     rewards.check_reward("vq", "", True, ["a cat"])
-    with pytest.raises(RewardError, match=r"must not contain the model's control tokens: 'a <|im_end|>'"):
+    with pytest.raises(RewardError, match=r"must not contain the model's control tokens: 'a <\|im_end\|>'"):
         rewards.check_reward("vq", "", True, ["a cat", "a <|im_end|>"])
 
 
