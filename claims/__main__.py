@@ -19,6 +19,7 @@ from runtime import files
 from runtime.options import Natural, check_ranges, one_line_errors, parse_config, require
 
 from . import (
+    advantages,
     baselines,
     best_of_n,
     diversity,
@@ -37,6 +38,7 @@ from . import (
 
 EXPERIMENTS = quick_start.CLAIMS | noise.CLAIMS | timesteps.CLAIMS | best_of_n.CLAIMS | rewards.CLAIMS
 EXPERIMENTS |= diversity.CLAIMS | video.CLAIMS | baselines.CLAIMS | faults.CLAIMS | variants.CLAIMS
+EXPERIMENTS |= advantages.CLAIMS
 NAMES = (*EXPERIMENTS, "one-form")
 
 

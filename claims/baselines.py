@@ -6,19 +6,19 @@ HPS, CLIP = "HPS on held-out prompts (cosine)", "CLIP on held-out prompts (cosin
 CHECKER = "checker accuracy, held-out"
 
 
+LOOPS = {"GRPO": {}, "DDPO": {"loop": "claims.ddpo"}, "online DPO": {"loop": "claims.dpo"}}
+LOOPS |= {"ReFL": {"loop": "claims.refl", "iterations": 64}}  # one of its iterations costs 5/8 of one of GRPO's
+RATES = (5e-5, 1e-4, 2e-4)  # each method takes the best of these with seeds 1 and 2: `learning-rates`
+BEST = {"GRPO": 2e-4, "DDPO": 2e-4, "online DPO": 2e-4, "ReFL": 2e-4}
+
+
 def against(reward: str, name: str, measure: str, paper: str) -> Experiment:
-    """An iteration of ReFL costs 5/8 of one of GRPO's, so ReFL gets more iterations."""
     return Experiment(
         paper=paper,
         says=f"GRPO is better than DDPO, ReFL and online DPO at equal cost, {name} as reward (Table 4)",
         trainer="grpo_sd",
         preset="tiny",
-        arms={
-            "GRPO": {"reward": reward},
-            "DDPO": {"reward": reward, "loop": "claims.ddpo"},
-            "ReFL": {"reward": reward, "loop": "claims.refl", "iterations": 64},
-            "online DPO": {"reward": reward, "loop": "claims.dpo"},
-        },
+        arms={method: loop | {"reward": reward, "learning_rate": BEST[method]} for method, loop in LOOPS.items()},
         measures={HPS: heldout("hps"), CLIP: heldout("clip"), CHECKER: heldout("geneval")},
         compares=tuple(Compare(measure, "GRPO", other) for other in ("DDPO", "ReFL", "online DPO")),
         curves=(("evaluations", f"sample_reward_{reward}", f"{name} of sample pictures (cosine)"),),
@@ -28,6 +28,17 @@ def against(reward: str, name: str, measure: str, paper: str) -> Experiment:
 CLAIMS = {
     "baselines-hps": against("hps", "HPS", HPS, "HPS: GRPO 0.365, ReFL 0.357, DDPO 0.297, online DPO 0.241"),
     "baselines-clip": against("clip", "CLIP", CLIP, "CLIP of GRPO: 0.421"),
+    "learning-rates": Experiment(
+        says="Not a claim: the learning rate of each method in baselines-*; --first-seed 1 --seeds 2",
+        trainer="grpo_sd",
+        preset="tiny",
+        arms={
+            f"{method}, {rate:g}": loop | {"learning_rate": rate} for method, loop in LOOPS.items() for rate in RATES
+        },
+        measures={HPS: heldout("hps")},
+        compares=(Compare(HPS, "GRPO, 0.0002", "GRPO, 5e-05"),),
+        curves=(("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
+    ),
     "forward": Experiment(
         says="Without likelihoods, on the forward process, DiffusionNFT and AWM learn as fast as GRPO at equal cost",
         trainer="grpo_flux",

@@ -49,9 +49,9 @@ CLAIMS = {
         says="Training makes the pictures of a prompt more alike (Fig. 7)",
         trainer="grpo_flux",
         preset="tiny",
-        arms={"HPS": {"reward": "hps"}, "HPS and CLIP": {"reward": "hps:0.7,clip:1.4"}},
+        arms={"HPS": {}},
         measures={LOST: lost, "HPS on held-out prompts (cosine)": heldout("hps")},
-        compares=(Compare(LOST, "HPS"), Compare(LOST, "HPS and CLIP")),
+        compares=(Compare(LOST, "HPS"),),
         curves=(("iteration", "reward_std", "spread of rewards in the rollout (cosine)"),),
         heldout={"preset": "tiny", "images_per_prompt": 4},
     )

@@ -9,7 +9,7 @@ CLIPPED = "share of ratios clipped"
 BIAS = "mean of ratio - 1, over minus the KL"
 JUDGED = "accuracy by the second judge, held-out (share)"
 CLIPS = EARLY | {"updates_per_rollout": 8, "learning_rate": 1e-4}  # where most ratios leave the range
-LONG = CLIPS | {"iterations": 80, "sample_every": 10}
+LONG = CLIPS | {"iterations": 40, "sample_every": 10}
 
 
 def moved(run: Run) -> float:

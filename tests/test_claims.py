@@ -16,8 +16,9 @@ from torchvision.transforms.functional import to_tensor
 import claims.__main__ as command
 import grpo_flux
 import grpo_sd
-from claims import diversity, dpo, experiment, forward, one_form, policy, power, tables, timesteps
+from claims import advantages, diversity, dpo, experiment, forward, one_form, policy, power, tables, timesteps
 from claims.experiment import EQUAL, FAILS, HOLDS, OPEN, Compare, Experiment, Run
+from claims.quality import quality
 from rewards import load_reward
 from runtime import output
 from runtime.options import RunError, check_options
@@ -400,6 +401,38 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
     for part in (component, f"{component}_ema"):
         after = safetensors.torch.load_file(run / "checkpoint-000002" / part / weights)
         assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+def test_a_win_rate_is_the_share_of_the_others_that_a_sample_beats():
+    r = torch.tensor([0.1, 0.3, 0.2, 0.3, 5.0, 1.0, 1.0, 1.0])  # two groups of 4, with ties
+    expected = [0, 2.5 / 3, 1 / 3, 2.5 / 3, 1, 1 / 3, 1 / 3, 1 / 3]
+    assert advantages.win_rates(r, 4).tolist() == pytest.approx(expected)
+
+
+def test_noise_of_scores_is_a_function_of_them():
+    r = torch.linspace(0, 1, 4000)
+    assert torch.equal(advantages.noisy(r), advantages.noisy(r.clone()))
+    assert (advantages.noisy(r) - r).std().item() == pytest.approx(advantages.NOISE, rel=0.05)
+    assert not torch.allclose(advantages.noisy(r) - r, advantages.noisy(r + 0.1) - r - 0.1)
+
+
+def test_sums_and_gdpo_differ_from_the_papers_advantages_as_their_formulas_say():
+    rewards = {"small": torch.tensor([0.0, 0.1, 0.0, 0.2]), "large": torch.tensor([0.0, 0.0, 10.0, 10.0])}
+    weights = {"small": 1.0, "large": 2.0}
+    total = (rewards["small"] + 2 * rewards["large"]).numpy()
+    found = advantages.of_sum(rewards, weights, 4, 5.0)
+    assert found.tolist() == pytest.approx(((total - total.mean()) / total.std(ddof=1)).tolist(), abs=1e-5)
+    own = grpo_flux.group_advantages(rewards, weights, 4, 5.0)
+    found = advantages.gdpo(rewards, weights, 4, 5.0)
+    assert found.tolist() == pytest.approx((own / own.std()).tolist(), abs=1e-5)  # of one group the mean is 0 already
+
+
+def test_the_reward_for_quality_does_not_depend_on_the_prompt():
+    images = torch.rand(3, 3, 64, 64)
+    hps = load_reward("hps", {"hps": "tiny/hps"})
+    prompts = Path("prompts/tiny.txt").read_text().splitlines()
+    best = torch.stack([hps(images, [prompt] * 3)["hps"] for prompt in prompts]).amax(0)
+    assert quality(images, ["x"] * 3).tolist() == pytest.approx(best.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("loop", ["claims.refl", "claims.dpo"])

@@ -1,0 +1,97 @@
+"""Other advantages, on grpo_flux.py: win rates (Pref-GRPO, 2508.20751), summed scores, and GDPO (2601.05242)."""
+
+import zlib
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import grpo_flux
+
+from .experiment import EARLY, SPEED, Compare, Experiment, heldout, speed
+from .quick_start import DETECTOR
+
+group_advantages = grpo_flux.group_advantages
+NOISE = 0.05  # standard deviation of what is added to a score; HPS varies by 0.1 within a group
+HPS, CHECKER = "HPS on held-out prompts (cosine)", "checker accuracy, held-out"
+
+
+def noisy(r: Tensor) -> Tensor:
+    """Scores (B,) plus noise that is a function of them, so that a resumed run adds the same."""
+    rng = np.random.default_rng(zlib.crc32(r.cpu().numpy().tobytes()))
+    return r + NOISE * torch.from_numpy(rng.standard_normal(len(r), dtype=np.float32)).to(r.device)
+
+
+def win_rates(r: Tensor, group_size: int) -> Tensor:
+    """The share of the others in its group that a sample beats; a tie counts half. (B,) → (B,), in [0, 1]."""
+    r = r.view(-1, group_size)
+    lead = r[:, :, None] - r[:, None]  # (P, G, G)
+    return (((lead > 0) + 0.5 * (lead == 0)).sum(2) - 0.5).flatten() / (group_size - 1)  # without the tie with itself
+
+
+def of_noisy_scores(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
+    return group_advantages({name: noisy(r) for name, r in rewards.items()}, weights, group_size, clip)
+
+
+def of_noisy_wins(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
+    wins = {name: win_rates(noisy(r), group_size) for name, r in rewards.items()}
+    return group_advantages(wins, weights, group_size, clip)
+
+
+def of_sum(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
+    """The rewards are summed first: what the paper warns of."""
+    total = sum(weights[name] * r for name, r in rewards.items())
+    return group_advantages({"sum": total}, {"sum": 1.0}, group_size, clip)
+
+
+def gdpo(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
+    """The paper's sum of normalised rewards, normalised once more over the batch."""
+    A = group_advantages(rewards, weights, group_size, torch.inf)
+    return ((A - A.mean()) / (A.std() + 1e-8)).clamp(-clip, clip)
+
+
+def trainer(advantages):
+    """grpo_flux.py with these advantages."""
+
+    def main(cfg) -> None:
+        with patch.object(grpo_flux, "group_advantages", advantages):
+            grpo_flux.main(cfg)
+
+    return main
+
+
+noisy_scores, noisy_wins, summed, batch_normalised = map(trainer, (of_noisy_scores, of_noisy_wins, of_sum, gdpo))
+BOTH = EARLY | {"reward": "hps,geneval", "reward_paths": f"hps=tiny/hps,{DETECTOR['reward_paths']}"}
+CURVE = ("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)")
+CLAIMS = {
+    "win-rates": Experiment(
+        says="When scores are noisy, win rates within the group teach more than the scores (Pref-GRPO)",
+        trainer="grpo_flux",
+        preset="tiny",
+        arms={
+            "win rates": EARLY | {"loop": "claims.advantages:noisy_wins"},
+            "scores": EARLY | {"loop": "claims.advantages:noisy_scores"},
+        },
+        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
+        compares=(Compare(SPEED, "win rates", "scores", margin=0.02),),
+        curves=(CURVE,),
+    ),
+    "two-rewards": Experiment(
+        says="HPS is learned less when it is added to GenEval's 0 or 1 before both are normalised (Algorithm 1)",
+        trainer="grpo_flux",
+        preset="tiny",
+        arms={
+            "each normalised": BOTH,
+            "sum normalised": BOTH | {"loop": "claims.advantages:summed"},
+            "GDPO": BOTH | {"loop": "claims.advantages:batch_normalised"},
+        },
+        measures={SPEED: speed("sample_reward_hps"), CHECKER: heldout("geneval")},
+        compares=(
+            Compare(SPEED, "each normalised", "sum normalised", margin=0.02),
+            Compare(CHECKER, "each normalised", "sum normalised", margin=0.05),
+            Compare(SPEED, "GDPO", "each normalised", margin=0.02),
+        ),
+        curves=(CURVE, ("iteration", "sample_reward_geneval", "checker accuracy of sample pictures")),
+    ),
+}
