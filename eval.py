@@ -28,32 +28,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from evaluation import geneval, report, vote
-from evaluation.models import FAMILIES, Model, find_weights, load_pipeline, run_options
+from evaluation.models import FAMILIES, Model, agreed, find_settings, find_weights, load_pipeline, run_options
 from evaluation.prompts import load_rows
 from rewards import RewardError, VideoAlignReward, check_reward, fetch_rewards, load_reward, parse_paths, parse_spec
-from runtime import checkpoints, data, loading, processes
+from runtime import checkpoints, data, loading, options, processes
 from runtime.files import fingerprint, lock_folder, read_json, write_atomically, writing
-from runtime.options import (
-    Count,
-    Lazy,
-    Natural,
-    NonNegative,
-    RunError,
-    Seed,
-    check_ranges,
-    check_size,
-    one_line_errors,
-    parse_config,
-    require,
-)
-from runtime.pictures import read_picture, save_image, verify_picture
+from runtime.options import Count, Natural, NonNegative, Seed, require
+from runtime.pictures import is_whole, read_picture, save_frames
 from sampling import flow_sigmas
 
-diffusers = Lazy("diffusers")
+diffusers = options.Lazy("diffusers")
 
 
 @dataclass(frozen=True)
@@ -83,24 +70,17 @@ class Config:
 
 PRESETS = {
     "paper": {},
-    "tiny": {
-        "metrics": "hps,clip,geneval,tiny/make_judge.py:judged",
-        "reward_paths": "hps=tiny/hps,clip=tiny/clip",
-        "detector": "tiny/pictures.py:Detector",
-        "prompts": "prompts/tiny_heldout.txt",
-        "images_per_prompt": 2,
-        "output_dir": "runs/tiny-eval",
-        "batch_size": 51,
-    },
-    "tiny-video": {
-        "metrics": "vq,mq,ta,tiny/clips.py:right,tiny/clips.py:roughness,tiny/clips.py:uncleanness",
-        "reward_paths": "videoalign=tiny/videoalign",
-        "prompts": "prompts/moving_heldout.jsonl",
-        "images_per_prompt": 2,
-        "output_dir": "runs/tiny-video-eval",
-        "batch_size": 16,
-    },
-}
+    "tiny": dict(
+        metrics="hps,clip,geneval,tiny/make_judge.py:judged", reward_paths="hps=tiny/hps,clip=tiny/clip",
+        detector="tiny/pictures.py:Detector", prompts="prompts/tiny_heldout.txt", images_per_prompt=2, batch_size=51,
+        output_dir="runs/tiny-eval",
+    ),
+    "tiny-video": dict(
+        metrics="vq,mq,ta,tiny/clips.py:right,tiny/clips.py:roughness,tiny/clips.py:uncleanness",
+        reward_paths="videoalign=tiny/videoalign", prompts="prompts/moving_heldout.jsonl", images_per_prompt=2,
+        batch_size=16, output_dir="runs/tiny-video-eval",
+    ),
+}  # fmt: skip
 # Options that may change when an evaluation resumes: existing pictures and scores do not depend on them.
 FREE = {"preset", "model", "checkpoint", "metrics", "prompts", "images_per_prompt", "output_dir", "batch_size"}
 
@@ -113,7 +93,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
 
     Returns the options with every 0 replaced, the pipeline's class, the models, and a row for each prompt.
     """
-    check_ranges(cfg)
+    options.check_ranges(cfg)
     runs = [run for run in map(run_options, cfg.checkpoint) if run]
     base = cfg.model or next((run["model"] for run in runs), "")
     network = cfg.transformer or next((run.get("transformer", "") for run in runs if not cfg.model), "")
@@ -160,17 +140,6 @@ def reward_spec(cfg: Config, names: Iterable[str]) -> str:
     return ",".join(spec for name, spec in metric_specs(cfg.metrics).items() if name in names and name != "geneval")
 
 
-def find_settings(cfg: Config, family: str, runs: list[dict]) -> Config:
-    """Steps, sizes, prompts, …: as on the command line, else as in the checkpoints' runs, else the usual ones."""
-    settings = {}
-    for name, value in FAMILIES[family].items():
-        two_passes = family == "WanPipeline" or "ImageToVideo" in family
-        key = "true_guidance" if name == "guidance" and two_passes else name
-        settings[name] = getattr(cfg, name) or agreed(name, [run[key] for run in runs if key in run], value)
-    files = [run["prompts"] for run in runs if Path(run["prompts"]).expanduser().is_file()]
-    return replace(cfg, **settings, prompts=cfg.prompts or agreed("prompts", files, "hpsv2"))
-
-
 def find_rewards(cfg: Config, runs: list[dict]) -> Config:
     """Metrics and reward paths: as on the command line, else the reward models, and own rewards, of the runs."""
     paths = {}
@@ -183,32 +152,16 @@ def find_rewards(cfg: Config, runs: list[dict]) -> Config:
     return replace(cfg, metrics=metrics, reward_paths=cfg.reward_paths or ",".join(map("=".join, paths.items())))
 
 
-def agreed(name: str, values: Sequence, default=None):
-    """The value that all of the checkpoints' runs have, or the default. Raises RunError if they differ."""
-    given, option = sorted(set(values)), f"--{name.replace('_', '-')}"
-    require(len(given) < 2, f"the checkpoints' runs differ in {name}: {', '.join(map(str, given))}; give {option}")
-    return given[0] if given else default
-
-
 def check_sizes(cfg: Config, component: str) -> None:
     """Height, width and frames must fit the base's autoencoder and the network that is called `component`."""
     vae = loading.load_config(cfg.model, "vae")
     side, stride = (vae.get(f"{x}_compression_ratio", vae.get(f"scale_factor_{x}")) for x in ("spatial", "temporal"))
     scale = side or 2 ** (len(vae["block_out_channels"]) - 1)  # a VAE for pictures has neither; Wan's has other names
     scale *= 1 if component == "unet" else 2  # a token of a transformer is a patch of 2 x 2 latents
-    check_size(cfg, math.lcm(16, scale) if stride else scale)  # 16: the video pipelines' own rule
+    options.check_size(cfg, math.lcm(16, scale) if stride else scale)  # 16: the video pipelines' own rule
     require(bool(stride) or cfg.frames == 1, f"--frames {cfg.frames}: {cfg.model} draws pictures, leave it out")
     require(cfg.frames == 1 or (cfg.frames - 1) % stride == 0, f"--frames must be 1 more than a multiple of {stride}")
     require(cfg.shift in (0, 1) or component != "unet", "--shift is for rectified flow, and this is a diffusion model")
-
-
-def fetch(cfg: Config) -> None:
-    """Fetch from the hub what the cache lacks, before the process group exists, which has a limit of time."""
-    loading.fetch_model(cfg.model, cfg.transformer)
-    if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
-        fetch_rewards(rewards, parse_paths(cfg.reward_paths))
-    if "geneval" in metric_specs(cfg.metrics):
-        geneval.GenEvalReward.fetch(cfg.detector, cfg.detector_clip)
 
 
 def open_output(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:
@@ -247,17 +200,18 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
 
 def generate(cfg: Config, family: str, models: list[Model], rows: list[dict], world: processes.World) -> None:
     """Draw the pictures that are missing or damaged. A batch is drawn as a whole, so that it comes out the same."""
+    size = cfg.width, cfg.frames * cfg.height  # of a file
     for model in models:
-        todo = [b for b in batches(cfg, rows, world) if not all(is_whole(p, cfg) for p in pictures_of(model, b))]
+        todo = [b for b in batches(cfg, rows, world) if not all(is_whole(p, size) for p in pictures_of(model, b))]
         with world.in_turn():  # all processes come here, also those that have nothing to draw
             pipe = set_sampler(load_pipeline(model, family, cfg.model, cfg.transformer, world), cfg) if todo else None
         model.folder.mkdir(parents=True, exist_ok=True)
         for batch in world.progress(todo, desc=f"drawing, {model.name}") if todo else ():
             pictures = draw(pipe, cfg, [rows[p] for p, _ in batch], [(cfg.seed, p, n) for p, n in batch], world.device)
             for path, picture in zip(pictures_of(model, batch), pictures, strict=True):
-                if not is_whole(path, cfg):
+                if not is_whole(path, size):
                     path.with_suffix(".json").unlink(missing_ok=True)  # scores of another picture
-                    save_picture(path, picture)
+                    save_frames(path, picture)
         del pipe
         gc.collect()  # its parts refer to each other, and the next one needs the room
 
@@ -288,8 +242,8 @@ def set_sampler(pipe, cfg: Config):
 
 def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tensor:
     """A picture (B, 3, H, W), or a video (B, F, 3, H, W), in [0, 1], for each row and key of its noise."""
-    options = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance, "output_type": "pt"}
-    options |= {"prompt": [row["prompt"] for row in rows], "height": cfg.height, "width": cfg.width}
+    arguments = {"num_inference_steps": cfg.steps, "guidance_scale": cfg.guidance, "output_type": "pt"}
+    arguments |= {"prompt": [row["prompt"] for row in rows], "height": cfg.height, "width": cfg.width}
     is_diffusion, is_flux = hasattr(pipe, "unet"), isinstance(pipe, diffusers.FluxPipeline)
     scale = pipe.vae_scale_factor if is_diffusion or is_flux else pipe.vae_scale_factor_spatial
     h, w = cfg.height // scale, cfg.width // scale
@@ -299,34 +253,20 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
         shape = h // 2 * (w // 2), pipe.transformer.config.in_channels  # tokens
     else:
         shape = pipe.transformer.config.out_channels, (cfg.frames - 1) // pipe.vae_scale_factor_temporal + 1, h, w
-        options["num_frames"] = cfg.frames
+        arguments["num_frames"] = cfg.frames
     z = data.keyed_noise(shape, keys, "evaluation", device)
-    options["latents"] = z.to(pipe.unet.dtype) if is_diffusion else z
+    arguments["latents"] = z.to(pipe.unet.dtype) if is_diffusion else z
     if cfg.shift and not is_diffusion and not isinstance(pipe, diffusers.WanPipeline):
-        options["sigmas"] = flow_sigmas(cfg.steps, cfg.shift)[:-1].tolist()
+        arguments["sigmas"] = flow_sigmas(cfg.steps, cfg.shift)[:-1].tolist()
     if cfg.max_sequence_length and not is_diffusion:
-        options["max_sequence_length"] = cfg.max_sequence_length
+        arguments["max_sequence_length"] = cfg.max_sequence_length
     if isinstance(pipe, diffusers.HunyuanSkyreelsImageToVideoPipeline):
-        options |= {"guidance_scale": 1.0, "true_cfg_scale": cfg.guidance, "negative_prompt": [""] * len(rows)}
-        options["image"] = [read_picture(row["image"]) for row in rows]
+        arguments |= {"guidance_scale": 1.0, "true_cfg_scale": cfg.guidance, "negative_prompt": [""] * len(rows)}
+        arguments["image"] = [read_picture(row["image"]) for row in rows]
         seeds = [int(data.keyed_rng("first frame", *key).integers(2**31)) for key in keys]  # its VAE draws a sample
-        options["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-    pictures = pipe(**options, return_dict=False)[0].float().clamp(0, 1)
+        arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+    pictures = pipe(**arguments, return_dict=False)[0].float().clamp(0, 1)
     return pictures[:, 0] if pictures.dim() == 5 and cfg.frames == 1 else pictures
-
-
-def save_picture(path: Path, picture: Tensor) -> None:
-    """(3, H, W), or (F, 3, H, W) with the frames one below the other, as a PNG of 8 bits a channel."""
-    pixels = (picture.movedim(-3, -1) * 255).round().byte().cpu().numpy()
-    save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
-
-
-def is_whole(path: Path, cfg: Config) -> bool:
-    """Whether `save_picture` wrote it with these settings, and it is as it was written."""
-    try:
-        return verify_picture(path) == (cfg.width, cfg.frames * cfg.height)
-    except RunError:
-        return False
 
 
 # -------------------------------------------------------------------------------------------------- scores and results
@@ -420,7 +360,11 @@ def remarks(cfg: Config, rows: list[dict]) -> list[str]:
 
 def main(cfg: Config) -> None:
     cfg, family, models, rows = plan(cfg)
-    fetch(cfg)
+    loading.fetch_model(cfg.model, cfg.transformer)  # before the process group exists, which has a limit of time
+    if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
+        fetch_rewards(rewards, parse_paths(cfg.reward_paths))
+    if "geneval" in metric_specs(cfg.metrics):
+        geneval.GenEvalReward.fetch(cfg.detector, cfg.detector_clip)
     world = processes.start_world()
     open_output(cfg, models, rows, world)
     generate(cfg, family, models, rows, world)
@@ -434,5 +378,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors(RewardError):
-        main(parse_config(Config, PRESETS))
+    with options.one_line_errors(RewardError):
+        main(options.parse_config(Config, PRESETS))

@@ -34,10 +34,11 @@ import evaluation.geneval  # noqa: F401  adds the reward geneval
 import runtime
 from rewards import RewardError, check_reward
 from runtime import data, initial, loading, lora, options, processes
+from runtime.metrics import statistics
 from runtime.options import Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
-from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, sample_ode
+from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, sample_ode, sde_window
 
-diffusers, dryrun = options.Lazy("diffusers"), options.Lazy("runtime.dryrun")
+diffusers, dryrun, drymodels = map(options.Lazy, ("diffusers", "runtime.dryrun", "runtime.drymodels"))
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 
@@ -108,14 +109,12 @@ TINY = dict(
     group_size=8, steps=6, eta=1.0, updates_per_rollout=4, clip_range=1.5e-4, micro_batch=64, learning_rate=5e-5,
     gradient_checkpointing=False, num_samples=64,
 )  # fmt: skip
-ONE_GPU = dict(  # ours: LoRA, after the release's
-    updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, micro_batch=2, prompts_per_iteration=4,
-    offload=True,
-)  # fmt: skip
+LORA = dict(updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4)  # (release)
+ONE_GPU = LORA | dict(micro_batch=2, prompts_per_iteration=4, offload=True)  # ours
 PRESETS = {
     "release": {},
     "8gpu": dict(updates_per_rollout=2, max_grad_norm=0.01, ema_decay=0.995),  # (release)
-    "lora": dict(updates_per_rollout=2, steps=12, lora_rank=128, learning_rate=3e-4, iterations=301),  # (release)
+    "lora": LORA | dict(iterations=301),  # (release)
     "lora-48gb": ONE_GPU | dict(height=512, width=512, gpu_memory=46.0),
     "lora-24gb": ONE_GPU | dict(quantize="int8", gpu_memory=23.0),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
@@ -147,8 +146,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
-    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A). All (M,). Returns the loss and
-    rho (M,)."""
+    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 ± clip_range) A). All (M,). Returns the loss and rho (M,)."""
     rho = torch.exp(log_prob - old_log_prob)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_range, 1 + clip_range) * A)
     return -objective.mean(), rho.detach()
@@ -179,41 +177,6 @@ def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
     """
     steps = {"random": rng.permutation(window), "first": window, "last": window[::-1]}[timesteps]
     return sorted(int(t) for t in steps[: int(len(window) * fraction)])
-
-
-def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
-    """The stochastic steps: with size 0 all but the last, else a window of `size` steps (MixGRPO, 2507.21802).
-
-    The window starts at the noisy end and slides towards the data by one step in `every` iterations. The last step is
-    never in it: its noise does not reach the image, which is decoded from the last prediction of x0.
-    """
-    if size == 0:
-        return range(num_steps - 1)
-    start = iteration // every % (num_steps - size)
-    return range(start, start + size)
-
-
-def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, kls: list, clip_range, gather):
-    """The metrics of an iteration, over all processes, whose values `gather` puts side by side.
-
-    rewards {name: (B,)}, advantages A (B,); ratios, kls: for each update rho and the step's KL (M,) of its
-    micro-batches.
-    """
-    rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
-    total = sum(weights[name] * r for name, r in rewards.items())
-    excess = [gather(torch.cat(rhos)).cpu().double() - 1 for rhos in ratios]
-    of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
-    return {
-        "reward_mean": total.mean().item(),
-        "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
-        **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
-        "advantage_abs": A.abs().mean().item(),
-        "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these give no gradient
-        "ratio_mean": 1 + of_all.mean().item(),
-        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
-        "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
-        "kl": kl.mean().item(),  # of the steps' Gaussians, old against new
-    }
 
 
 # ---------------------------------------------------------------------------------------------------- FLUX, as a policy
@@ -265,9 +228,7 @@ def decode(vae, z0: Tensor, rows: int) -> Tensor:
 
 
 @torch.no_grad()
-def sample_groups(
-    cfg: Config, world, transformer, vae, text: tuple, keys: list, window: range, sigmas, shape: tuple, rows: int
-):
+def sample_groups(cfg: Config, world, transformer, vae, text, keys: list, window: range, sigmas, shape, rows: int):
     """Algorithm 1, lines 4 and 5: draw G images for each prompt, keep every latent and the log-prob of every draw.
 
     text (P, L, D), (P, D'); keys (seed, iteration, prompt, sample) of each of the B samples; shape (N, C).
@@ -318,25 +279,10 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    options.check_options(cfg)
-    config = dryrun.config_of(diffusers.FluxTransformer2DModel, cfg.model, "transformer", guidance_embeds=True)
-    vae = dryrun.config_of(
-        diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE, latent_channels=16, shift_factor=0.1159
-    )
-    rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
-    dtype, length = processes.compute_dtype(cfg.dtype), cfg.max_sequence_length
-    known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
+    rows, of_model = drymodels.flux(cfg)
     return dryrun.run(
-        cfg, diffusers.FluxTransformer2DModel, config,
+        cfg, **of_model, decode=lambda vae, z: decode(vae, z, rows), lora_targets=LORA_TARGETS,
         predict=lambda network, z, text: velocity(network, z, torch.ones(()), text, cfg.guidance, rows),
-        shape=(rows * columns, config["in_channels"]),
-        condition=lambda b: (
-            torch.empty(b, length, config["joint_attention_dim"], dtype=dtype),
-            torch.empty(b, config["pooled_projection_dim"], dtype=dtype),
-        ),
-        frozen=dryrun.frozen_parameters(cfg.model, known),
-        vae=(diffusers.AutoencoderKL, vae), decode=lambda network, z: decode(network, z, rows),
-        lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
     )  # fmt: skip
 
 
@@ -353,7 +299,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, max_length=cfg.max_sequence_length, device=world.device)
-    encode = run.cached(encode, pipe.text_encoder, pipe.text_encoder_2)
+    encode = data.PromptCache(encode, world, network, pipe.text_encoder, pipe.text_encoder_2)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)

@@ -23,7 +23,6 @@ L text tokens, D width of the text embedding, M pairs (sample, step) in a micro-
 classifier-free guidance 2, the empty one and the prompt, else 1.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,10 +35,11 @@ import evaluation.geneval  # noqa: F401  adds the reward geneval
 import runtime
 from rewards import RewardError, check_reward
 from runtime import data, initial, loading, lora, options, processes
+from runtime.metrics import statistics
 from runtime.options import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
-from sampling import ddim_sde_step, distinct, gaussian_kl, gaussian_log_prob, sample_ode
+from sampling import ddim_sde_step, distinct, gaussian_kl, gaussian_log_prob, sample_ode, sde_window
 
-diffusers, dryrun = options.Lazy("diffusers"), options.Lazy("runtime.dryrun")
+diffusers, dryrun, drymodels = map(options.Lazy, ("diffusers", "runtime.dryrun", "runtime.drymodels"))
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 
@@ -110,13 +110,7 @@ PRESETS = {
     "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6; guided, so one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
     "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: cost of 32 forward passes a sample, not 197
-    "24gb": dict(  # one GPU
-        prompts_per_iteration=8,
-        micro_batch=4,
-        gradient_checkpointing=True,
-        offload=True,
-        gpu_memory=23.0,
-    ),
+    "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True, gpu_memory=23.0),
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # the first two of six steps, which decide the most
         iterations=36, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5, clip_range=1e-4,
@@ -143,8 +137,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
-    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A). All (M,). Returns the loss and
-    rho (M,)."""
+    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 ± clip_range) A). All (M,). Returns the loss and rho (M,)."""
     rho = torch.exp(log_prob - old_log_prob)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_range, 1 + clip_range) * A)
     return -objective.mean(), rho.detach()
@@ -175,41 +168,6 @@ def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
     """
     steps = {"random": rng.permutation(window), "first": window, "last": window[::-1]}[timesteps]
     return sorted(int(t) for t in steps[: int(len(window) * fraction)])
-
-
-def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
-    """The stochastic steps: with size 0 all but the last, else a window of `size` steps (MixGRPO, 2507.21802).
-
-    The window starts at the noisy end and slides towards the data by one step in `every` iterations. The last step is
-    never in it: its noise does not reach the image, which is decoded from the last prediction of x0.
-    """
-    if size == 0:
-        return range(num_steps - 1)
-    start = iteration // every % (num_steps - size)
-    return range(start, start + size)
-
-
-def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, kls: list, clip_range, gather):
-    """The metrics of an iteration, over all processes, whose values `gather` puts side by side.
-
-    rewards {name: (B,)}, advantages A (B,); ratios, kls: for each update rho and the step's KL (M,) of its
-    micro-batches.
-    """
-    rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
-    total = sum(weights[name] * r for name, r in rewards.items())
-    excess = [gather(torch.cat(rhos)).cpu().double() - 1 for rhos in ratios]
-    of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
-    return {
-        "reward_mean": total.mean().item(),
-        "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
-        **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
-        "advantage_abs": A.abs().mean().item(),
-        "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these give no gradient
-        "ratio_mean": 1 + of_all.mean().item(),
-        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
-        "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
-        "kl": kl.mean().item(),  # of the steps' Gaussians, old against new
-    }
 
 
 # ----------------------------------------------------------------------------------- Stable Diffusion, as a policy
@@ -251,7 +209,7 @@ def decode(vae, z0: Tensor) -> Tensor:
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def ddim_schedule(config: dict, num_steps: int, device) -> tuple[Tensor, Tensor, Callable]:
+def ddim_schedule(config: dict, num_steps: int, device) -> tuple:
     """The scheduler's timesteps (T,), alpha_bar at each of them and after the last (T+1,), and its `ddim_sde_step`."""
     scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(num_steps)
@@ -261,9 +219,7 @@ def ddim_schedule(config: dict, num_steps: int, device) -> tuple[Tensor, Tensor,
 
 
 @torch.no_grad()
-def sample_groups(
-    cfg: Config, world, unet, vae, text: Tensor, keys: list, window: range, schedule: tuple, shape: tuple
-):
+def sample_groups(cfg: Config, world, unet, vae, text: Tensor, keys: list, window: range, schedule, shape: tuple):
     """Algorithm 1, lines 4 and 5: draw G images for each prompt, keep every latent and the log-prob of every draw.
 
     text (P, n, L, D); keys (seed, iteration, prompt, sample) of each of the B samples; shape (C, h, w).
@@ -314,20 +270,9 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    options.check_options(cfg)
-    kind = diffusers.UNet2DConditionModel
-    config = dryrun.config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
-    vae = dryrun.config_of(diffusers.AutoencoderKL, cfg.model, "vae", **dryrun.VAE)
-    side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
-    dtype = processes.compute_dtype(cfg.dtype)
     return dryrun.run(
-        cfg, kind, config,
+        cfg, **drymodels.stable_diffusion(cfg), decode=decode, lora_targets=LORA_TARGETS,
         predict=lambda unet, z, text: predict(unet, z, torch.zeros((), dtype=torch.long), text, cfg.guidance),
-        shape=(config["in_channels"], cfg.height // side, cfg.width // side),
-        condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dtype),
-        frozen=dryrun.frozen_parameters(cfg.model, {"vae": 83_653_863, "text_encoder": 123_060_480}),
-        vae=(diffusers.AutoencoderKL, vae), decode=decode,
-        lora_targets=LORA_TARGETS, fits_whole=True,
     )  # fmt: skip
 
 
@@ -343,7 +288,7 @@ def main(cfg: Config) -> None:
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     encode = partial(encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
-    encode = run.cached(encode, pipe.text_encoder)
+    encode = data.PromptCache(encode, world, network, pipe.text_encoder)
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample picture of each, by the ODE
         text = encode(captions)

@@ -31,10 +31,11 @@ import evaluation.geneval  # noqa: F401  adds the reward geneval
 import runtime
 from rewards import RewardError, check_reward
 from runtime import data, families, initial, loading, lora, options, processes
+from runtime.metrics import statistics
 from runtime.options import AtLeast1, Count, Decay, Natural, NonNegative, Open01, Positive, Rank, Seed, Several, Share
-from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, sample_ode
+from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, sample_ode, sde_window
 
-diffusers, dryrun = options.Lazy("diffusers"), options.Lazy("runtime.dryrun")
+diffusers, dryrun, drymodels = map(options.Lazy, ("diffusers", "runtime.dryrun", "runtime.drymodels"))
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
 
@@ -166,8 +167,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
 
 
 def grpo_loss(log_prob, old_log_prob, A, clip_range: float):
-    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A). All (M,). Returns the loss and
-    rho (M,)."""
+    """Eq. 9: minus the mean of min(rho A, clip(rho, 1 ± clip_range) A). All (M,). Returns the loss and rho (M,)."""
     rho = torch.exp(log_prob - old_log_prob)
     objective = torch.minimum(rho * A, rho.clamp(1 - clip_range, 1 + clip_range) * A)
     return -objective.mean(), rho.detach()
@@ -200,47 +200,11 @@ def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
     return sorted(int(t) for t in steps[: int(len(window) * fraction)])
 
 
-def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
-    """The stochastic steps: with size 0 all but the last, else a window of `size` steps (MixGRPO, 2507.21802).
-
-    The window starts at the noisy end and slides towards the data by one step in `every` iterations. The last step is
-    never in it: its noise does not reach the image, which is decoded from the last prediction of x0.
-    """
-    if size == 0:
-        return range(num_steps - 1)
-    start = iteration // every % (num_steps - size)
-    return range(start, start + size)
-
-
-def statistics(rewards: dict, weights: dict, A: Tensor, group_size: int, ratios: list, kls: list, clip_range, gather):
-    """The metrics of an iteration, over all processes, whose values `gather` puts side by side.
-
-    rewards {name: (B,)}, advantages A (B,); ratios, kls: for each update rho and the step's KL (M,) of its
-    micro-batches.
-    """
-    rewards, A = {name: gather(r) for name, r in rewards.items()}, gather(A)
-    total = sum(weights[name] * r for name, r in rewards.items())
-    excess = [gather(torch.cat(rhos)).cpu().double() - 1 for rhos in ratios]
-    of_all, kl = torch.cat(excess), torch.cat([gather(torch.cat(parts)) for parts in kls])
-    return {
-        "reward_mean": total.mean().item(),
-        "reward_std": total.view(-1, group_size).std(1).mean().item(),  # the spread within a group
-        **{f"reward_{name}": r.mean().item() for name, r in rewards.items()},
-        "advantage_abs": A.abs().mean().item(),
-        "zero_variance_groups": int((A.view(-1, group_size) == 0).all(1).sum()),  # these give no gradient
-        "ratio_mean": 1 + of_all.mean().item(),
-        "ratio_max_deviation_first_update": excess[0].abs().max().item(),  # 0, unless the update replays another policy
-        "clip_fraction": (of_all.abs() > clip_range).double().mean().item(),  # outside the range, on either side
-        "kl": kl.mean().item(),  # of the steps' Gaussians, old against new
-    }
-
-
 # ------------------------------------------------------------------------------------------ the models, as policies
 
 
-def load_models(cfg: Config, world: processes.World, init: Path | None) -> tuple:
-    """→ the pipeline, its transformer ready to train, and the KL term's reference policy: the weights of --model."""
-    return families.load_models(cfg, world, init, LORA_TARGETS)
+# (cfg, world, init) → the pipeline, its transformer ready to train, and the KL term's reference policy
+load_models = partial(families.load_models, lora_targets=LORA_TARGETS)
 
 
 @torch.no_grad()
@@ -335,15 +299,9 @@ def check(cfg: Config) -> list[str]:
 
 def dry_run(cfg: Config) -> dict:
     """Print what a run with these options takes, write OUTPUT_DIR/dryrun.json, and return its content."""
-    options.check_options(cfg)
-    family, kind, config, vae_kind, vae = families.dry_configs(cfg)
-    shape = families.latent_shape(cfg, config, *(vae[name] for name in family.strides))
     return dryrun.run(
-        cfg, kind, config,
-        predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg), shape=shape,
-        condition=lambda b: families.empty_condition(cfg, family, config, shape, b),
-        frozen=dryrun.frozen_parameters(cfg.model, family.frozen), vae=(vae_kind, vae), decode=decode,
-        lora_targets=LORA_TARGETS, fits_whole=cfg.lora_rank > 0,
+        cfg, **drymodels.video(cfg), decode=decode, lora_targets=LORA_TARGETS,
+        predict=lambda network, z, condition: velocity(network, z, torch.ones(()), condition, cfg),
     )  # fmt: skip
 
 
@@ -356,13 +314,12 @@ def main(cfg: Config) -> None:
 
     step, log_prob_of = SDE[cfg.sde]
     sigmas = flow_sigmas(cfg.steps, cfg.shift).to(world.device)  # (T+1,)
-    strides = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
-    shape = families.latent_shape(cfg, network.config, *strides)  # (C, f, h, w)
+    shape = families.latent_shape(cfg, network.config, pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial)
     P, G = cfg.prompts_per_iteration // world.size, cfg.group_size
     first = world.rank * P  # this process has the prompts first … first + P - 1 of each iteration
 
     embed = partial(encode, pipe, pictures=pictures, shape=shape, cfg=cfg, device=world.device)
-    embed = run.cached(embed, *map(pipe.components.get, families.family_of(network).frozen))
+    embed = data.PromptCache(embed, world, network, *map(pipe.components.get, families.family_of(network).frozen))
 
     def draw(captions: list[str], z: Tensor) -> Tensor:  # a sample video of each, by the ODE
         condition = embed(captions)

@@ -67,10 +67,7 @@ class Scorer:
     """
 
     def __init__(self, path: str | None = None, device="cpu", metadata=None):
-        """path: a folder with all files, or a hub id in place of the first one; metadata: not used here.
-
-        Raises RewardError.
-        """
+        """path: a folder with all files, or a hub id for the first one; metadata: not used. Raises RewardError."""
         self.device = device
         with reading(self.name, path or self.HUB[0][0], self.FILES):
             self.load(*self.fetch(path))
@@ -125,7 +122,7 @@ class HPSReward(CosineReward):
     """
 
     name, mode, FILES = "hps", "longest", "HPS_v2.1_compressed.pt"
-    HUB = (("xswu/HPSv2", (), FILES),)
+    HUB = (("xswu/HPSv2", FILES),)
 
     def load(self, folder: str) -> None:
         import open_clip
@@ -149,7 +146,7 @@ class CLIPReward(CosineReward):
 
     name, FILES = "clip", "open_clip_config.json and weights"
     WEIGHTS = "open_clip_model.safetensors|open_clip_pytorch_model.bin"
-    HUB = (("apple/DFN5B-CLIP-ViT-H-14-378", ("open_clip_config.json",), WEIGHTS),)
+    HUB = (("apple/DFN5B-CLIP-ViT-H-14-378", "open_clip_config.json", WEIGHTS),)
 
     def load(self, folder: str) -> None:
         import open_clip
@@ -169,7 +166,8 @@ class PickScoreReward(CosineReward):
     """
 
     name, mode, FILES = "pickscore", "shortest", "a CLIPModel folder with its tokenizer"
-    HUB = (("yuvalkirstain/PickScore_v1",), ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", ("tokenizer_config.json",), ""))
+    MODEL = "yuvalkirstain/PickScore_v1", "config.json", "model.safetensors|pytorch_model.bin"
+    HUB = MODEL, ("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "tokenizer_config.json", "tokenizer.json|merges.txt")
 
     def load(self, folder: str, tokenizer: str) -> None:
         from transformers import CLIPModel
@@ -218,8 +216,8 @@ class VideoAlignReward(Scorer):
     """
 
     name, FILES = "videoalign", f"model.pth, config.json, tokenizer and prompt_template.txt ({TEMPLATE_URL})"
-    WEIGHTS, CONFIGS = "checkpoint-11352/model.pth", ("config.json", "tokenizer_config.json")
-    HUB = (("KlingTeam/VideoReward", (), WEIGHTS), ("Qwen/Qwen2-VL-2B-Instruct", CONFIGS, ""))
+    WEIGHTS, CONFIGS = "checkpoint-11352/model.pth", ("config.json", "tokenizer_config.json", "tokenizer.json")
+    HUB = (("KlingTeam/VideoReward", WEIGHTS), ("Qwen/Qwen2-VL-2B-Instruct", *CONFIGS))
     NAMES = ("vq", "mq", "ta")
     MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)  # of the released model's raw scores
     LORA_SCALE, PIXELS = 2.0, (128 * 28**2, 256 * 28**2)  # alpha / rank; least and most of a frame
@@ -316,8 +314,7 @@ def fold_lora(state_dict: dict[str, Tensor], scale: float, dtype=torch.float32) 
     """A PEFT state dict → Qwen2VLModel's own names, W + scale · B·A, of this dtype, in place of W, A and B."""
     folded = {name.removeprefix("base_model.model."): w for name, w in state_dict.items()}
     for name in [name for name in folded if name.endswith(".base_layer.weight")]:
-        a, b = (folded.pop(name.replace("base_layer", f"lora_{x}.default"), None) for x in "AB")
-        require(a is not None and b is not None, f"videoalign: the checkpoint lacks a LoRA weight of {name}")
+        a, b = (folded.pop(name.replace("base_layer", f"lora_{x}.default")) for x in "AB")
         folded[name] = (folded[name].float() + scale * b.float() @ a.float()).to(dtype)
     folded.pop("lm_head.weight", None)  # the reward reads hidden states, not logits
     return {re.sub(r"^model\.", "language_model.", name.replace(".base_layer", "")): w for name, w in folded.items()}
@@ -337,9 +334,9 @@ def load_template(file: Path, sha256: str) -> str:
 # ------------------------------------------------------------------------------------------------------- own rewards
 
 
-def own_reward(place: str, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> Tensor:
-    """FILE.py:FUNCTION, with a function(visuals, prompts) → (B,) tensor. If it fails, RewardError names the line."""
-    function, (file, _, name) = load_object(place), place.rpartition(":")
+def own_reward(function: Callable, place: str, visuals: Visuals, prompts: Sequence[str], fps=None) -> Tensor:
+    """The function(visuals, prompts) → (B,) tensor of FILE.py:FUNCTION. If it fails, RewardError names the line."""
+    file, _, name = place.rpartition(":")
     try:
         return function(visuals, list(prompts))
     except Exception as e:  # the function is not ours: it may raise anything
@@ -397,17 +394,14 @@ class HTTPReward:
                 request["images"] = [png(image) for image in part]
             else:
                 request |= {"videos": [[png(frame) for frame in video] for video in part], "fps": fps}
-            scores += self.ask(request)
+            try:
+                answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
+                answer.raise_for_status()
+                scores += [float(score) for score in answer.json()["scores"]]
+            except FILE_ERRORS as e:  # requests raises OSErrors
+                reason = f"no scores from {self.url} ({type(e).__name__}: {first_line(e)})"
+                raise RewardError(f"reward {self.name}: {reason}; fix the server") from e
         return torch.tensor(scores)
-
-    def ask(self, request: dict) -> list[float]:
-        try:
-            answer = self.session.post(self.url, json=request, timeout=self.SECONDS)
-            answer.raise_for_status()
-            return [float(score) for score in answer.json()["scores"]]
-        except FILE_ERRORS as e:  # requests raises OSErrors
-            reason = f"no scores from {self.url} ({type(e).__name__}: {first_line(e)})"
-            raise RewardError(f"reward {self.name}: {reason}; fix the server") from e
 
     def check(self) -> None:
         """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
@@ -458,14 +452,10 @@ def parse_spec(spec: str) -> list[Term]:
     return terms
 
 
-def split_paths(text: str) -> dict[str, str]:
-    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}, unchecked."""
-    return dict(part.strip().partition("=")[::2] for part in text.split(",") if part.strip())
-
-
 def parse_paths(paths: str | dict[str, str]) -> dict[str, str]:
-    """`split_paths`. Raises RewardError on a name that is no reward model, or a path that is no folder or hub id."""
-    paths = split_paths(paths) if isinstance(paths, str) else paths
+    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError on names and paths that cannot be."""
+    if isinstance(paths, str):
+        paths = dict(part.strip().partition("=")[::2] for part in paths.split(",") if part.strip())
     for name, path in paths.items():
         given, known = f"reward path {name}={path}", ", ".join(LOADERS)
         require(name in LOADERS, f"{given}: {name!r} is no reward model; known: {known}")
@@ -517,8 +507,7 @@ def load_reward(spec: str, paths: dict | str | None = None, device="cpu", metada
         elif "://" in model:
             scorers[model] = HTTPReward(name, model)
         else:
-            load_object(model)  # what is not there raises here already
-            scorers[model] = partial(own_reward, model)
+            scorers[model] = partial(own_reward, load_object(model), model)
     return Reward(terms, scorers, batch)
 
 
@@ -528,11 +517,8 @@ class Reward:
     def __init__(self, terms: list[Term], scorers: dict[str, Callable], batch: int = 32):
         self.terms, self.scorers, self.batch = terms, scorers, batch
         self.weights = {term.name: term.weight for term in terms}
-
-    @property
-    def models(self) -> list[torch.nn.Module]:
-        """The networks, for moving them between devices."""
-        return [part for s in self.scorers.values() for part in vars(s).values() if isinstance(part, torch.nn.Module)]
+        # The networks, for moving them between devices.
+        self.models = [part for s in scorers.values() for part in vars(s).values() if isinstance(part, torch.nn.Module)]
 
     @torch.no_grad()
     def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> dict[str, Tensor]:
@@ -554,9 +540,8 @@ class Reward:
                 raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces])
             else:
                 raw = scorer(visuals, prompts, fps)
-            shape = tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            expected = f"reward {term.name} must give a tensor of shape {(len(prompts),)}"
-            require(shape == (len(prompts),), f"{expected}, and it gave {shape}")
+            wanted, shape = (len(prompts),), tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+            require(shape == wanted, f"reward {term.name} must give a tensor of shape {wanted}, and it gave {shape}")
             raw = raw.to(visuals[0].device, torch.float32)
             for prompt, value in zip(prompts, raw.tolist(), strict=True):
                 message = f"reward {term.name} gave {value} for the prompt {prompt!r}; the run stops here"
@@ -576,20 +561,15 @@ def mean_over_frames(scorer: Callable, videos: Visuals, prompts: Sequence[str]) 
 
 # ------------------------------------------------------------------------------------------------- files and the hub
 
-WEIGHTS, VOCABULARY = "model.safetensors|pytorch_model.bin", "tokenizer.json|spiece.model|merges.txt"  # transformers'
 
-
-def hub_folder(path: str, names: Sequence[str] = ("config.json",), weights: str = WEIGHTS) -> str:
-    """`fetched_folder` for files of a repository: weights, names ("a|b": one of them) and, with names, small files.
-
-    Small are the root's configs and tokenizers. The default is a model of transformers; weights=False: without weights.
-    """
+def hub_folder(path: str, *names: str) -> str:
+    """`fetched_folder` for these files ("a|b": one of them); with a .json also the root's configs and tokenizers."""
 
     def choose(files: Sequence[str]) -> tuple[list[str], str]:
-        small = [file for file in files if names and "/" not in file and file.endswith((".json", ".txt", ".model"))]
-        needed = [*names, *([weights] if weights else []), *([VOCABULARY] if "tokenizer_config.json" in small else [])]
-        found = [next((file for file in name.split("|") if file in files), "") for name in needed]
-        return small + found, next((name for name, file in zip(needed, found, strict=True) if not file), "")
+        configs = any(name.endswith(".json") for name in names)
+        small = [file for file in files if configs and "/" not in file and file.endswith((".json", ".txt", ".model"))]
+        found = [next((file for file in name.split("|") if file in files), "") for name in names]
+        return small + found, next((name for name, file in zip(names, found, strict=True) if not file), "")
 
     return fetched_folder(path, choose)
 
@@ -606,37 +586,24 @@ def fetched_folder(path: str, choose: Callable[[Sequence[str]], tuple[list[str],
     repo, _, revision = path.partition("@")
     options = {"repo_id": repo, "revision": revision or None}
     try:
-        folder = cached_folder(path)
-        cached = [file.relative_to(folder).as_posix() for file in Path(folder or "-").rglob("*") if file.is_file()]
-        if folder and not choose(cached)[1]:  # else something is lacking, as after a broken fetch
-            return folder
+        with contextlib.suppress(errors.LocalEntryNotFoundError):  # nothing of it is cached
+            # allow_patterns: we never fetch a whole repository, and huggingface_hub would call its folder incomplete.
+            folder = huggingface_hub.snapshot_download(**options, local_files_only=True, allow_patterns=[])
+            cached = [file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if file.is_file()]
+            if not choose(cached)[1]:  # else something is lacking, as after a broken fetch
+                return folder
         files, missing = choose(huggingface_hub.list_repo_files(**options))
         require(not missing, f"{path} on the hub lacks {missing}; give another one, or a complete folder")
         return huggingface_hub.snapshot_download(**options, allow_patterns=files)
     except (OSError, errors.HTTPError) as e:
-        raise RewardError(f"cannot fetch {path} from the hub: {hub_advice(e, repo)}") from e
-
-
-def hub_advice(error: Exception, repo: str) -> str:
-    """Why a repository cannot be fetched, and what to do."""
-    advice = {
-        errors.GatedRepoError: f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`",
-        errors.RepositoryNotFoundError: "there is no such repository, or it is private; log in with `hf auth login`",
-        errors.RevisionNotFoundError: "it has no such revision; correct what follows the @",
-    }
-    usual = f"{first_line(error)}; mend this and run again: what was fetched stays; or give a folder"
-    return advice.get(type(error), usual)
-
-
-def cached_folder(path: str) -> str:
-    """Where the hub's cache has files of a hub id; "" where it has none."""
-    repo, _, revision = path.partition("@")
-    # We never fetch all files of a repository. Without allow_patterns huggingface_hub would call the folder incomplete.
-    options = {"revision": revision or None, "local_files_only": True, "allow_patterns": []}
-    try:
-        return huggingface_hub.snapshot_download(repo, **options)
-    except errors.LocalEntryNotFoundError:
-        return ""
+        login = "log in with `hf auth login`"
+        advice = {
+            errors.GatedRepoError: f"accept its licence at https://huggingface.co/{repo} and {login}",
+            errors.RepositoryNotFoundError: f"there is no such repository, or it is private; {login}",
+            errors.RevisionNotFoundError: "it has no such revision; correct what follows the @",
+        }
+        usual = f"{first_line(e)}; mend this and run again: what was fetched stays; or give a folder"
+        raise RewardError(f"cannot fetch {path} from the hub: {advice.get(type(e), usual)}") from e
 
 
 def fetched_once(name: str, fetch: Callable[[], str]) -> Path:
@@ -655,14 +622,6 @@ def text_at(address: str) -> str:
     response = requests.get(address, timeout=60)
     response.raise_for_status()
     return response.content.decode()
-
-
-def text_on_hub(data_set: str, file: str) -> str:
-    """The text of a file of a data set on the hub. Raises OSError."""
-    try:
-        return Path(huggingface_hub.hf_hub_download(data_set, file, repo_type="dataset")).read_text(encoding="utf-8")
-    except errors.HTTPError as e:
-        raise OSError(first_line(e)) from e
 
 
 PROBE = "A red Circle, two naïve cats!"  # spaces, capitals, punctuation, a letter that is not ASCII

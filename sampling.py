@@ -98,17 +98,19 @@ def guarded_loss(ratio, log_ratio, kl, A, std, dsigma, epsilon):
     return -objective.mean(), rho.detach()
 
 
+def column(level, z) -> torch.Tensor:
+    """A level, number or (B,), as float32 that broadcasts against z (B, ...)."""
+    return torch.as_tensor(level, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))
+
+
 def flow_sde_step(v, z, sigma, sigma_next, eta):
     """The reverse SDE of rectified flow, dz = (v - ½ eta² score) dsigma + eta dw (DanceGRPO, eq. 8), one Euler step.
 
     v, z (B, ...): the velocity that the network predicts at z, and z itself. sigma, sigma_next: the level of z and the
     lower one to reach, in [0, 1], floats or (B,). eta >= 0: the noise; 0 gives the Euler step of the ODE.
-    Returns the named tuple `Step`: mean (B, ...), std, z0_hat (B, ...), float32.
+    Returns the named tuple `Step`: mean (B, ...), std, z0_hat (B, ...), float32. Needs `column`.
     """
-    sigma, sigma_next = (
-        torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))
-        for s in (sigma, sigma_next)
-    )
+    sigma, sigma_next = column(sigma, z), column(sigma_next, z)
     v, z = v.float(), z.float()
     z0_hat = z - sigma * v
     score = -(z - (1 - sigma) * z0_hat) / sigma**2  # ∇log p(z) by Tweedie's formula, z0_hat standing for E[x0 | z]
@@ -119,13 +121,10 @@ def flow_sde_step(v, z, sigma, sigma_next, eta):
 def flow_grpo_sde_step(v, z, sigma, sigma_next, eta):
     """The SDE step of Flow-GRPO (2505.05470, eq. 9): noise s = eta sqrt(sigma / (1 - sigma)), where DanceGRPO's is eta.
 
-    Arguments and result are those of `flow_sde_step`, the result is a `Step`. eta is the paper's `a`, about 0.7.
+    Arguments and result are those of `flow_sde_step`, a `Step`; needs `column`. eta is the paper's `a`, about 0.7.
     At sigma = 1, where s would be infinite, sigma_next replaces sigma in the denominator, as in the authors' code.
     """
-    sigma, sigma_next = (
-        torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))
-        for s in (sigma, sigma_next)
-    )
+    sigma, sigma_next = column(sigma, z), column(sigma_next, z)
     v, z = v.float(), z.float()
     z0_hat = z - sigma * v
     dsigma = sigma_next - sigma
@@ -138,13 +137,10 @@ def cps_step(v, z, sigma, sigma_next, eta):
     """Coefficients-preserving sampling (2509.05952): a part of the noise in z is replaced by fresh noise.
 
     For data that are a single point the noise of z_next is exactly sigma_next, at any size of step. Otherwise z_next
-    varies too little, since the predicted x0 and x1 are means. Arguments and result are those of `flow_sde_step`, the
-    result is a `Step`. eta in [0, 1], about 0.8. Its log-probability is `cps_log_prob`.
+    varies too little, since the predicted x0 and x1 are means. Arguments and result are those of `flow_sde_step`, a
+    `Step`; needs `column`. eta in [0, 1], about 0.8. Its log-probability is `cps_log_prob`.
     """
-    sigma, sigma_next = (
-        torch.as_tensor(s, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))
-        for s in (sigma, sigma_next)
-    )
+    sigma, sigma_next = column(sigma, z), column(sigma_next, z)
     v, z = v.float(), z.float()
     z0_hat = z - sigma * v
     z1_hat = z + (1 - sigma) * v
@@ -158,13 +154,10 @@ def ddim_sde_step(eps, z, alpha_bar, alpha_bar_next, eta, prediction="epsilon"):
     eps, z (B, ...): the network's output at z, and z itself. alpha_bar, alpha_bar_next: the scheduler's cumulative
     product at the timestep of z and at the less noisy next one, floats or (B,). eta in [0, 1]: 1 gives the variance of
     DDPM, 0 deterministic DDIM. prediction: what the network predicts, "epsilon" or "v_prediction" (2202.00512; Stable
-    Diffusion 2). Returns the named tuple `Step`: mean (B, ...), std, z0_hat (B, ...), float32.
+    Diffusion 2). Returns the named tuple `Step`: mean (B, ...), std, z0_hat (B, ...), float32. Needs `column`.
     Raises ValueError for any other prediction.
     """
-    alpha_bar, alpha_bar_next = (
-        torch.as_tensor(a, dtype=torch.float32, device=z.device).reshape(-1, *[1] * (z.dim() - 1))
-        for a in (alpha_bar, alpha_bar_next)
-    )
+    alpha_bar, alpha_bar_next = column(alpha_bar, z), column(alpha_bar_next, z)
     eps, z = eps.float(), z.float()
     if prediction == "v_prediction":
         eps = alpha_bar.sqrt() * eps + (1 - alpha_bar).sqrt() * z
@@ -174,6 +167,18 @@ def ddim_sde_step(eps, z, alpha_bar, alpha_bar_next, eta, prediction="epsilon"):
     std = eta * torch.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
     mean = alpha_bar_next.sqrt() * z0_hat + (1 - alpha_bar_next - std**2).sqrt() * eps
     return Step(mean, std, z0_hat)
+
+
+def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
+    """The stochastic steps: with size 0 all but the last, else a window of `size` steps (MixGRPO, 2507.21802).
+
+    The window starts at the noisy end and slides towards the data by one step in `every` iterations. The last step is
+    never in it: its noise does not reach the image, which is decoded from the last prediction of x0.
+    """
+    if size == 0:
+        return range(num_steps - 1)
+    start = iteration // every % (num_steps - size)
+    return range(start, start + size)
 
 
 def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:

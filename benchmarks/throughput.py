@@ -101,7 +101,7 @@ def measure(trainer, cfg) -> list[dict]:
 
     def alternate(run, iteration, row, samples):
         run.lap("update")
-        row = row | run.stopwatch.metrics(samples) | {"necessary": recorder.seconds()}
+        row = row | run.times(samples) | {"necessary": recorder.seconds()}
         if iteration >= WARM_UP:
             rows.append({name: value for name, value in row.items() if "second" in name or name == "necessary"})
         run.metrics.write({"iteration": iteration + 1} | row)

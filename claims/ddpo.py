@@ -6,9 +6,10 @@ the whole batch, since no two samples share a prompt. The objective and the cost
 
 import torch
 
-from grpo_sd import choose_steps, deal, group_advantages, grpo_loss, sde_window, statistics
+from grpo_sd import choose_steps, deal, group_advantages, grpo_loss
 from runtime import data
-from sampling import gaussian_kl
+from runtime.metrics import statistics
+from sampling import gaussian_kl, sde_window
 
 from .policy import Policy, take
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from runtime import checkpoints, files, output
+from runtime import checkpoints, files, metrics
 from runtime.options import command_words, latest_checkpoint, parse_config
 
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equivalent", "undecided"
@@ -100,7 +100,7 @@ def speed(key: str) -> Callable[[Run], float]:
     """
 
     def measure(run: Run) -> float:
-        x, y = output.curve(run.rows, key)
+        x, y = metrics.curve(run.rows, key)
         return float(np.trapezoid(y - y[0], x) / (x[-1] - x[0]))
 
     return measure
@@ -303,7 +303,7 @@ def summarize(experiment: Experiment, arms: dict[str, list[Run]]) -> dict:
     for axis, key, label in experiment.curves:
         lines = {}
         for arm, runs in arms.items():
-            drawn = [output.curve(run.rows, key) for run in runs]
+            drawn = [metrics.curve(run.rows, key) for run in runs]
             place = [AXES[axis][1](run, x) for run, (x, _) in zip(runs, drawn, strict=True)]
             lines[arm] = {"x": np.mean(place, 0).tolist(), "y": [y.tolist() for _, y in drawn]}
         curves.append({"x": AXES[axis][0], "y": label, "arms": lines})

@@ -57,7 +57,7 @@ class Policy:
             shape = (self.network.config.in_channels, cfg.height // side, cfg.width // side)
             encode = partial(grpo_sd.encode_prompts, pipe, guidance=cfg.guidance, device=world.device)
             encoders = (pipe.text_encoder,)
-        self.shape, self.encode = shape, run.cached(encode, *encoders)
+        self.shape, self.encode = shape, data.PromptCache(encode, world, self.network, *encoders)
 
     def iterations(self):
         """Those of the run, with the same sample pictures as the trainer's."""

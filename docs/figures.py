@@ -25,6 +25,7 @@ from sampling import (
     gaussian_kl,
     gaussian_log_prob,
     rollout,
+    sde_window,
 )
 
 PROMPT = "an image of a yellow triangle with a cyan square"  # of the trajectory
@@ -189,7 +190,7 @@ def ratios() -> list[str]:
     """GRPO on the toy, with the trainers' functions; the ratios of the four updates of its sixth iteration."""
     policy, sigmas, P, G, updates, clip, recorded = Policy(), flow_sigmas(6, 3), 32, 16, 4, 0.2, []
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
-    window = grpo_flux.sde_window(0, 6, 0, 25)
+    window = sde_window(0, 6, 0, 25)
     for iteration in range(6):
         z = normal(f"starts {iteration}", P, 1).repeat_interleave(G, 0)
         trajectory, log_probs, z0 = draw(policy, z, sigmas, 1.0, f"draws {iteration}")

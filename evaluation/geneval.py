@@ -122,7 +122,7 @@ class GenEvalReward:
     def fetch(path: str | None, clip: str = CLIP) -> None:
         """Fetch the files of a detector from the hub, where the cache lacks them."""
         for source in getattr(find_detector(path, clip), "sources", ()):
-            rewards.hub_folder(source)
+            loading.find_folder(source, "--detector", pipeline=False)
 
 
 def find_metadata(prompt: str, row: dict, detector) -> dict:
@@ -188,7 +188,8 @@ class Mask2FormerDetector:
     def __init__(self, path: str, clip_path: str):
         self.sources = path, clip_path
         try:
-            names = transformers.Mask2FormerConfig.from_pretrained(rewards.hub_folder(path, weights=False)).id2label
+            folder = loading.find_folder(path, "--detector", pipeline=False, weights=False)
+            names = transformers.Mask2FormerConfig.from_json_file(folder / "config.json").id2label
         except rewards.FILE_ERRORS as e:
             raise RunError(f"--detector: cannot read the config of {path}: {rewards.first_line(e)}") from e
         self.labels = [OTHER_NAMES.get(names[i], names[i]) for i in range(len(names))]
@@ -197,7 +198,7 @@ class Mask2FormerDetector:
     def load(self, device) -> None:
         self.device = device
         try:
-            path, clip_path = map(rewards.hub_folder, self.sources)
+            path, clip_path = (loading.find_folder(source, "--detector", pipeline=False) for source in self.sources)
             self.model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(path).to(device).eval()
             self.clip = transformers.CLIPModel.from_pretrained(clip_path).to(device).eval()
             self.tokenizer = rewards.load_tokenizer(clip_path, "CLIPTokenizer")

@@ -2,10 +2,11 @@
 
 import re
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rewards import FILE_ERRORS, first_line, split_paths
+from rewards import FILE_ERRORS, first_line
 from runtime import files, loading, processes
 from runtime.lora import LORA_FILE, shapes_in
 from runtime.options import Lazy, RunError, require
@@ -52,7 +53,8 @@ def run_options(checkpoint: str) -> dict:
         stored = files.read_json(file)
         require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
         if {"model", "reward", "prompts", "reward_paths", "directory"} <= stored.keys():
-            directory, paths = stored["directory"], split_paths(stored["reward_paths"])
+            directory, given = stored["directory"], stored["reward_paths"].split(",")
+            paths = dict(part.strip().partition("=")[::2] for part in given if part.strip())
             paths.pop("geneval", None)  # an evaluation has --detector
             for name in {"model", "transformer", "prompts"} & stored.keys():
                 stored[name] = from_directory(directory, stored[name])
@@ -64,6 +66,24 @@ def from_directory(directory: str, path: str) -> str:
     """The path, or where it leads from the directory, if it leads nowhere from here."""
     place = Path(directory, path)
     return str(place) if path and place.exists() and not Path(path).exists() else path
+
+
+def find_settings(cfg, family: str, runs: list[dict]):
+    """Steps, sizes, prompts, …: as on the command line, else as in the checkpoints' runs, else the usual ones."""
+    settings = {}
+    for name, value in FAMILIES[family].items():
+        two_passes = family == "WanPipeline" or "ImageToVideo" in family
+        key = "true_guidance" if name == "guidance" and two_passes else name
+        settings[name] = getattr(cfg, name) or agreed(name, [run[key] for run in runs if key in run], value)
+    files = [run["prompts"] for run in runs if Path(run["prompts"]).expanduser().is_file()]
+    return replace(cfg, **settings, prompts=cfg.prompts or agreed("prompts", files, "hpsv2"))
+
+
+def agreed(name: str, values: Sequence, default=None):
+    """The value that all of the checkpoints' runs have, or the default. Raises RunError if they differ."""
+    given, option = sorted(set(values)), f"--{name.replace('_', '-')}"
+    require(len(given) < 2, f"the checkpoints' runs differ in {name}: {', '.join(map(str, given))}; give {option}")
+    return given[0] if given else default
 
 
 def find_weights(checkpoint: str, family: str, component: str, base: str, original: dict) -> tuple[str, str]:

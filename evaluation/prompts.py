@@ -4,15 +4,13 @@ import json
 from pathlib import Path
 
 from evaluation import geneval
-from rewards import text_at, text_on_hub
+from rewards import text_at
 from runtime import data, pictures
 from runtime.options import require
 
 HPS_REPO, HPS_STYLES = "zhwang/HPDv2", ("anime", "concept-art", "paintings", "photo")
-GENEVAL_URL = (
-    "https://raw.githubusercontent.com/djghosh13/geneval/d927da8e42fde2b1b5cd743da4df5ff83c1654ff/"
-    "prompts/evaluation_metadata.jsonl"
-)
+GENEVAL_URL = "https://raw.githubusercontent.com/djghosh13/geneval/d927da8e42fde2b1b5cd743da4df5ff83c1654ff/"
+GENEVAL_URL += "prompts/evaluation_metadata.jsonl"
 
 
 def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
@@ -44,5 +42,5 @@ def load_rows(source: str, detector, needs_image: bool) -> list[dict]:
 def fetch_hps_prompts(style: str) -> list[str]:
     """The 800 prompts of one style of HPS-v2's benchmark."""
     source = HPS_REPO, f"benchmark/{style}.json"
-    file = data.fetched_set(f"hpsv2-{style}.json", lambda: text_on_hub(*source), " ".join(source))
+    file = data.fetched_set(f"hpsv2-{style}.json", lambda: data.text_on_hub(*source), " ".join(source))
     return json.loads(file.read_text(encoding="utf-8"))

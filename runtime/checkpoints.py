@@ -9,9 +9,9 @@ import secrets
 import shutil
 import sys
 import warnings
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,9 @@ GIB = 2**30
 PACKAGES = ("torch", "diffusers", "transformers", "open_clip_torch", "peft", "numpy")
 
 
-class Folder(NamedTuple):
-    """A run's folder, checked and locked: the future content of config.json, and what to start from, if not --model."""
-
-    config: dict
-    checkpoint: Path | None  # of this run, to continue
-    init: Path | None  # weights of another run
+# A run's folder, checked and locked: the future content of config.json, the checkpoint of this run from which it
+# continues, and the weights of another run from which it starts, if not from --model.
+Folder = namedtuple("Folder", "config checkpoint init")
 
 
 def open_folder(config, world: World, prompts: list[str]) -> Folder:
@@ -171,7 +168,7 @@ def write_sums(checkpoint: Path, sums: dict[str, str]) -> None:
 
 def find_difference(checkpoint: Path, run: dict) -> str:
     """Why a whole checkpoint is not one of `run` from which to go on; "" if it is."""
-    if not (checkpoint / "state").is_dir():
+    if not any(name.startswith("state/") for name in read_sums(checkpoint)):
         return "it keeps no state to resume from; --keep-states says how many checkpoints do"
     stored = read_json(checkpoint / "state/config.json")
     own = run.keys() - FREE_ON_RESUME - {"directory", "processes", "files", "versions"}
@@ -305,12 +302,10 @@ class Checkpoints:
         """Delete old states, up to `newest`. A later checkpoint is damaged: the run resumed from an earlier one."""
         upto = [path for path in complete_checkpoints(newest.parent) if int(path.name[11:]) <= int(newest.name[11:])]
         for checkpoint in upto[: -self.keep_states]:
-            if (checkpoint / "state").is_dir():
-                (checkpoint / "state").rename(checkpoint / "state.part")  # never half of one under its own name
-            sums = read_sums(checkpoint)  # may still list a state that an earlier, killed run had begun to delete
-            if kept := {name: sha256 for name, sha256 in sums.items() if not name.startswith("state/")}:
+            kept = {name: sha256 for name, sha256 in read_sums(checkpoint).items() if not name.startswith("state/")}
+            if kept:  # first: a state that is not listed counts as none, however much of it is left
                 write_sums(checkpoint, kept)
-            shutil.rmtree(checkpoint / "state.part", ignore_errors=True)
+            shutil.rmtree(checkpoint / "state", ignore_errors=True)
 
     def _public_weights(self) -> dict[str, Tensor]:
         """The trained weights by the network's own names, whole and in host memory on rank 0; {} elsewhere."""

@@ -7,14 +7,15 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
+from huggingface_hub import errors
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from rewards import fetched_once, first_line, text_at, text_on_hub
+from rewards import fetched_once, first_line, text_at
 
-from .files import writing
 from .options import RunError, find_place, require
 from .pictures import read_picture, save_image
 from .processes import World
@@ -109,6 +110,14 @@ def _fetch_prompt_set(name: str) -> Path:
     return fetched_set(f"{name}.txt", fetch, f"{file} of {source}")
 
 
+def text_on_hub(data_set: str, file: str) -> str:
+    """The text of a file of a data set on the hub. Raises OSError."""
+    try:
+        return Path(huggingface_hub.hf_hub_download(data_set, file, repo_type="dataset")).read_text(encoding="utf-8")
+    except errors.HTTPError as e:
+        raise OSError(first_line(e)) from e
+
+
 def fetched_set(name: str, fetch: Callable[[], str], source: str) -> Path:
     """`rewards.fetched_once` for a file of prompts. Raises RunError if it cannot be fetched."""
     try:
@@ -168,68 +177,53 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
     first_frames.jsonl; without it the images are those in --prompts, if that is such a JSONL file. A picture that is
-    not in a folder's list gets a name there, for `paint_first_frames`, if there is a --first-frame-model.
+    not listed has a name of its own in the folder, where `paint_first_frames` makes it, with a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
-    source, index = Path(config.first_frames or config.prompts), _first_frame_index(config)
+    source, listed = Path(config.first_frames or config.prompts), {}
+    index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
     painter = "" if index == source else config.first_frame_model  # somebody else's file is not added to
     require(
         index == source or bool(config.first_frames),
         "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
         'JSONL file of {"prompt", "image"}',
     )
-    listed = _listed_first_frames(index)
+    for number, line in enumerate(read_lines(index) if index.is_file() else [], 1):
+        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
+        listed[prompt.strip()] = index.parent / image
     batch_size = config.prompts_per_iteration
     epoch = range(min(config.iterations, -(-len(prompts) // batch_size)))  # of iterations, after which all were visited
     batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in epoch)
     visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
     for prompt in tqdm(list(visited), desc="first frames", delay=2.0, disable=find_place().rank > 0):
-        visited[prompt] = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
-        if prompt in listed:
-            read_picture(listed[prompt])
+        path = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
+        if prompt in listed or path.is_file():
+            read_picture(path)
         require(
-            prompt in listed or bool(painter),
+            prompt in listed or path.is_file() or bool(painter),
             f"no first frame for {prompt!r} in {index}; add it there, or give --first-frames a folder and "
             "--first-frame-model a text-to-image model that paints it",
         )
+        visited[prompt] = path
     return visited
 
 
-def _first_frame_index(config) -> Path:
-    source = Path(config.first_frames or config.prompts)
-    return source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
-
-
-def _listed_first_frames(index: Path) -> dict[str, Path]:
-    listed = {}
-    for number, line in enumerate(read_lines(index) if index.is_file() else [], 1):
-        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
-        listed[prompt.strip()] = index.parent / image
-    return listed
-
-
-def paint_first_frames(config, pictures: dict[str, Path], world: "World") -> None:
-    """Make each of the pictures that is not there yet, once, from noise that is its prompt's own, and list it."""
+def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
+    """Make each of the pictures that is not there yet, once, from noise that is its prompt's own."""
     from diffusers import AutoPipelineForText2Image
 
     from .loading import load_pipeline
 
-    index = _first_frame_index(config)
-    listed = _listed_first_frames(index) if pictures else {}
-    missing = {prompt: path for prompt, path in pictures.items() if prompt not in listed}
+    missing = world.from_main([(prompt, path) for prompt, path in pictures.items() if not path.exists()])
     if not missing:
         return
     with world.in_turn():
         pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")
     pipe.to(world.device)  # also with --offload: nothing else is there yet
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
-    for prompt, path in world.progress(list(missing.items())[world.rank :: world.size], desc="painting first frames"):
-        if not path.exists():
-            generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-            save_image(path, pipe(prompt, generator=generator, **options).images[0])
+    for prompt, path in world.progress(missing[world.rank :: world.size], desc="painting first frames"):
+        generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        save_image(path, pipe(prompt, generator=generator, **options).images[0])
     del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room
     world.barrier()
-    if world.is_main:
-        with writing(index), index.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"prompt": p, "image": path.name}) + "\n" for p, path in missing.items())

@@ -5,11 +5,10 @@ differently is imitated: autocast computes norms in float32, and attention keeps
 """
 
 import contextlib
-import importlib
 import json
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -25,22 +24,18 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rewards import cached_folder, parse_paths
+from rewards import parse_paths
 
 from . import dryreward, loading, processes
 from .checkpoints import GIB, checkpoint_bytes, disk_needed, refuse_foreign
 from .data import PromptCache
 from .files import write_atomically
 from .memory import training_bytes
-from .options import require
+from .options import check_options
 
 NODE = 8  # processes of a node
 CUDA_CONTEXT = 1.0  # GiB of GPU memory of a process beside its tensors: CUDA, NCCL, workspaces (an estimate)
 HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python, torch, CUDA (an estimate)
-PAINTER = {"FLUX.1-dev": 16_870_599_139}  # parameters of the pipeline that paints first frames
-# AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
-VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
-VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own, which older torch does not count
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
@@ -48,11 +43,6 @@ FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its 
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors on this process: of a sharded tensor its own part."""
-    return sum(processes.local(tensor).nbytes for tensor in tensors)
 
 
 class Counter(TorchDispatchMode):
@@ -93,8 +83,9 @@ class Counter(TorchDispatchMode):
     def reset_peak(self) -> None:
         self.peak, self.peak_buffers = self.tensors + self.buffers, self.buffers
 
-    @contextlib.contextmanager
-    def watching_fsdp(self) -> Iterator["Counter"]:
+    def watching_fsdp(self):
+        """A context in which FSDP's buffers are told apart."""
+
         def watched(method):
             def call(group, *args, **kwargs):
                 outer, self.in_fsdp = self.in_fsdp, True
@@ -106,15 +97,12 @@ class Counter(TorchDispatchMode):
 
             return call
 
-        with contextlib.ExitStack() as stack:
-            for name in ("unshard", "wait_for_unshard", "reshard", "post_backward"):
-                stack.enter_context(mock.patch.object(FSDPParamGroup, name, watched(getattr(FSDPParamGroup, name))))
-            yield self
+        names = ("unshard", "wait_for_unshard", "reshard", "post_backward")
+        return mock.patch.multiple(FSDPParamGroup, **{name: watched(getattr(FSDPParamGroup, name)) for name in names})
 
 
-@contextlib.contextmanager
-def autocast_as_on_cuda() -> Iterator[None]:
-    """Autocast on CUDA computes norms in float32, autocast on the CPU does not: inside the block it does too."""
+def autocast_as_on_cuda():
+    """A context in which autocast computes norms in float32, as on CUDA; on the CPU it does not."""
 
     def in_float32(function):
         def call(x, *args, **kwargs):
@@ -122,58 +110,8 @@ def autocast_as_on_cuda() -> Iterator[None]:
 
         return call
 
-    with contextlib.ExitStack() as stack:
-        for name in ("layer_norm", "group_norm"):
-            norm = getattr(nn.functional, name)
-            stack.enter_context(mock.patch.object(nn.functional, name, in_float32(norm)))
-        yield
-
-
-# ----------------------------------------------------------------------------------------------------- configurations
-
-
-def config_of(network_class: type, path: str, subfolder: str | None = None, option: str = "--model", **known) -> dict:
-    """The configuration of a diffusers model, from its folder or the hub's cache; nothing is downloaded.
-
-    Where there is neither, the class's defaults and `known`: the model that this script's --model names by default.
-    Raises RunError if a folder is not complete, or is that of another model.
-    """
-    loading.check_path(option, path)
-    expected = network_class.__name__
-    if folder := here(path, f"{subfolder}/config.json" if subfolder else "config.json"):
-        config = loading.load_config(folder, subfolder, option)
-        found = config["_class_name"]
-        require(found == expected, f"{option} {path}: its {subfolder or 'network'} is a {found}, not a {expected}")
-        return config
-    print(f"{path} is not on this machine; its {subfolder or 'network'} is assumed to be the full-size {expected}")
-    return loading.default_config(network_class) | known
-
-
-def here(path: str, file: str) -> str:
-    """The folder, or that in the hub's cache, if there is such a file in it or the path is a folder; else ""."""
-    folder = path if Path(path).is_dir() else cached_folder(path)
-    return folder if Path(path).is_dir() or (folder and Path(folder, file).is_file()) else ""
-
-
-def frozen_parameters(path: str, known: dict[str, int], trained: Sequence[str] = ("transformer", "unet")) -> dict:
-    """Parameters of each network of a pipeline but the trained one; where its files are not here, those `known`."""
-    folder = here(path, "model_index.json")
-    if not folder:
-        return known
-    counts = {}
-    for name, (library, class_name) in loading.component_names(Path(folder, "model_index.json"), "--model").items():
-        if name in trained or name.startswith("tokenizer") or library not in ("diffusers", "transformers"):
-            continue
-        model_class = getattr(importlib.import_module(library), class_name)
-        if issubclass(model_class, nn.Module):
-            with torch.device("meta"):
-                if library == "diffusers":
-                    model = model_class.from_config(loading.load_config(folder, name))
-                else:
-                    load = model_class.config_class.from_pretrained
-                    model = model_class(loading.load_pretrained(load, f"{folder}/{name}"))
-            counts[name] = sum(parameter.numel() for parameter in model.parameters())
-    return counts
+    norms = {name: in_float32(getattr(nn.functional, name)) for name in ("layer_norm", "group_norm")}
+    return mock.patch.multiple(nn.functional, **norms)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -200,6 +138,7 @@ def run(
     vae, decode   the VAE's class and configuration, and (VAE, z (M, *shape)) → images or videos, the trainer's own
     fits_whole    what --shard-size 0 means, as for `processes.start_world`
     """
+    check_options(cfg)
     refuse_foreign(Path(cfg.output_dir))
     node = min(cfg.processes, NODE)
     shard_size = processes.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
@@ -219,8 +158,6 @@ def run(
         visual = torch.empty(1, *([frames] if frames > 1 else []), 3, cfg.height, cfg.width)
         fps, folders = getattr(cfg, "fps", None), parse_paths(cfg.reward_paths)
         reward_bytes, scoring = dryreward.measure(cfg.reward, folders, visual, fps, counter)
-        painter = getattr(cfg, "first_frame_model", "")
-        painting = sum(frozen_parameters(painter, PAINTER, ()).values()) * dtype.itemsize if painter else 0
 
     # What this process does in an iteration: B samples drawn, and their pairs (sample, step) trained.
     P, G, M = cfg.prompts_per_iteration // cfg.processes, cfg.group_size, cfg.micro_batch
@@ -257,7 +194,7 @@ def run(
         peak = max(sum(parts.values()) - waiting, at_rest - waiting + waits)
     public, state = checkpoint_bytes(cfg, whole, measured["trainable"], dtype)
     # What a process of a node reads into host memory at a time: of a reward its file and its model.
-    read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0), painting
+    read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0)
     host = max(*read, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
@@ -277,8 +214,7 @@ def run(
         },
         "gathered_gib": (forwards + 2 * micro_batches) * gathered / GIB,
     }
-    path = Path(cfg.output_dir) / "dryrun.json"
-    write_atomically(path, json.dumps(result, indent=2) + "\n")
+    write_atomically(Path(cfg.output_dir, "dryrun.json"), json.dumps(result, indent=2) + "\n")
     print(text_of(result, cfg.gpu_memory), disk_needed(cfg, public, state)[1], sep="\n")
     return result
 
@@ -315,7 +251,7 @@ def _measure(cfg, world, counter: Counter, network_class, config, predict, shape
         "trainable": sum(p.numel() for p in trained),
         "forward_flops": forward,
         "forward_flops_update": counter.flops - start,
-        "condition_bytes": nbytes(of_sample) // cfg.micro_batch,
+        "condition_bytes": sum(x.nbytes for x in of_sample) // cfg.micro_batch,
     }
 
 

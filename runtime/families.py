@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from . import data, loading
 from .options import Lazy, check_size, require
-from .processes import World, compute_dtype
+from .processes import World
 
-diffusers, dryrun = Lazy("diffusers"), Lazy("runtime.dryrun")
+diffusers = Lazy("diffusers")
 
 
 class HunyuanVideo:
@@ -140,23 +140,6 @@ def first_frame_latents(
         frame = pipe.vae.encode(pixels[:, :, None].to(device, pipe.vae.dtype)).latent_dist.mode()[0]  # (C, 1, h, w)
         latent[:, :1] = frame * pipe.vae.config.scaling_factor
     return latents
-
-
-def dry_configs(cfg) -> tuple:
-    """→ the family, and class and config of transformer and VAE; if their files are not here, those of full size."""
-    default = Wan if cfg.model.startswith("Wan-AI/") else HunyuanVideo
-    folder = dryrun.here(cfg.model, "model_index.json")
-    family = PIPELINES.get(loading.pipeline_index(folder)["_class_name"], default) if folder else default
-    kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
-    config = dryrun.config_of(kind, **transformer_source(cfg), **family.full_size(cfg))
-    return family, kind, config, vae_kind, dryrun.config_of(vae_kind, cfg.model, "vae")
-
-
-def empty_condition(cfg, family: type, config: dict, shape: tuple, count: int) -> list[Tensor]:
-    """Empty tensors of the shapes that `encode` in grpo_video.py gives for so many prompts, for the dry run."""
-    n, dtype = 1 if cfg.true_guidance == 1 else 2, compute_dtype(cfg.dtype)
-    text = [torch.empty(count, n, *size, dtype=dtype) for size in family.sizes(config, cfg.max_sequence_length)]
-    return [*text, torch.empty(count, config["in_channels"] - config["out_channels"], *shape[1:])]
 
 
 def drop_full_masks(network: nn.Module) -> None:

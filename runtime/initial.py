@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
-
 from rewards import FILE_ERRORS, first_line
 
 from .files import read_json
@@ -34,6 +32,8 @@ def check_init(config, network_class: type, component: str, lora_targets: Sequen
     """
     if not config.init or (config.resume and complete_checkpoints(config.output_dir)):
         return
+    from peft import get_peft_model_state_dict
+
     place, found = find_init(config.init), {}
     for file in [place] if place.is_file() else weight_files(place):
         try:
@@ -44,7 +44,9 @@ def check_init(config, network_class: type, component: str, lora_targets: Sequen
     source = source or {"path": config.model, "subfolder": component}
     lora = {"lora_rank": config.lora_rank, "lora_targets": lora_targets}
     network = empty_network(network_class, load_config(**source), **lora)
-    expected = {name: list(weight.shape) for name, weight in public_weights(network, component).items()}
+    weights = get_peft_model_state_dict(network) if config.lora_rank else network.state_dict()
+    prefix = f"{component}." if config.lora_rank else ""
+    expected = {prefix + name: list(weight.shape) for name, weight in weights.items()}
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     require(
         not wrong,
@@ -53,12 +55,3 @@ def check_init(config, network_class: type, component: str, lora_targets: Sequen
         f"have other names or shapes, first: {(wrong or [''])[0]}; give a checkpoint of this model and its --lora-rank "
         "(pipe.load_lora_weights, then pipe.save_lora_weights, translates a LoRA by others' names)",
     )
-
-
-def public_weights(network: nn.Module, component: str) -> dict[str, Tensor]:
-    """The weights of a network by their names in a checkpoint: all of them, or those of its LoRA."""
-    from peft import get_peft_model_state_dict
-
-    if not getattr(network, "peft_config", None):
-        return network.state_dict()
-    return {f"{component}.{name}": weight for name, weight in get_peft_model_state_dict(network).items()}

@@ -25,6 +25,7 @@ from .quantize import quantize
 
 diffusers, state_dict = Lazy("diffusers"), Lazy("torch.distributed.checkpoint.state_dict")
 
+VOCABULARY = {"tokenizer.json", "spiece.model", "merges.txt"}
 SAFETY = "safety_checker"  # Stable Diffusion's blackens pictures; trainers and evaluations do without
 
 
@@ -51,7 +52,8 @@ def find_folder(
         parts, index = [""], ""
         if pipeline and not Path(path).is_dir():
             index = "model_index.json"
-            names = component_names(Path(rewards.hub_folder(path, [index], weights=False), index), option)
+            here = rewards.fetched_folder(path, partial(choose_files, parts=[], index=index))
+            names = component_names(Path(here, index), option)
             parts = [name for name in names if name not in (SAFETY, *but)]
         return Path(rewards.fetched_folder(path, partial(choose_files, parts=parts, weights=weights, index=index)))
     except rewards.RewardError as e:
@@ -81,7 +83,7 @@ def choose_files(files: Iterable[str], parts: Sequence[str], weights=True, index
         count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
         if not small:
             lacking = lacking or part or "config.json"
-        elif "tokenizer_config.json" in small and not set(rewards.VOCABULARY.split("|")) & set(small):
+        elif "tokenizer_config.json" in small and not VOCABULARY & set(small):
             lacking = lacking or f"{part}/tokenizer.json".lstrip("/")
         elif weights and "config.json" in small and len(shards) < count:
             lacking = lacking or f"weights in {part or 'its root'}"
@@ -94,15 +96,6 @@ def component_names(index: Path, option: str) -> dict[str, tuple[str, str]]:
     require("_class_name" in content, f"{option}: {index} is damaged or missing; give a complete folder of diffusers")
     entries = {name: entry for name, entry in content.items() if isinstance(entry, list) and len(entry) == 2}
     return {name: (library, kind) for name, (library, kind) in entries.items() if library}
-
-
-def fetch_all(cfg) -> None:
-    """Fetch the weights that a run's options name from the hub, where the cache lacks them.
-
-    Before the process group exists: the processes of a machine wait for the first one for as long as it takes.
-    """
-    fetch_model(cfg.model, getattr(cfg, "transformer", ""))
-    rewards.fetch_rewards(cfg.reward, rewards.parse_paths(cfg.reward_paths))
 
 
 def fetch_model(model: str, transformer: str = "") -> None:
@@ -258,20 +251,16 @@ def load_network(
     config = load_pretrained(network_class.load_config, folder, option, **options)
     network = shard(empty_network(network_class, config, **prepare), world).to_empty(device=world.device)
     world.barrier()  # rank 0 may read for long
-    buffers = dict(source.named_buffers()) if world.is_main else {}
-    for name, buffer in network.named_buffers():  # not all of them are in the state dict
-        if world.is_main:
-            buffer.copy_(buffers[name])
-        dist.broadcast(buffer, 0)
     weights = source.state_dict() if world.is_main else {}
-    if world.mesh is None:  # in place; set_model_state_dict would hold a second copy of the network
-        for name, weight in network.state_dict().items():
-            if world.is_main:
-                weight.copy_(weights[name])
-            dist.broadcast(weight, 0)
-        return network
-    options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state_dict.set_model_state_dict(network, weights, options=options)
+    here = weights | dict(source.named_buffers()) if world.is_main else {}  # not all buffers are in the state dict
+    whole = network.state_dict() if world.mesh is None else {}
+    for name, tensor in (whole | dict(network.named_buffers())).items():
+        if world.is_main:
+            tensor.copy_(here[name])  # in place: set_model_state_dict would hold a second copy of the network
+        dist.broadcast(tensor, 0)
+    if world.mesh is not None:
+        options = state_dict.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        state_dict.set_model_state_dict(network, weights, options=options)
     return network
 
 
@@ -286,24 +275,9 @@ def load_pipeline(pipeline_class: type, path: str, world: World, option: str = "
     world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
     pipe.register_modules(**networks)
     pipe.set_progress_bar_config(disable=True)
-    say_once_what_is_cut_off(pipe)
+    # It would warn of every prompt that is longer than an encoder takes, in every iteration.
+    logging.getLogger(type(pipe).__module__).addFilter(lambda record: "input was truncated" not in str(record.msg))
     return pipe
-
-
-def say_once_what_is_cut_off(pipe) -> None:
-    """A diffusers pipeline warns of every prompt that is too long for an encoder, and nothing is wrong with thousands
-    of them: from now on the first one stands for all, by encoder."""
-    logging.getLogger(type(pipe).__module__).addFilter(is_new_warning)
-
-
-def is_new_warning(record: logging.LogRecord) -> bool:
-    kind = str(record.msg).partition(":")[0]
-    is_new = kind not in CUT_OFF
-    CUT_OFF.update([kind] if "your input was truncated" in kind else [])
-    return is_new
-
-
-CUT_OFF: set[str] = set()  # the kinds of these warnings that this process has given
 
 
 def empty_network(network_class: type, config: dict, **prepare) -> nn.Module:

@@ -9,11 +9,11 @@ import math
 import os
 import re
 import sys
-import textwrap
 import time
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections import namedtuple
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -91,7 +91,8 @@ def parse_config(config_class: type, presets: dict[str, dict], argv: Sequence[st
     """
     parser = _Parser(description=inspect.getmodule(config_class).__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "presets, and the options that they set:\n" + "\n".join(map(describe_preset, presets.items()))
+    lines = [f"  {name}: {' '.join(command_words(values)) or 'the defaults'}" for name, values in presets.items()]
+    parser.epilog = "\n".join(["presets, and the options that they set:", *lines])
     comments = dict(re.findall(r"^    (\w+):[^#\n]*?# (.*)$", inspect.getsource(config_class), re.MULTILINE))
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -127,13 +128,6 @@ def how_to_read(kind) -> dict:
     if kind == tuple[str, ...]:
         return {"action": "extend", "nargs": "+"}
     return {"choices": typing.get_args(kind)} if typing.get_origin(kind) is typing.Literal else {"type": kind}
-
-
-def describe_preset(preset: tuple[str, dict]) -> str:
-    """A preset's name and its options, as lines of --help."""
-    name, options = preset
-    text = f"  {name}: {' '.join(command_words(options)) or 'the defaults'}".replace("%", "%%")
-    return textwrap.fill(text, 120, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def command_words(options: dict) -> list[str]:
@@ -172,35 +166,23 @@ def require(condition: bool, message: str) -> None:
         raise RunError(message)
 
 
-class Range(typing.NamedTuple):
-    """The values that an option may have: in words, for the error, and as a test."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-# The types of options. A number that is not finite is in none of them.
-MOST = Range("at most 10**9", lambda x: x <= 10**9)
-Count = typing.Annotated[int, Range("at least 1", lambda x: x >= 1), MOST]
-Natural = typing.Annotated[int, Range("0 or more", lambda x: x >= 0), MOST]
-Several = typing.Annotated[int, Range("at least 2", lambda x: x >= 2), MOST]
-Seed = typing.Annotated[int, Range("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63)]
-Rank = typing.Annotated[int, Range("0 (all weights are trained) or a rank of at most 1024", lambda x: 0 <= x <= 1024)]
-Positive = typing.Annotated[float, Range("above 0", lambda x: 0 < x < math.inf)]
-NonNegative = typing.Annotated[float, Range("0 or more", lambda x: 0 <= x < math.inf)]
-AtLeast1 = typing.Annotated[float, Range("at least 1 (off)", lambda x: 1 <= x < math.inf)]
-Share = typing.Annotated[float, Range("in (0, 1]", lambda x: 0 < x <= 1)]
-Open01 = typing.Annotated[float, Range("in (0, 1)", lambda x: 0 < x < 1)]
-Decay = typing.Annotated[float, Range("in [0, 1)", lambda x: 0 <= x < 1)]
+# The types of options, each with its ranges: in words, for the error, and as a test. What is not finite is in none.
+MOST = ("at most 10**9", lambda x: x <= 10**9)
+Count = typing.Annotated[int, ("at least 1", lambda x: x >= 1), MOST]
+Natural = typing.Annotated[int, ("0 or more", lambda x: x >= 0), MOST]
+Several = typing.Annotated[int, ("at least 2", lambda x: x >= 2), MOST]
+Seed = typing.Annotated[int, ("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63)]
+Rank = typing.Annotated[int, ("0 (all weights are trained) or a rank of at most 1024", lambda x: 0 <= x <= 1024)]
+Positive = typing.Annotated[float, ("above 0", lambda x: 0 < x < math.inf)]
+NonNegative = typing.Annotated[float, ("0 or more", lambda x: 0 <= x < math.inf)]
+AtLeast1 = typing.Annotated[float, ("at least 1 (off)", lambda x: 1 <= x < math.inf)]
+Share = typing.Annotated[float, ("in (0, 1]", lambda x: 0 < x <= 1)]
+Open01 = typing.Annotated[float, ("in (0, 1)", lambda x: 0 < x < 1)]
+Decay = typing.Annotated[float, ("in [0, 1)", lambda x: 0 <= x < 1)]
 
 
-class Place(typing.NamedTuple):
-    """This process among all of them, and among those of its node."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
+# This process among all of them, and among those of its node.
+Place = namedtuple("Place", "rank size local_rank local_size")
 
 
 def find_place() -> Place:
@@ -213,8 +195,8 @@ def check_ranges(config) -> None:
     """Every option is in the range that its declaration names."""
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
-        for within in getattr(kind, "__metadata__", ()):
-            require(within.holds(value), f"--{name.replace('_', '-')} must be {within.words}, got {value}")
+        for words, holds in getattr(kind, "__metadata__", ()):
+            require(holds(value), f"--{name.replace('_', '-')} must be {words}, got {value}")
 
 
 def check_options(config) -> None:

@@ -48,6 +48,14 @@ def verify_picture(path: str | Path) -> tuple[int, int]:
         return picture.size
 
 
+def is_whole(path: Path, size: tuple[int, int]) -> bool:
+    """Whether a picture file has this width and height, and is as it was written."""
+    try:
+        return verify_picture(path) == size
+    except RunError:
+        return False
+
+
 @contextlib.contextmanager
 def reading_picture(path: str | Path) -> Iterator[None]:
     """Turn Pillow's errors for broken files into one line."""
@@ -58,6 +66,14 @@ def reading_picture(path: str | Path) -> Iterator[None]:
     except (OSError, SyntaxError, ValueError, LookupError, EOFError, struct.error, Image.DecompressionBombError) as e:
         advice = "correct its path, convert it to PNG or JPEG, or put a whole one in its place"
         raise RunError(f"cannot read the picture {path} ({first_line(e)}); {advice}") from e
+
+
+def save_frames(path: Path, picture: Tensor) -> None:
+    """(3, H, W), or (F, 3, H, W) with the frames one below the other, as a PNG of 8 bits a channel."""
+    from PIL import Image
+
+    pixels = (picture.movedim(-3, -1) * 255).round().byte().cpu().numpy()
+    save_image(path, Image.fromarray(pixels.reshape(-1, *pixels.shape[-2:])))
 
 
 def save_pictures(path: Path, images: Tensor, captions: Sequence[str], columns: int = 4) -> None:

@@ -21,11 +21,9 @@ from rewards import first_line
 from .options import Lazy, RunError, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
-state_dict = Lazy("torch.distributed.checkpoint.state_dict")
 
 LIMIT = timedelta(minutes=30)  # of a collective in training, after which a process hangs
 FOREVER = timedelta(days=30)  # loading, painting first frames, saving: as long as they take
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ def compute_dtype(option: str, kind: str = "cuda") -> torch.dtype:
     """What --dtype means on this type of device: auto is bfloat16, but float32 on the CPU, MPS and GPUs without it."""
     emulated = kind == "cuda" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(False)
     auto = "float32" if kind in ("cpu", "mps") or emulated else "bfloat16"
-    return DTYPES[auto if option == "auto" else option]
+    return getattr(torch, auto if option == "auto" else option)
 
 
 def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: bool) -> int:
@@ -297,11 +295,6 @@ class Preemption:
     def __call__(self) -> bool:
         """Whether any process has received one. A collective: every process must ask."""
         return bool(self.world.gather(torch.tensor([self.received])).any())
-
-    @property
-    def exit_code(self) -> int:
-        """0 for SIGTERM, the shells' 130 for Ctrl-C."""
-        return 130 if self.received == signal.SIGINT else 0
 
 
 class EMA:

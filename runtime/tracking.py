@@ -28,9 +28,8 @@ class Tracker:
             raise RunError(f"--track {kind} cannot start ({type(e).__name__}: {first_line(e)}); {advice}") from e
 
     def log(self, iteration: int, values: dict[str, float], samples: Path | None = None) -> None:
-        """The values after an iteration, and the sample pictures drawn then: the .png, and the .mp4 if there is one."""
-        film = samples and samples.with_suffix(".mp4")
-        self._call("log", iteration, values, samples, film if film and film.exists() else None)
+        """The values after an iteration, and the sample pictures drawn then: the .png, and in W&B the .mp4."""
+        self._call("log", iteration, values, samples)
 
     def close(self) -> None:
         self._call("close")
@@ -42,10 +41,8 @@ class Tracker:
             getattr(self.backend, method)(*args)
         except Exception as e:
             self.backend = None
-            failed = (
-                f"warning: --track {self.kind} failed ({type(e).__name__}: {first_line(e)}) and is left out from now"
-            )
-            print(f"{failed} on; metrics.jsonl and samples/ hold everything", file=sys.stderr)
+            failed = f"--track {self.kind} failed ({type(e).__name__}: {first_line(e)}) and is left out from now on"
+            print(f"warning: {failed}; metrics.jsonl and samples/ hold everything", file=sys.stderr)
 
 
 class TensorBoard:
@@ -58,23 +55,13 @@ class TensorBoard:
         purge = int(checkpoint.name[11:]) + 1 if checkpoint else None
         self.writer = SummaryWriter(str(Path(config["output_dir"], "tensorboard")), purge_step=purge)
 
-    def log(self, iteration: int, values: dict[str, float], samples: Path | None, film: Path | None) -> None:
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None) -> None:
         from PIL import Image
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
         for name, value in values.items():
             self.writer.add_scalar(name, value, iteration)
         if samples:
             self.writer.add_image("samples", np.array(Image.open(samples)), iteration, dataformats="HWC")
-        if film:  # TensorBoard plays GIFs, but no MP4
-            import imageio.v3 as imageio
-
-            frames, fps = imageio.imread(film, plugin="FFMPEG"), imageio.immeta(film, plugin="FFMPEG")["fps"]
-            content = imageio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
-            height, width = frames.shape[1:3]
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
-            summary = Summary(value=[Summary.Value(tag="film", image=image)])
-            self.writer.file_writer.add_summary(summary, iteration)
         self.writer.flush()
 
     def close(self) -> None:
@@ -103,10 +90,10 @@ class WandB:
         )
         self.run.define_metric("*", step_metric="iteration")
 
-    def log(self, iteration: int, values: dict[str, float], samples: Path | None, film: Path | None) -> None:
-        row = values | {"iteration": iteration}
+    def log(self, iteration: int, values: dict[str, float], samples: Path | None) -> None:
+        row, film = values | {"iteration": iteration}, samples and samples.with_suffix(".mp4")
         row |= {"samples": self.wandb.Image(str(samples))} if samples else {}
-        row |= {"film": self.wandb.Video(str(film), format="mp4")} if film else {}
+        row |= {"film": self.wandb.Video(str(film), format="mp4")} if film and film.exists() else {}
         self.run.log(row)
 
     def close(self) -> None:

@@ -76,7 +76,7 @@ def shown(page):
     """(file, function) → {line number: line} of all code on the page, and the captions."""
     found = {}
     for figure in re.findall(r'<figure class="code".*?</figure>', page, re.DOTALL):
-        name, file, caption = re.search(r"<b>(\w+)</b> <a href=\"../(\w+\.py)\">(.*?)</figcaption>", figure).groups()
+        name, file, caption = re.search(r"<b>(\w+)</b> <a href=\"../([\w/]+\.py)\">(.*?)</figcaption>", figure).groups()
         lines, captions = found.setdefault((file, name), ({}, []))
         captions.append(caption)
         for number, line in re.findall(r'<span class="l" data-n="(\d+)"[^>]*>(.*?)\n</span>', figure, re.DOTALL):
@@ -134,7 +134,7 @@ def test_links_lead_somewhere_and_nothing_is_loaded(page):
     targets = re.findall(r'href="([^"]+)"', page)
     assert {target[1:] for target in targets if target[0] == "#"} <= set(anchors)
     assert {t for t in targets if t[0] != "#"} <= {"data:,", "https://arxiv.org/abs/2505.07818"} | {
-        f"../{file}" for file in ("sampling.py", "grpo_sd.py", "grpo_flux.py")
+        f"../{file}" for file in ("sampling.py", "grpo_sd.py", "grpo_flux.py", "runtime/metrics.py")
     }
     assert not re.search(r'src="(?!data:)|url\(|@import|<link (?!rel="icon")|fetch\(|<script src', page)
     assert len(page.encode()) <= 1_500_000

@@ -20,7 +20,7 @@ from claims import advantages, diversity, dpo, experiment, forward, one_form, po
 from claims.experiment import EQUAL, FAILS, HOLDS, OPEN, Compare, Experiment, Run
 from claims.quality import quality
 from rewards import load_reward
-from runtime import output
+from runtime import metrics
 from runtime.options import RunError, check_options
 
 
@@ -70,7 +70,7 @@ def a_run(before=0.0, middle=1.0, end=2.0, hps=0.3, **config):
 
 
 def test_a_curve_begins_before_training():
-    x, y = output.curve(a_run(0.5, 1.0, 4.0).rows, "score")
+    x, y = metrics.curve(a_run(0.5, 1.0, 4.0).rows, "score")
     assert x.tolist() == [0, 10, 20] and y.tolist() == [0.5, 1.0, 4.0]
 
 

@@ -332,12 +332,12 @@ def test_a_run_says_what_it_trains_and_how_to_go_on(finished):
     assert gain.startswith(f"sample_reward_hps {before:.3f} → {after:.3f}; see {folder / 'samples'}")
     assert start.startswith("tiny/flux, transformer: LoRA of rank 2, ")
     assert f"; reward hps; iterations 1 to 2; in {folder}: reward.png and samples/ show" in start
-    command = re.search(r"to evaluate it: python eval\.py (.*); to load it: pipeline\.load_lora_weights\('(.*)'\)", end)
-    cfg = parse_config(evaluation.Config, evaluation.PRESETS, shlex.split(command[1]))
+    command = re.fullmatch(r"(.*) is saved; its README.md says how to load it; evaluate .* python eval\.py (.*)", end)
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, shlex.split(command[2]))
     cfg, family, models, asked = evaluation.plan(cfg)  # the command is one that works
     assert (family, models[1].weights, len(asked)) == ("FluxPipeline", str(folder / NEWEST / IN_CHECKPOINT[1]), 216)
     assert (cfg.metrics, cfg.reward_paths) == ("hps,clip", "hps=tiny/hps,clip=tiny/clip")
-    assert Path(command[2]) == folder / NEWEST
+    assert Path(command[1]) == folder / NEWEST
 
 
 def rows(folder):

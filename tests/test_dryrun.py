@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 import grpo_flux
 import grpo_video
 from rewards import CLIPReward, HPSReward, PickScoreReward, RewardError, VideoAlignReward
-from runtime import dryreward, dryrun, families, loading, processes
+from runtime import drymodels, dryreward, dryrun, families, loading, processes
 from runtime.options import RunError
 from sampling import distinct, flow_sigmas
 
@@ -171,12 +171,12 @@ def test_processes_that_do_not_divide_the_prompts_are_refused(tmp_path):
     ],
 )
 def test_without_the_hub_the_full_size_configurations_are_known(network_class, elements, known):
-    config = dryrun.config_of(network_class, "somebody/not-on-this-machine", "transformer", **known)
+    config = drymodels.config_of(network_class, "somebody/not-on-this-machine", "transformer", **known)
     with torch.device("meta"):
         network = network_class.from_config(config)
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(elements, rel=0.01)
     with pytest.raises(RunError, match="no folder 'nowhere/at/all'"):
-        dryrun.config_of(network_class, "nowhere/at/all")
+        drymodels.config_of(network_class, "nowhere/at/all")
 
 
 # ------------------------------------------------------------------------------------------------------- the rewards

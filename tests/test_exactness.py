@@ -20,7 +20,7 @@ import grpo_flux
 import grpo_sd
 import grpo_video
 import small
-from grpo_flux import choose_steps, deal, group_advantages, grpo_loss, sde_window
+from grpo_flux import choose_steps, deal, group_advantages, grpo_loss
 from runtime import data
 from runtime.options import parse_config
 from sampling import (
@@ -33,6 +33,7 @@ from sampling import (
     gaussian_log_prob,
     rollout,
     sample_ode,
+    sde_window,
 )
 from test_readme import read, table
 

@@ -341,7 +341,7 @@ def test_a_colour_is_read_off_the_object_alone(mask2former, monkeypatch):
 
 def test_a_detector_without_weights_is_one_line(tmp_path):
     with pytest.raises(RunError, match="cannot read the config of"):
-        Mask2FormerDetector(str(tmp_path / "nothing"), str(tmp_path))
+        Mask2FormerDetector(str(tmp_path), str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former"}))
     with pytest.raises(RunError, match="cannot load GenEval's") as caught:
         Mask2FormerDetector(str(tmp_path), str(tmp_path)).load("cpu")

@@ -14,23 +14,16 @@ import torch
 import grpo_flux
 import grpo_sd
 import grpo_video
-from grpo_flux import (
-    best_and_worst,
-    choose_steps,
-    deal,
-    group_advantages,
-    grpo_loss,
-    sde_window,
-    statistics,
-)
+from grpo_flux import best_and_worst, choose_steps, deal, group_advantages, grpo_loss
 from runtime import checkpoints, data, dryrun, families, loading, output, processes
+from runtime.metrics import statistics
 from runtime.options import check_options, parse_config
-from sampling import distinct, gaussian_kl, gaussian_log_prob, guarded_loss
+from sampling import distinct, gaussian_kl, gaussian_log_prob, guarded_loss, sde_window
 
 TRAINERS = [grpo_flux, grpo_sd, grpo_video]
 ROOMS = (checkpoints, data, dryrun, families, loading, output, processes)
 EVERY = pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.__name__)
-SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps", "sde_window", "statistics"]
+SHARED = ["group_advantages", "grpo_loss", "best_and_worst", "deal", "choose_steps"]
 CONTRACT = """preset model reward reward_paths prompts output_dir resume seed iterations prompts_per_iteration
 group_size steps eta sde_window sde_window_every timestep_fraction timesteps shared_noise updates_per_rollout
 micro_batch clip_range advantage_clip kl_weight keep_best_worst learning_rate max_grad_norm lora_rank ema_decay
@@ -47,7 +40,7 @@ def test_the_grpo_functions_are_identical_in_every_trainer(name):
     assert len(sources) == 1
 
 
-@pytest.mark.parametrize("name", SHARED[:-2])
+@pytest.mark.parametrize("name", SHARED)
 def test_a_grpo_function_works_when_its_source_alone_is_copied(name):
     namespace = {"torch": torch, "einops": einops}
     exec(inspect.getsource(getattr(grpo_flux, name)), namespace)

@@ -144,10 +144,11 @@ def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
 
 REWARDS = """
 from rewards import *
-print(hub_folder("a/clip", ["open_clip_config.json"], "open_clip_model.safetensors|open_clip_pytorch_model.bin"))
-print(hub_folder("a/hps", (), "HPS.pt"), hub_folder("a/network"), hub_folder("a/tokenizer", weights=False))
+print(hub_folder("a/clip", "open_clip_config.json", "open_clip_model.safetensors|open_clip_pytorch_model.bin"))
+print(hub_folder("a/hps", "HPS.pt"), hub_folder("a/network", "config.json", "model.safetensors|pytorch_model.bin"))
+print(hub_folder("a/tokenizer", "config.json", "tokenizer_config.json"))
 for name, files in (("a/hps", "model.safetensors"), ("a/clip", "b|c")):
-    try: hub_folder(name, ["config.json"], files)
+    try: hub_folder(name, "config.json", files)
     except RewardError as e: print(e)
 """
 
@@ -169,13 +170,13 @@ def test_a_reward_s_files_are_fetched_and_nothing_else(tmp_path):
         run = python(REWARDS, tmp_path, HF_ENDPOINT=hub.address)
     assert run.returncode == 0, run.stderr
     assert hub.fetched() == sorted(f"a/{name}/{file}" for name, wanted in files.items() for file in wanted)
-    assert run.stdout.splitlines()[2:] == [
+    assert run.stdout.splitlines()[3:] == [
         "a/hps on the hub lacks config.json; give another one, or a complete folder",
         "a/clip on the hub lacks config.json; give another one, or a complete folder",
     ]
     shutil.rmtree(tmp_path / "hub")
     offline = python(REWARDS.partition("for")[0], tmp_path, HF_HUB_OFFLINE="1")
-    assert offline.stdout.splitlines() == run.stdout.splitlines()[:2], offline.stderr
+    assert offline.stdout.splitlines() == run.stdout.splitlines()[:3], offline.stderr
 
 
 def test_what_cannot_be_fetched_is_one_line_with_advice(repositories, tmp_path):

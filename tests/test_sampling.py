@@ -317,6 +317,10 @@ def results(function):
             return [*function(lambda z, i: z.sin() + i, x, levels, 0.7, noise=lambda i: noise + i, window=range(1, 3))]
         case "sample_ode":
             return [function(lambda z, i: z.sin() + i, x, levels)]
+        case "column":
+            return [function(0.3, x), function(torch.arange(4), x)]
+        case "sde_window":
+            return [torch.tensor(function(5, 8, 3, 2)), torch.tensor(function(5, 8, 0, 2))]
     return [*function(x, y, 0.8, 0.6, 0.5)]
 
 
@@ -329,7 +333,7 @@ def test_a_function_works_when_its_source_alone_is_copied(name):
 
 def test_every_function_of_the_contract_is_public():
     contract = "flow_sigmas gaussian_log_prob flow_sde_step flow_grpo_sde_step cps_step ddim_sde_step rollout"
-    more = "cps_log_prob distinct gaussian_kl guarded_loss sample_ode"
+    more = "column cps_log_prob distinct gaussian_kl guarded_loss sample_ode sde_window"
     assert {*contract.split(), *more.split()} == set(PUBLIC)
     assert Step._fields == ("mean", "std", "z0_hat")
     assert SDE.keys() == {"dance", "flow", "cps"} and SDE["cps"] == (cps_step, cps_log_prob)

@@ -1,0 +1,109 @@
+"""What --dry-run must know of the models: their configurations, sizes and conditions; without weights."""
+
+import math
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from torch import Tensor
+
+from . import families, loading
+from .lora import shapes_in
+from .options import Lazy, require
+from .processes import compute_dtype
+
+diffusers = Lazy("diffusers")
+
+# AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
+VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+
+
+# Each function gives arguments of `dryrun.run`. Numbers are those of the full-size models, for files that are not here.
+
+
+def stable_diffusion(cfg) -> dict:
+    kind, dtype = diffusers.UNet2DConditionModel, compute_dtype(cfg.dtype)
+    config = config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
+    vae = config_of(diffusers.AutoencoderKL, cfg.model, "vae", **VAE)
+    side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
+    return dict(
+        network_class=kind, config=config, vae=(diffusers.AutoencoderKL, vae), fits_whole=True,
+        shape=(config["in_channels"], cfg.height // side, cfg.width // side),
+        condition=lambda b: torch.empty(b, n, 77, config["cross_attention_dim"], dtype=dtype),
+        frozen=frozen_parameters(cfg.model, {"vae": 83_653_863, "text_encoder": 123_060_480}),
+    )  # fmt: skip
+
+
+def flux(cfg) -> tuple[int, dict]:
+    """→ rows of image tokens, and the arguments."""
+    kind, dtype, length = diffusers.FluxTransformer2DModel, compute_dtype(cfg.dtype), cfg.max_sequence_length
+    config = config_of(kind, cfg.model, "transformer", guidance_embeds=True)
+    vae = config_of(diffusers.AutoencoderKL, cfg.model, "vae", **VAE, latent_channels=16, shift_factor=0.1159)
+    rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
+    known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
+    return rows, dict(
+        network_class=kind, config=config, vae=(diffusers.AutoencoderKL, vae), fits_whole=cfg.lora_rank > 0,
+        shape=(rows * columns, config["in_channels"]), frozen=frozen_parameters(cfg.model, known),
+        condition=lambda b: (
+            torch.empty(b, length, config["joint_attention_dim"], dtype=dtype),
+            torch.empty(b, config["pooled_projection_dim"], dtype=dtype),
+        ),
+    )  # fmt: skip
+
+
+def video(cfg) -> dict:
+    default = families.Wan if cfg.model.startswith("Wan-AI/") else families.HunyuanVideo
+    folder = here(cfg.model, "model_index.json")
+    family = families.PIPELINES.get(loading.pipeline_index(folder)["_class_name"], default) if folder else default
+    kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
+    config = config_of(kind, **families.transformer_source(cfg), **family.full_size(cfg))
+    vae, dtype = config_of(vae_kind, cfg.model, "vae"), compute_dtype(cfg.dtype)
+    shape, n = families.latent_shape(cfg, config, *(vae[name] for name in family.strides)), 1 + (cfg.true_guidance != 1)
+
+    def condition(b: int) -> list[Tensor]:  # as `encode` in grpo_video.py gives it
+        text = [torch.empty(b, n, *size, dtype=dtype) for size in family.sizes(config, cfg.max_sequence_length)]
+        return [*text, torch.empty(b, config["in_channels"] - config["out_channels"], *shape[1:])]
+
+    return dict(
+        network_class=kind, config=config, vae=(vae_kind, vae), fits_whole=cfg.lora_rank > 0, shape=shape,
+        condition=condition, frozen=frozen_parameters(cfg.model, family.frozen),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- configurations
+
+
+def config_of(network_class: type, path: str, subfolder: str | None = None, option: str = "--model", **known) -> dict:
+    """The configuration of a diffusers model, from its folder or the hub's cache; nothing is downloaded.
+
+    Where there is neither, the class's defaults and `known`: the model that this script's --model names by default.
+    Raises RunError if a folder is not complete, or is that of another model.
+    """
+    loading.check_path(option, path)
+    expected = network_class.__name__
+    if folder := here(path, f"{subfolder}/config.json" if subfolder else "config.json"):
+        config = loading.load_config(folder, subfolder, option)
+        found = config["_class_name"]
+        require(found == expected, f"{option} {path}: its {subfolder or 'network'} is a {found}, not a {expected}")
+        return config
+    print(f"{path} is not on this machine; its {subfolder or 'network'} is assumed to be the full-size {expected}")
+    return loading.default_config(network_class) | known
+
+
+def here(path: str, file: str) -> str:
+    """The folder, or that in the hub's cache, if there is such a file in it or the path is a folder; else ""."""
+    if Path(path).is_dir():
+        return path
+    repo, _, revision = path.partition("@")
+    found = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision or None)
+    return found.removesuffix(f"/{file}") if isinstance(found, str) else ""
+
+
+def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
+    """Parameters of each frozen network of a pipeline, by its files' headers; those `known` where it has none here."""
+    folder, counts = here(path, "model_index.json"), dict(known)
+    for name in known if folder else ():
+        if files := loading.weight_files(Path(folder, name)):
+            counts[name] = sum(math.prod(shape) for file in files for shape in shapes_in(file).values())
+    return counts
