@@ -102,7 +102,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     family = index["_class_name"]
     require(family in FAMILIES, f"--model {base} is a {family}; known: {', '.join(FAMILIES)}")
     component = "unet" if "unet" in index else "transformer"
-    source = (network, None, "--transformer") if network else (base, component)
+    source = (network, None, "--transformer") if network else (base, component, "--model")
     original = loading.load_config(*source)
     found, expected = original["_class_name"], index[component][1]
     require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
@@ -283,10 +283,10 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.W
     needed = set().union(*(lacking for *_, lacking in work))
     spec, folders = reward_spec(cfg, needed), parse_paths(cfg.reward_paths)
     with world.in_turn():
-        reward = load_reward(spec, folders, world.device, None, cfg.batch_size) if spec else None
+        reward = load_reward(spec, folders, str(world.device), None, cfg.batch_size) if spec else None
         detector = geneval.find_detector(cfg.detector, cfg.detector_clip, world.device) if "geneval" in needed else None
     for batch, paths, stored, lacking in world.progress(work, desc="scoring"):
-        pixels = np.stack([read_picture(path) for path in paths])  # (B, F · H, W, 3)
+        pixels = np.stack([np.asarray(read_picture(path)) for path in paths])  # (B, F · H, W, 3)
         pictures = torch.from_numpy(pixels).unflatten(1, (cfg.frames, cfg.height)).movedim(-1, -3).float() / 255
         pictures = pictures[:, 0] if cfg.frames == 1 else pictures
         new = [{} for _ in batch]
@@ -338,7 +338,7 @@ def compare(base: np.ndarray, own: np.ndarray, groups: Sequence[str]) -> dict[st
         error = float(gain[here].std(ddof=1) / here.sum() ** 0.5) if here.sum() > 1 else None
         result[group] = {"mean": float(own[here].mean()), "difference": float(gain[here].mean()), "error": error}
     errors = [row["error"] for row in result.values()]
-    overall = {key: float(np.mean([row[key] for row in result.values()])) for key in ("mean", "difference")}
+    overall: dict = {key: float(np.mean([row[key] for row in result.values()])) for key in ("mean", "difference")}
     overall["error"] = None if None in errors else float(np.linalg.norm(errors) / len(errors))
     return (result if len(result) > 1 else {}) | {"overall": overall}
 

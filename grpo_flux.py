@@ -195,7 +195,7 @@ def encode_prompts(pipe, prompts: list[str], max_length: int, device) -> tuple[T
     return tokens, pooled
 
 
-def velocity(transformer, z: Tensor, sigma: Tensor, text: tuple[Tensor, Tensor], guidance: float, rows: int) -> Tensor:
+def velocity(transformer, z: Tensor, sigma: Tensor, text, guidance: float, rows: int) -> Tensor:
     """v(z, sigma | prompt). z (B, N, C), sigma () or (B,), text of each sample (B, L, D), (B, D') → (B, N, C) float32.
 
     The N image tokens are `rows` rows of a grid.

@@ -38,6 +38,7 @@ from sampling import SDE, distinct, flow_sigmas, gaussian_kl, guarded_loss, samp
 diffusers, dryrun, drymodels = map(options.Lazy, ("diffusers", "runtime.dryrun", "runtime.drymodels"))
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's linear layers (release)
+load_models = partial(families.load_models, lora_targets=LORA_TARGETS)  # → pipeline, network, the KL term's reference
 
 
 @dataclass(frozen=True)
@@ -201,10 +202,6 @@ def choose_steps(window, fraction: float, timesteps: str, rng) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------ the models, as policies
-
-
-# (cfg, world, init) → the pipeline, its transformer ready to train, and the KL term's reference policy
-load_models = partial(families.load_models, lora_targets=LORA_TARGETS)
 
 
 @torch.no_grad()

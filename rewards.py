@@ -42,7 +42,7 @@ from tokenizers import Tokenizer, implementations, pre_tokenizers
 from torch import Tensor
 from urllib3 import Retry
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 # What libraries raise on files that are missing, damaged or of another kind.
 FILE_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, EOFError)
 FILE_ERRORS += (pickle.UnpicklingError, SafetensorError)
@@ -63,10 +63,10 @@ class Scorer:
     """A model that scores, with its files in a folder or on the hub.
 
     A subclass has a name, FILES (what a folder holds), HUB (`hub_folder`'s arguments, for each folder it needs) and
-    `load`, which gets these folders and sets self.model.
+    `load`, which gets these folders and sets `model`.
     """
 
-    def __init__(self, path: str | None = None, device="cpu", metadata=None):
+    def __init__(self, path: str | None = None, device: str | torch.device = "cpu", metadata=None):
         """path: a folder with all files, or a hub id for the first one; metadata: not used. Raises RewardError."""
         self.device = device
         with reading(self.name, path or self.HUB[0][0], self.FILES):
@@ -153,7 +153,7 @@ class CLIPReward(CosineReward):
 
         self.model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        own = self.model.visual.preprocess_cfg
+        own = open_clip.get_model_preprocess_cfg(self.model)
         self.size = own["size"] if isinstance(own["size"], int) else own["size"][0]
         self.mode, self.mean, self.std = own["resize_mode"], own["mean"], own["std"]
 
@@ -193,7 +193,8 @@ def resize(images: Tensor, size: int, mode: str) -> Tensor:
     sides = images.shape[-2:]
     scale = size / (max(sides) if mode == "longest" else min(sides))
     shape = [size, size] if mode == "squash" else [round(side * scale) for side in sides]
-    return TF.center_crop(TF.resize(images, shape, TF.InterpolationMode.BICUBIC), size)  # pads what is too small
+    images = TF.resize(images, shape, TF.InterpolationMode.BICUBIC)
+    return TF.center_crop(images, [size, size])  # pads what is too small
 
 
 # ---------------------------------------------------------------------------------------------------- video rewards
@@ -277,7 +278,7 @@ class VideoAlignReward(Scorer):
             raw = (raw - raw.new_tensor(self.MEAN)) / raw.new_tensor(self.STD)
         return dict(zip(self.NAMES, raw.unbind(1), strict=True))
 
-    def patches(self, video: Tensor, fps: float) -> tuple[Tensor, tuple[int, int, int]]:
+    def patches(self, video: Tensor, fps) -> tuple[Tensor, tuple]:
         """(F, 3, H, W) → patches (t h w, 3 · 2 · 14 · 14), each 2x2 in a row for the merger to join, and (t, h, w)."""
         from torchvision.transforms import functional as TF
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
@@ -334,7 +335,7 @@ def load_template(file: Path, sha256: str) -> str:
 # ------------------------------------------------------------------------------------------------------- own rewards
 
 
-def own_reward(function: Callable, place: str, visuals: Visuals, prompts: Sequence[str], fps=None) -> Tensor:
+def own_reward(function, place: str, visuals: Visuals, prompts: Sequence[str], fps=None) -> Tensor:
     """The function(visuals, prompts) → (B,) tensor of FILE.py:FUNCTION. If it fails, RewardError names the line."""
     file, _, name = place.rpartition(":")
     try:
@@ -343,7 +344,7 @@ def own_reward(function: Callable, place: str, visuals: Visuals, prompts: Sequen
         raise RewardError(f"reward {name}: {where(e, file)}") from e
 
 
-def load_object(place: str) -> Callable:
+def load_object(place: str):
     """The function or class that FILE.py:NAME names; the file is executed once. Raises RewardError, one line."""
     file, _, name = place.rpartition(":")
     path = Path(file).resolve()
@@ -442,7 +443,7 @@ def parse_spec(spec: str) -> list[Term]:
     for part in map(str.strip, spec.split(",")):
         match = re.fullmatch(rf"(.+\.py:|https?://[^/@]+/(?:[^:@]*/)?)?(\w+)(?:@{number})?(?::{number})?", part)
         file, name, threshold, weight = match.groups() if match else (None, None, None, None)
-        model = file + name if file else MODEL_OF.get(name)
+        model = file + name if file else MODEL_OF.get(name or "")
         require(model, f"unknown reward {part!r}; write {known}; threshold and weight must be numbers")
         require(name not in [t.name for t in terms], f"reward {name!r} is given twice in {spec!r}; give each name once")
         # metrics.jsonl has reward_mean and reward_std
@@ -455,7 +456,8 @@ def parse_spec(spec: str) -> list[Term]:
 def parse_paths(paths: str | dict[str, str]) -> dict[str, str]:
     """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError on names and paths that cannot be."""
     if isinstance(paths, str):
-        paths = dict(part.strip().partition("=")[::2] for part in paths.split(",") if part.strip())
+        parts = [part.strip().partition("=") for part in paths.split(",") if part.strip()]
+        paths = {name: path for name, _, path in parts}
     for name, path in paths.items():
         given, known = f"reward path {name}={path}", ", ".join(LOADERS)
         require(name in LOADERS, f"{given}: {name!r} is no reward model; known: {known}")

@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -149,7 +150,7 @@ class PromptCache:
     def __init__(self, encode: Callable, world: World, network: nn.Module, *encoders: nn.Module):
         self.encode, self.world, self.network, self.encoders, self.kept = encode, world, network, encoders, {}
 
-    def __call__(self, prompts: Sequence[str]):
+    def __call__(self, prompts: Sequence[str]) -> Any:
         """What `encode` gives for these prompts."""
         if missing := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.kept]:
             with self.world.on_device(*self.encoders, instead_of=self.network):
@@ -194,8 +195,8 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     batch_size = config.prompts_per_iteration
     epoch = range(min(config.iterations, -(-len(prompts) // batch_size)))  # of iterations, after which all were visited
     batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in epoch)
-    visited = dict.fromkeys(prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch])
-    for prompt in tqdm(list(visited), desc="first frames", delay=2.0, disable=find_place().rank > 0):
+    pictures, visited = {}, prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch]
+    for prompt in tqdm(list(dict.fromkeys(visited)), desc="first frames", delay=2.0, disable=find_place().rank > 0):
         path = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
         if prompt in listed or path.is_file():
             read_picture(path)
@@ -204,8 +205,8 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
             f"no first frame for {prompt!r} in {index}; add it there, or give --first-frames a folder and "
             "--first-frame-model a text-to-image model that paints it",
         )
-        visited[prompt] = path
-    return visited
+        pictures[prompt] = path
+    return pictures
 
 
 def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:

@@ -15,7 +15,7 @@ from .processes import compute_dtype
 diffusers = Lazy("diffusers")
 
 # AutoencoderKL of Stable Diffusion v1.4; FLUX's has 16 latent channels and a shift.
-VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+VAE: dict = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
 VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
 
 

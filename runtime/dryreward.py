@@ -51,7 +51,7 @@ def measure(spec: str, paths: dict[str, str], visual: Tensor, fps: float | None,
     return sizes, most
 
 
-def scorer_of(name: str, path: str) -> rewards.Scorer:
+def scorer_of(name: str, path: str) -> rewards.CosineReward | rewards.VideoAlignReward:
     """A built-in reward as on a GPU, without weights and tokenizer; of the default model unless `path` is a folder."""
     import open_clip
     from transformers import BatchEncoding, CLIPConfig, CLIPModel, Qwen2VLConfig, Qwen2VLModel

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -98,7 +99,8 @@ class Counter(TorchDispatchMode):
             return call
 
         names = ("unshard", "wait_for_unshard", "reshard", "post_backward")
-        return mock.patch.multiple(FSDPParamGroup, **{name: watched(getattr(FSDPParamGroup, name)) for name in names})
+        methods: dict[str, Any] = {name: watched(getattr(FSDPParamGroup, name)) for name in names}
+        return mock.patch.multiple(FSDPParamGroup, **methods)
 
 
 def autocast_as_on_cuda():
@@ -110,7 +112,7 @@ def autocast_as_on_cuda():
 
         return call
 
-    norms = {name: in_float32(getattr(nn.functional, name)) for name in ("layer_norm", "group_norm")}
+    norms: dict[str, Any] = {name: in_float32(getattr(nn.functional, name)) for name in ("layer_norm", "group_norm")}
     return mock.patch.multiple(nn.functional, **norms)
 
 

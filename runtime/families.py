@@ -23,10 +23,12 @@ class HunyuanVideo:
     strides = "temporal_compression_ratio", "spatial_compression_ratio"  # frames and pixels of an element of a latent
     frozen: ClassVar = {"vae": 246_493_891, "text_encoder": 7_504_924_672, "text_encoder_2": 123_060_480}  # parameters
 
+    @staticmethod
     def full_size(cfg) -> dict:
         """Where its transformer differs from diffusers' defaults."""
         return dict(guidance_embeds=True) | ({"in_channels": 32} if cfg.transformer else {})
 
+    @staticmethod
     def encode(pipe, texts: list[str], length: int, device) -> list[Tensor]:
         """Llama embedding of each token (N, L, D), attention mask (N, L), pooled CLIP embedding (N, D').
 
@@ -36,9 +38,11 @@ class HunyuanVideo:
         length = int(mask.sum(1).max())
         return [tokens[:, :length], mask[:, :length].to(tokens), pooled]
 
+    @staticmethod
     def sizes(config: dict, length: int) -> list[tuple]:  # of a text in `encode`
         return [(length, config["text_embed_dim"]), (length,), (config["pooled_projection_dim"],)]
 
+    @staticmethod
     def arguments(config, sigma: Tensor, text: list[Tensor], cfg) -> dict:
         """What the transformer takes beside latents, time and tokens. Guidance is multiplied by 1000, as time is."""
         guidance = torch.full_like(sigma, 1000 * cfg.guidance) if config.guidance_embeds else None
@@ -52,17 +56,21 @@ class Wan:
     strides = "scale_factor_temporal", "scale_factor_spatial"
     frozen: ClassVar = {"vae": 126_892_531, "text_encoder": 5_680_910_336}
 
+    @staticmethod
     def full_size(cfg) -> dict:
         return dict(num_attention_heads=12, num_layers=30, ffn_dim=8960) if "1.3B" in cfg.model else {}  # else 14B
 
+    @staticmethod
     def encode(pipe, texts: list[str], length: int, device) -> list[Tensor]:
         """Embedding of each token (N, L, D), L is `length`. Padding is zeros and is attended to: there is no mask."""
         tokens, _ = pipe.encode_prompt(texts, None, False, device=device, max_sequence_length=length)
         return [tokens]
 
+    @staticmethod
     def sizes(config: dict, length: int) -> list[tuple]:
         return [(length, config["text_dim"])]
 
+    @staticmethod
     def arguments(config, sigma: Tensor, text: list[Tensor], cfg) -> dict:
         return {}
 
@@ -142,7 +150,7 @@ def first_frame_latents(
     return latents
 
 
-def drop_full_masks(network: nn.Module) -> None:
+def drop_full_masks(network) -> None:
     """HunyuanVideo's blocks get None instead of an attention mask that masks nothing: with any mask, flash attention
     cannot be used.
 

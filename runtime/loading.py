@@ -215,7 +215,8 @@ def load_models(
     if config.kl_weight and not config.lora_rank:
         reference = load_network(network_class, world=world, frozen=True, **source)
     with world.in_turn():
-        pipe = load_pipeline(pipeline_class, config.model, world, **{source.get("subfolder", "transformer"): network})
+        component = source.get("subfolder", "transformer")
+        pipe = load_pipeline(pipeline_class, config.model, world, "--model", **{component: network})
     return pipe, network, reference
 
 
@@ -241,9 +242,8 @@ def load_network(
     dtype = world.dtype if frozen or lora_rank else torch.float32  # master weights
     prepare |= {"dtype": dtype, "lora_rank": lora_rank, "frozen": frozen}
     if world.is_main:
-        whole = init and not lora_rank
-        place = (network_class, init, "--init") if whole else (network_class, folder, option)
-        source = prepare_network(load_weights(*place, dtype=dtype, **({} if whole else options)), **prepare)
+        place, options_of = ((init, "--init"), {}) if init and not lora_rank else ((folder, option), options)
+        source = prepare_network(load_weights(network_class, *place, dtype=dtype, **options_of), **prepare)
         if init and lora_rank:
             load_adapter(source, init)
     if world.size == 1:
@@ -269,7 +269,7 @@ def load_pipeline(pipeline_class: type, path: str, world: World, option: str = "
 
     Raises RunError if weights are missing.
     """
-    folder = find_folder(path, option, but=networks)
+    folder = find_folder(path, option, but=list(networks))
     parts = load_components(folder, world.dtype, networks, option) | dict.fromkeys(networks)
     pipe = load_pretrained(pipeline_class.from_pretrained, folder, option, dtype=world.dtype, **parts)
     world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))

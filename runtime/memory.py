@@ -51,7 +51,7 @@ def require_fit(config, world: World, component: str, lora_targets: Sequence[str
     memory, transformer = gpu_memory(world.device), getattr(config, "transformer", "")
     if memory is None:
         return
-    place = (transformer, None, "--transformer") if transformer else (config.model, component)
+    place = (transformer, None, "--transformer") if transformer else (config.model, component, "--model")
     original = loading.load_config(*place)
     dtype, kind = world.dtype if config.lora_rank else torch.float32, getattr(diffusers, original["_class_name"])
     prepare = {"lora_rank": config.lora_rank, "lora_targets": lora_targets, "quantized": config.quantize}

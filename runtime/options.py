@@ -204,8 +204,8 @@ def check_options(config) -> None:
     check_ranges(config)
     c, processes = config, config.processes if config.dry_run else find_place().size
     package = importlib.util.find_spec(c.track) if c.track else None
-    found = package and package.origin  # a folder called wandb, as its runs leave it here, is not the package
-    require(not c.track or found, f"--track {c.track} needs the package {c.track}; install it: pip install {c.track}")
+    found = not c.track or bool(package and package.origin)  # a folder called wandb, as its runs leave it, is none
+    require(found, f"--track {c.track} needs the package {c.track}; install it: pip install {c.track}")
     P, G, T, k, window = c.prompts_per_iteration, c.group_size, c.steps, c.keep_best_worst, c.sde_window
     tau, updates = c.timestep_fraction, c.updates_per_rollout
     sde, ratio = getattr(c, "sde", ""), getattr(c, "ratio", "")

@@ -53,7 +53,7 @@ def start(
     before_loading(world)
     metadata = load_metadata(config.prompts)
     with world.in_turn():
-        reward = load_reward(config.reward, config.reward_paths, world.device, metadata, config.reward_batch)
+        reward = load_reward(config.reward, config.reward_paths, str(world.device), metadata, config.reward_batch)
         world.freeze(*reward.models)
     return Run(config, world, folder, prompts, reward, load_models(config, world, folder.init), component, tracker)
 
@@ -212,7 +212,7 @@ class Samples:
 
     SHOWN = 8  # are saved; all are scored
 
-    def __init__(self, config, world: World, prompts: list[str], draw: Callable, shape: tuple, reward, fps=None):
+    def __init__(self, config, world: World, prompts: list[str], draw, shape: Sequence[int], reward, fps=None):
         self.folder, self.seed, self.micro_batch = Path(config.output_dir, "samples"), config.seed, config.micro_batch
         self.prompts, self.draw, self.shape, self.reward = prompts[: config.num_samples], draw, shape, reward
         self.world, self.fps = world, fps

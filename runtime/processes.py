@@ -1,6 +1,7 @@
 """Processes, sharding, gradients, EMA."""
 
 import contextlib
+import math
 import os
 import signal
 import warnings
@@ -8,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class World:
     shard_size: int = 1  # processes that share one copy of the trained network
     offload: bool = False  # frozen models wait in host memory
     mesh: DeviceMesh | None = None  # (replicate, shard) if the network is sharded
-    patient: dist.ProcessGroup | None = None  # all processes, with no limit of time
+    patient: Any = None  # a process group: all processes, with no limit of time
     poll: Callable[[], None] = lambda: None  # called between chunks of work, on every process equally often
 
     @property
@@ -52,9 +53,9 @@ class World:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def mean(self, x: Tensor) -> float:
+    def mean(self, x: Tensor | float) -> float:
         """The mean of a 0-d tensor over all processes."""
-        return self.gather(x.view(1)).mean().item()
+        return self.gather(torch.as_tensor(x).view(1)).mean().item()
 
     def share(self, count: int) -> list[int]:
         """This process's part of 0 … count - 1. All parts are equally long, so the last indices may be repeated."""
@@ -264,13 +265,13 @@ def average_gradients(network: nn.Module) -> None:
 
 def finite_norm(norm: Tensor, iteration: int) -> float:
     """The norm that `clip_grad_norm_` returned. One that is not finite ends the run, before any weight changes."""
-    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     require(
-        np.isfinite(norm),
-        f"the loss or its gradient became {norm} in iteration {iteration + 1}; start again with a lower "
+        math.isfinite(value),
+        f"the loss or its gradient became {value} in iteration {iteration + 1}; start again with a lower "
         "--learning-rate or --max-grad-norm in another --output-dir; the checkpoints saved so far are intact",
     )
-    return norm
+    return value
 
 
 class Preemption:

@@ -17,8 +17,9 @@ def quantize(network: nn.Module, kind: str) -> None:
     """Replace a network's frozen linear layers, in place. kind: int8 or nf4."""
     for module in list(network.modules()):
         for name, child in module.named_children():
-            frozen = type(child) is nn.Linear and not child.weight.requires_grad
-            if frozen and (kind == "int8" or child.in_features % BLOCK == 0):
+            if type(child) is not nn.Linear or child.weight.requires_grad:
+                continue
+            if kind == "int8" or child.in_features % BLOCK == 0:
                 setattr(module, name, QuantizedLinear(child, kind))
 
 
@@ -26,6 +27,10 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer. int8: W = codes * scale, a scale for each row (LLM.int8's rows, without its outliers).
     nf4: W = level * scale, a scale for each 64 weights, two levels in a byte.
     """
+
+    codes: Tensor
+    scale: Tensor
+    pairs: Tensor | None
 
     def __init__(self, linear: nn.Linear, kind: str):
         super().__init__()
@@ -61,7 +66,7 @@ class QuantizedProduct(torch.autograd.Function):
     """x W^T + bias. W is dequantized for every pass: autograd would keep it, in full size, from forward to backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, *stored: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor | None, *stored) -> Tensor:
         ctx.save_for_backward(*stored)
         return nn.functional.linear(x, dequantize(*stored), bias)
 
