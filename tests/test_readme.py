@@ -54,7 +54,7 @@ def test_the_readme_is_short():
 
 def test_the_status_stands_before_the_first_command_of_full_size():
     text = read("README.md")
-    assert text.index("not verified (no GPU, no real weights so far)") < text.index("torchrun")
+    assert text.index("not verified (never run on a GPU or with real weights)") < text.index("torchrun")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reading.md"])
@@ -126,11 +126,11 @@ def test_an_equation_stands_in_the_line_that_the_table_names(row):
 
 def test_the_readme_s_figures_are_those_of_the_claims():
     """Base and mean over the seeds, from the files that `python -m claims` made."""
-    found = table("README.md", "| reward (`tiny/hps`)")
+    found = table("README.md", "| reward (tiny HPS)")
     assert len(found) == 2
     for command, claim in (("grpo_flux.py", "quick-start-flux"), ("grpo_sd.py", "quick-start-sd")):
         heldout = json.loads(read(f"claims/results/{claim}.json"))["heldout"]["DanceGRPO"]
-        assert len(heldout["hps"]["gains"]) == 10  # "mean over ten seeds"
+        assert len(heldout["hps"]["gains"]) == 10  # "mean of ten seeds"
         ends = {name: (x["base"], x["base"] + sum(x["gains"]) / len(x["gains"])) for name, x in heldout.items()}
         hps = "{:.2f} → {:.2f}".format(*ends["hps"])
         accuracy = ["{:.0f} → {:.0f} %".format(*(100 * x for x in ends[judge])) for judge in ("geneval", "judged")]
@@ -139,7 +139,7 @@ def test_the_readme_s_figures_are_those_of_the_claims():
 
 def test_the_time_of_the_quick_start_is_what_was_measured():
     measured = json.loads(read("benchmarks/results/commands.json"))
-    assert "Each run takes about two minutes on two CPU cores" in read("README.md") and measured["cores"] == 2
+    assert "each training takes about two minutes on two CPU cores" in read("README.md") and measured["cores"] == 2
     assert all(100 < measured[script]["whole"] < 130 for script in ("grpo_flux", "grpo_sd"))  # seconds
 
 
