@@ -40,6 +40,7 @@ EXPERIMENTS = quick_start.CLAIMS | noise.CLAIMS | timesteps.CLAIMS | best_of_n.C
 EXPERIMENTS |= diversity.CLAIMS | video.CLAIMS | baselines.CLAIMS | faults.CLAIMS | variants.CLAIMS
 EXPERIMENTS |= advantages.CLAIMS
 NAMES = (*EXPERIMENTS, "one-form")
+CLAIMS = tuple(name for name in NAMES if name != "learning-rates")  # which is none
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ if __name__ == "__main__":
         asked = words.pop(0) if words and not words[0].startswith("-") else ""
         cfg = parse_config(Config, {"full": {}}, words)
         if asked == "table":
-            tables.write(NAMES)
+            tables.write(CLAIMS)
         elif asked == "power":
             power.write()
         elif asked:

@@ -13,21 +13,30 @@ from .experiment import EARLY, SPEED, Compare, Experiment, heldout, speed
 from .quick_start import DETECTOR
 
 group_advantages = grpo_flux.group_advantages
-NOISE = 0.05  # standard deviation of what is added to a score; HPS varies by 0.1 within a group
+NOISE = 0.2  # standard deviation of what is added to a score; HPS varies by 0.1 within a group
 HPS, CHECKER = "HPS on held-out prompts (cosine)", "checker accuracy, held-out"
 
 
-def noisy(r: Tensor) -> Tensor:
-    """Scores (B,) plus noise that is a function of them, so that a resumed run adds the same."""
+def noise_of(r: Tensor, shape: tuple) -> Tensor:
+    """Standard normal, a function of the scores, so that a resumed run draws the same."""
     rng = np.random.default_rng(zlib.crc32(r.cpu().numpy().tobytes()))
-    return r + NOISE * torch.from_numpy(rng.standard_normal(len(r), dtype=np.float32)).to(r.device)
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32)).to(r.device)
+
+
+def noisy(r: Tensor) -> Tensor:
+    """What a noisy judge says of scores (B,)."""
+    return r + NOISE * noise_of(r, r.shape)
 
 
 def win_rates(r: Tensor, group_size: int) -> Tensor:
-    """The share of the others in its group that a sample beats; a tie counts half. (B,) → (B,), in [0, 1]."""
+    """The share of the others in its group that a sample beats, where the judge is as noisy and sees each pair once.
+
+    (B,) → (B,), in [0, 1].
+    """
     r = r.view(-1, group_size)
-    lead = r[:, :, None] - r[:, None]  # (P, G, G)
-    return (((lead > 0) + 0.5 * (lead == 0)).sum(2) - 0.5).flatten() / (group_size - 1)  # without the tie with itself
+    noise = noise_of(r, (*r.shape, group_size))  # of a pair: the difference of two judgements
+    lead = r[:, :, None] - r[:, None] + NOISE * (noise - noise.mT)
+    return ((lead > 0).float().sum(2) / (group_size - 1)).flatten()
 
 
 def of_noisy_scores(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
@@ -35,7 +44,7 @@ def of_noisy_scores(rewards: dict, weights: dict, group_size: int, clip: float) 
 
 
 def of_noisy_wins(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
-    wins = {name: win_rates(noisy(r), group_size) for name, r in rewards.items()}
+    wins = {name: win_rates(r, group_size) for name, r in rewards.items()}
     return group_advantages(wins, weights, group_size, clip)
 
 
@@ -46,7 +55,7 @@ def of_sum(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor
 
 
 def gdpo(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
-    """The paper's sum of normalised rewards, normalised once more over the batch."""
+    """The paper's sum of normalised rewards, normalised again over the batch: one factor, which AdamW ignores."""
     A = group_advantages(rewards, weights, group_size, torch.inf)
     return ((A - A.mean()) / (A.std() + 1e-8)).clamp(-clip, clip)
 
@@ -66,7 +75,7 @@ BOTH = EARLY | {"reward": "hps,geneval", "reward_paths": f"hps=tiny/hps,{DETECTO
 CURVE = ("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)")
 CLAIMS = {
     "win-rates": Experiment(
-        says="When scores are noisy, win rates within the group teach more than the scores (Pref-GRPO)",
+        says="With a judge that is noisier than scores differ, win rates over pairs teach more than scores (Pref-GRPO)",
         trainer="grpo_flux",
         preset="tiny",
         arms={
@@ -78,7 +87,7 @@ CLAIMS = {
         curves=(CURVE,),
     ),
     "two-rewards": Experiment(
-        says="HPS is learned less when it is added to GenEval's 0 or 1 before both are normalised (Algorithm 1)",
+        says="HPS is learned more slowly if it is added to GenEval's 0 or 1 before normalisation (Algorithm 1)",
         trainer="grpo_flux",
         preset="tiny",
         arms={

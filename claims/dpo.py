@@ -14,7 +14,7 @@ from runtime.options import require
 from .policy import Policy
 
 BETA = 5000.0  # of Diffusion-DPO, on errors that are means over the latent's elements
-DRAWS = 12  # noises for each pair: with them an iteration costs what one of GRPO does in the tiny preset
+DRAWS = 12  # noises for each pair
 
 
 def dpo_loss(error, reference_error, beta: float):

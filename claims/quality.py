@@ -19,9 +19,10 @@ def judge() -> tuple[HPSReward, Tensor]:
 
 @torch.no_grad()
 def quality(images: Tensor, prompts: list[str]) -> Tensor:
-    """HPS of each image with the training prompt that fits it best, whatever its own is. → (B,), a cosine."""
+    """HPS of each image with what fits it best: a training prompt, or its own, where that is none. → (B,), a cosine."""
     from torchvision.transforms.functional import normalize
 
     hps, texts = judge()
     pixels = normalize(resize(images.cpu().float(), hps.size, hps.mode), hps.mean, hps.std)
-    return (hps.model.encode_image(pixels, normalize=True) @ texts.T).amax(1)
+    image, own = hps.features(pixels, list(prompts))
+    return torch.maximum((image @ texts.T).amax(1), (image * own).sum(1))

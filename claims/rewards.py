@@ -3,8 +3,8 @@
 from .experiment import Compare, Experiment, gain, heldout
 
 GAIN = "gain in HPS on held-out prompts (cosine)"
-QUALITY, CLIP = "quality on held-out prompts (cosine)", "CLIP on held-out prompts (cosine)"
-JUDGED = "accuracy by the second judge, held-out (share)"
+QUALITY, CLIP = (f"gain in {name} on held-out prompts (cosine)" for name in ("quality", "CLIP"))
+JUDGED = "gain in accuracy by the second judge, held-out (share)"
 CHECKER = "checker accuracy, held-out"
 THRESHOLD = 0.4  # above the mean of both base models, below that of the trained ones
 
@@ -22,20 +22,21 @@ def binary(trainer: str) -> Experiment:
 
 
 def both(trainer: str, paper: str) -> Experiment:
-    """The tiny HPS and CLIP are near copies, so that HPS judges quality alone here: see `claims.quality`."""
+    """The tiny HPS and CLIP are near copies, so here HPS judges quality alone: see `claims.quality`."""
     place = "claims/quality.py:quality"
     metrics = f"hps,clip,geneval,tiny/make_judge.py:judged,{place}"
     return Experiment(
         paper=paper,
-        says=f"CLIP beside a reward for quality costs a little quality and keeps pictures true (Fig. 1, 9), {trainer}",
+        says=f"A reward for quality alone forgets the prompt, with CLIP beside it it does not (Fig. 1, 9), {trainer}",
         trainer=trainer,
         preset="tiny",
         arms={"quality": {"reward": place}, "quality and CLIP": {"reward": f"{place}:0.7,clip:1.4"}},
-        measures={JUDGED: heldout("judged"), CLIP: heldout("clip"), QUALITY: heldout("quality")},
+        measures={JUDGED: gain("judged"), CLIP: gain("clip"), QUALITY: gain("quality")},
         compares=(
             Compare(JUDGED, "quality and CLIP", "quality"),
+            Compare(JUDGED, "quality and CLIP"),
             Compare(CLIP, "quality and CLIP", "quality"),
-            Compare(QUALITY, "quality and CLIP", "quality", by=-0.03),
+            Compare(QUALITY, "quality", "quality and CLIP", margin=0.02),
         ),
         curves=(("iteration", "sample_reward_quality", "quality of sample pictures (cosine)"),),
         heldout={"preset": "tiny", "metrics": metrics},

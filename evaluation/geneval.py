@@ -122,7 +122,7 @@ class GenEvalReward:
     def fetch(path: str | None, clip: str = CLIP) -> None:
         """Fetch the files of a detector from the hub, where the cache lacks them."""
         for source in getattr(find_detector(path, clip), "sources", ()):
-            loading.find_folder(source, "--detector", pipeline=False)
+            loading.find_folder(source, "GenEval's detector", pipeline=False)
 
 
 def find_metadata(prompt: str, row: dict, detector) -> dict:
@@ -198,7 +198,7 @@ class Mask2FormerDetector:
     def load(self, device) -> None:
         self.device = device
         try:
-            path, clip_path = (loading.find_folder(source, "--detector", pipeline=False) for source in self.sources)
+            path, clip_path = (loading.find_folder(x, "GenEval's detector", pipeline=False) for x in self.sources)
             self.model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(path).to(device).eval()
             self.clip = transformers.CLIPModel.from_pretrained(clip_path).to(device).eval()
             self.tokenizer = rewards.load_tokenizer(clip_path, "CLIPTokenizer")

@@ -178,12 +178,12 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
     first_frames.jsonl; without it the images are those in --prompts, if that is such a JSONL file. A picture that is
-    not listed has a name of its own in the folder, where `paint_first_frames` makes it, with a --first-frame-model.
+    not listed is FOLDER/HASH.png; `paint_first_frames` makes it, given a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
     source, listed = Path(config.first_frames or config.prompts), {}
     index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
-    painter = "" if index == source else config.first_frame_model  # somebody else's file is not added to
+    painter = "" if index == source else config.first_frame_model  # a JSONL file is no folder to paint into
     require(
         index == source or bool(config.first_frames),
         "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
@@ -217,6 +217,7 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
 
     missing = world.from_main([(prompt, path) for prompt, path in pictures.items() if not path.exists()])
     if not missing:
+        require_there(pictures)
         return
     with world.in_turn():
         pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")
@@ -228,3 +229,9 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
     del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room
     world.barrier()
+    require_there(pictures)
+
+
+def require_there(pictures: dict[str, Path]) -> None:
+    lost = [path for path in pictures.values() if not path.is_file()]
+    require(not lost, f"{lost[:1]} is not here; --first-frames must be on a file system that all machines share")

@@ -1,15 +1,15 @@
-"""What --dry-run must know of the models: their configurations, sizes and conditions; without weights."""
+"""What --dry-run needs to know about the models: their configurations, sizes and conditions; without weights."""
 
-import math
+import importlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import families, loading
-from .lora import shapes_in
-from .options import Lazy, require
+from .options import Lazy, check_options, require
 from .processes import compute_dtype
 
 diffusers = Lazy("diffusers")
@@ -23,6 +23,7 @@ VAE |= dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDec
 
 
 def stable_diffusion(cfg) -> dict:
+    check_options(cfg)
     kind, dtype = diffusers.UNet2DConditionModel, compute_dtype(cfg.dtype)
     config = config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = config_of(diffusers.AutoencoderKL, cfg.model, "vae", **VAE)
@@ -37,6 +38,7 @@ def stable_diffusion(cfg) -> dict:
 
 def flux(cfg) -> tuple[int, dict]:
     """→ rows of image tokens, and the arguments."""
+    check_options(cfg)
     kind, dtype, length = diffusers.FluxTransformer2DModel, compute_dtype(cfg.dtype), cfg.max_sequence_length
     config = config_of(kind, cfg.model, "transformer", guidance_embeds=True)
     vae = config_of(diffusers.AutoencoderKL, cfg.model, "vae", **VAE, latent_channels=16, shift_factor=0.1159)
@@ -53,6 +55,8 @@ def flux(cfg) -> tuple[int, dict]:
 
 
 def video(cfg) -> dict:
+    check_options(cfg)
+    loading.check_path("--model", cfg.model)
     default = families.Wan if cfg.model.startswith("Wan-AI/") else families.HunyuanVideo
     folder = here(cfg.model, "model_index.json")
     family = families.PIPELINES.get(loading.pipeline_index(folder)["_class_name"], default) if folder else default
@@ -100,10 +104,22 @@ def here(path: str, file: str) -> str:
     return found.removesuffix(f"/{file}") if isinstance(found, str) else ""
 
 
-def frozen_parameters(path: str, known: dict[str, int]) -> dict[str, int]:
-    """Parameters of each frozen network of a pipeline, by its files' headers; those `known` where it has none here."""
-    folder, counts = here(path, "model_index.json"), dict(known)
-    for name in known if folder else ():
-        if files := loading.weight_files(Path(folder, name)):
-            counts[name] = sum(math.prod(shape) for file in files for shape in shapes_in(file).values())
+def frozen_parameters(path: str, known: dict[str, int], trained: Sequence[str] = ("transformer", "unet")) -> dict:
+    """Parameters of each network of a pipeline but the trained one; where its files are not here, those `known`."""
+    folder = here(path, "model_index.json")
+    if not folder:
+        return known
+    counts = {}
+    for name, (library, class_name) in loading.component_names(Path(folder, "model_index.json"), "--model").items():
+        if name in trained or name.startswith("tokenizer") or library not in ("diffusers", "transformers"):
+            continue
+        model_class = getattr(importlib.import_module(library), class_name)
+        if issubclass(model_class, nn.Module):
+            with torch.device("meta"):
+                if library == "diffusers":
+                    model = model_class.from_config(loading.load_config(folder, name))
+                else:
+                    load = model_class.config_class.from_pretrained
+                    model = model_class(loading.load_pretrained(load, f"{folder}/{name}"))
+            counts[name] = sum(parameter.numel() for parameter in model.parameters())
     return counts

@@ -27,16 +27,16 @@ from torch.utils._pytree import tree_leaves
 
 from rewards import parse_paths
 
-from . import dryreward, loading, processes
+from . import drymodels, dryreward, loading, processes
 from .checkpoints import GIB, checkpoint_bytes, disk_needed, refuse_foreign
 from .data import PromptCache
 from .files import write_atomically
 from .memory import training_bytes
-from .options import check_options
 
 NODE = 8  # processes of a node
 CUDA_CONTEXT = 1.0  # GiB of GPU memory of a process beside its tensors: CUDA, NCCL, workspaces (an estimate)
 HOST_PROCESS = 2.5  # GiB of host memory of a process beside its models: Python, torch, CUDA (an estimate)
+PAINTER = {"FLUX.1-dev": 16_870_599_139}  # parameters of the pipeline that paints first frames
 FLOPS = flop_counter.flop_registry | {  # attention on the CPU has names of its own, which older torch does not count
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
@@ -140,7 +140,6 @@ def run(
     vae, decode   the VAE's class and configuration, and (VAE, z (M, *shape)) → images or videos, the trainer's own
     fits_whole    what --shard-size 0 means, as for `processes.start_world`
     """
-    check_options(cfg)
     refuse_foreign(Path(cfg.output_dir))
     node = min(cfg.processes, NODE)
     shard_size = processes.choose_shard_size(cfg.shard_size, cfg.processes, node, fits_whole)
@@ -159,6 +158,8 @@ def run(
         frames = getattr(cfg, "frames", 1)
         visual = torch.empty(1, *([frames] if frames > 1 else []), 3, cfg.height, cfg.width)
         fps, folders = getattr(cfg, "fps", None), parse_paths(cfg.reward_paths)
+        painter = getattr(cfg, "first_frame_model", "")
+        painting = sum(drymodels.frozen_parameters(painter, PAINTER, ()).values()) * dtype.itemsize if painter else 0
         reward_bytes, scoring = dryreward.measure(cfg.reward, folders, visual, fps, counter)
 
     # What this process does in an iteration: B samples drawn, and their pairs (sample, step) trained.
@@ -196,7 +197,7 @@ def run(
         peak = max(sum(parts.values()) - waiting, at_rest - waiting + waits)
     public, state = checkpoint_bytes(cfg, whole, measured["trainable"], dtype)
     # What a process of a node reads into host memory at a time: of a reward its file and its model.
-    read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0)
+    read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0), painting
     host = max(*read, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.

@@ -29,15 +29,18 @@ FINGERPRINTED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".model
 def fingerprint(path: str) -> str:
     """A hash of a file, or of the configs and weights in a folder, by which a change is noticed; "" of a hub id.
 
-    Of each file it covers the size and the first 8 MiB.
+    Of a file above 8 MiB it covers the size and three parts of 1 MiB: the first, the middle and the last.
     """
-    place, digest = Path(path).expanduser(), hashlib.sha256()
+    place, digest, mib = Path(path).expanduser(), hashlib.sha256(), 2**20
     files = sorted(p for p in place.rglob("*") if p.suffix in FINGERPRINTED) if place.is_dir() else [place]
     files = [file for file in files if file.is_file()]
     for file in files:
-        digest.update(f"{file.relative_to(place)} {file.stat().st_size}\n".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(place)} {size}\n".encode())
         with file.open("rb") as content:
-            digest.update(content.read(2**23))
+            for start, length in [(0, size)] if size <= 8 * mib else [(0, mib), (size // 2, mib), (size - mib, mib)]:
+                content.seek(start)
+                digest.update(content.read(length))
     return digest.hexdigest() if files else ""
 
 

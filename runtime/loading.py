@@ -81,7 +81,7 @@ def choose_files(files: Iterable[str], parts: Sequence[str], weights=True, index
         shards = next(filter(None, copies), [])
         wanted += [f"{part}/{name}".lstrip("/") for name in small + shards]
         count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
-        if not small:
+        if not small or not (part or "config.json" in small):
             lacking = lacking or part or "config.json"
         elif "tokenizer_config.json" in small and not VOCABULARY & set(small):
             lacking = lacking or f"{part}/tokenizer.json".lstrip("/")
@@ -275,9 +275,13 @@ def load_pipeline(pipeline_class: type, path: str, world: World, option: str = "
     world.freeze(*(part for part in pipe.components.values() if isinstance(part, nn.Module)))
     pipe.register_modules(**networks)
     pipe.set_progress_bar_config(disable=True)
-    # It would warn of every prompt that is longer than an encoder takes, in every iteration.
-    logging.getLogger(type(pipe).__module__).addFilter(lambda record: "input was truncated" not in str(record.msg))
+    logging.getLogger(type(pipe).__module__).addFilter(is_worth_saying)
     return pipe
+
+
+def is_worth_saying(record: logging.LogRecord) -> bool:
+    """Not that a prompt is longer than an encoder takes, in every iteration."""
+    return "input was truncated" not in str(record.msg)
 
 
 def empty_network(network_class: type, config: dict, **prepare) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
 
 
-def config_of(network) -> Any:
+def lora_config(network) -> Any:
     """peft's LoraConfig of a network that has a LoRA."""
     return network.peft_config["default"]
 
@@ -24,7 +24,7 @@ def public_lora(network: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[st
     """
     from peft import get_peft_model_state_dict
 
-    config = config_of(network)
+    config = lora_config(network)
     scale = config.lora_alpha / config.r
     layers = with_b_times(scale, get_peft_model_state_dict(network, weights))
     return layers, config.to_dict() | {"lora_alpha": config.r}
@@ -55,7 +55,7 @@ def load_adapter(network: nn.Module, file: Path) -> None:
     """Copy a LoRA file's weights into a network's. Names in the file begin with the component's."""
     from peft import set_peft_model_state_dict
 
-    config = config_of(network)
+    config = lora_config(network)
     scale = config.lora_alpha / config.r
     weights = {name.partition(".")[2]: weight for name, weight in read_lora(file).items()}
     set_peft_model_state_dict(network, with_b_times(1 / scale, weights))

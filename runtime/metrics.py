@@ -1,4 +1,4 @@
-"""metrics.jsonl: what an iteration was like, and how it went so far."""
+"""metrics.jsonl, a line per iteration, and reward.png, its curves."""
 
 import json
 from functools import partial

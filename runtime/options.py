@@ -166,7 +166,7 @@ def require(condition: bool, message: str) -> None:
         raise RunError(message)
 
 
-# The types of options, each with its ranges: in words, for the error, and as a test. What is not finite is in none.
+# The types of options, each with its ranges: in words, for the error, and as a test. No range contains NaN.
 MOST = ("at most 10**9", lambda x: x <= 10**9)
 Count = typing.Annotated[int, ("at least 1", lambda x: x >= 1), MOST]
 Natural = typing.Annotated[int, ("0 or more", lambda x: x >= 0), MOST]
@@ -204,7 +204,7 @@ def check_options(config) -> None:
     check_ranges(config)
     c, processes = config, config.processes if config.dry_run else find_place().size
     package = importlib.util.find_spec(c.track) if c.track else None
-    found = not c.track or bool(package and package.origin)  # a folder called wandb, as its runs leave it, is none
+    found = not c.track or bool(package and package.origin)  # a folder wandb of its runs is not the package
     require(found, f"--track {c.track} needs the package {c.track}; install it: pip install {c.track}")
     P, G, T, k, window = c.prompts_per_iteration, c.group_size, c.steps, c.keep_best_worst, c.sde_window
     tau, updates = c.timestep_fraction, c.updates_per_rollout

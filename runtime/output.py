@@ -102,7 +102,7 @@ class Run:
                 self.seconds, self.last = {}, time.perf_counter()
                 yield iteration
             if self.world.is_main:
-                print(self.metrics.gain(), flush=True)
+                print(self.metrics.gain())
                 checkpoint = str(Path(self.config.output_dir, name_of(max(self.done, self.config.iterations))))
                 command = shlex.join(["python", "eval.py", "--checkpoint", checkpoint])
                 print(
@@ -150,7 +150,8 @@ class Run:
         self.intact = False
 
     def save(self) -> None:
-        """Save a checkpoint of the iterations that are done."""
+        """Redraw the curves, and save a checkpoint of the iterations that are done."""
+        self.metrics.draw()
         of_run = {"config": self.config, "checkpoints": self.checkpoints, "iteration": self.done, "row": self.row}
         self.checkpoints.save(self.config.output_dir, self.done, partial(write_card, **of_run))
         self.saved = self.done
@@ -173,11 +174,10 @@ class Run:
         self.check_spread(row["zero_variance_groups"] == c.prompts_per_iteration)
         self.done, self.row, self.intact = done, row, True
         self.poll()
-        saving = done == c.iterations or done % c.save_every == 0
-        if drawn or saving:
-            self.metrics.draw()
-        if saving:
+        if done == c.iterations or done % c.save_every == 0:
             self.save()
+        elif drawn:
+            self.metrics.draw()
 
     def check_spread(self, flat: bool) -> None:
         """Say so when no group has had any spread of rewards for ten iterations: then nothing is learned."""

@@ -280,7 +280,7 @@ def test_a_trial_leaves_the_results_alone(tmp_path, monkeypatch, capsys):
 def test_the_tables_in_results_md_say_what_the_files_say():
     for page in ("claims/README.md", "RESULTS.md"):
         written = (tables.ROOT / page).read_text(encoding="utf-8")
-        assert written == tables.filled(written, command.NAMES), "run python -m claims table"
+        assert written == tables.filled(written, command.CLAIMS), "run python -m claims table"
     places = [name for _, name, _ in tables.PLACE.findall(written)]
     others = {"verdicts", "parts", "throughput", "commands", "full_size", "tiny"}
     assert others < set(places) <= others | set(command.EXPERIMENTS)
@@ -403,10 +403,31 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
         assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
-def test_a_win_rate_is_the_share_of_the_others_that_a_sample_beats():
-    r = torch.tensor([0.1, 0.3, 0.2, 0.3, 5.0, 1.0, 1.0, 1.0])  # two groups of 4, with ties
-    expected = [0, 2.5 / 3, 1 / 3, 2.5 / 3, 1, 1 / 3, 1 / 3, 1 / 3]
-    assert advantages.win_rates(r, 4).tolist() == pytest.approx(expected)
+def test_a_win_rate_is_the_share_of_the_others_that_a_sample_beats(monkeypatch):
+    r = torch.tensor([0.1, 0.3, 0.2, 0.4, 50.0, 10.0, 20.0, 30.0])  # two groups of 4
+    noisy = advantages.win_rates(r[:4].repeat(500), 4)
+    assert noisy.view(-1, 4).sum(1).tolist() == pytest.approx([2] * 500)  # of 6 pairs, each has one winner
+    mean = noisy.view(-1, 4).mean(0)
+    assert mean[0] < mean[2] < mean[1] < mean[3] and mean[0] > 0.2 and mean[3] < 0.8
+    beats = torch.distributions.Normal(0, 1).cdf(torch.tensor([0.3, 0.1, 0.2]) / (2**0.5 * advantages.NOISE)).mean()
+    assert mean[3].item() == pytest.approx(beats.item(), abs=0.03)
+    monkeypatch.setattr(advantages, "NOISE", 0.0)
+    assert advantages.win_rates(r, 4).tolist() == pytest.approx([0, 2 / 3, 1 / 3, 1, 1, 0, 1 / 3, 2 / 3])
+
+
+def test_arms_that_are_compared_at_equal_cost_cost_the_same():
+    """Evaluations of an iteration, as the loops report them; see test_a_baseline_trains… for these formulas."""
+    of_preset = grpo_sd.Config(**grpo_sd.PRESETS["tiny"])
+    B, T, grpo = 64, of_preset.steps, experiment.evaluations(vars(of_preset))
+    assert of_preset.prompts_per_iteration * of_preset.group_size == B
+    cost = {"GRPO": grpo, "DDPO": B * T + 3 * B * 3, "ReFL": B * (T - 1.5 + 3), "online DPO": B * T + 8 * dpo.DRAWS * 4}
+    for name, arm in command.EXPERIMENTS["baselines-hps"].arms.items():
+        total = arm.get("iterations", of_preset.iterations) * cost[name]
+        assert total == pytest.approx(of_preset.iterations * grpo, rel=0.01)
+    arms = command.EXPERIMENTS["forward"].arms
+    of_preset = grpo_flux.Config(**grpo_flux.PRESETS["tiny"])
+    total = arms["GRPO"]["iterations"] * experiment.evaluations(vars(of_preset))
+    assert all(arms[x]["iterations"] * B * (6 + 4 * 3) == pytest.approx(total, rel=0.01) for x in ("NFT", "AWM"))
 
 
 def test_noise_of_scores_is_a_function_of_them():
@@ -432,7 +453,9 @@ def test_the_reward_for_quality_does_not_depend_on_the_prompt():
     hps = load_reward("hps", {"hps": "tiny/hps"})
     prompts = Path("prompts/tiny.txt").read_text().splitlines()
     best = torch.stack([hps(images, [prompt] * 3)["hps"] for prompt in prompts]).amax(0)
-    assert quality(images, ["x"] * 3).tolist() == pytest.approx(best.tolist(), abs=1e-5)
+    assert quality(images, prompts[:3]).tolist() == pytest.approx(best.tolist(), abs=1e-5)
+    own = hps(images, ["one of its own"] * 3)["hps"]
+    assert quality(images, ["one of its own"] * 3).tolist() == pytest.approx(best.maximum(own).tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("loop", ["claims.refl", "claims.dpo"])

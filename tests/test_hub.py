@@ -209,6 +209,8 @@ def test_the_copy_that_is_chosen(files, expected):
 def test_a_pipeline_without_its_index_is_not_whole():
     files, parts = ["unet/config.json", "unet/model.safetensors"], ["unet"]
     assert loading.choose_files(files, parts) == (files, "")
+    cached = ["tokenizer_config.json", "tokenizer.json"]  # of a network whose tokenizer alone was fetched before
+    assert loading.choose_files(cached, [""])[1] == "config.json"
     assert loading.choose_files(files, parts, index="model_index.json")[1] == "model_index.json"
     whole = ["model_index.json", *files]
     assert loading.choose_files(whole, parts, index="model_index.json") == (whole, "")

@@ -291,6 +291,9 @@ def test_first_frames_are_painted_once_and_kept(tmp_path, monkeypatch):
     data.paint_first_frames(config, again, world)
     assert again == {prompt: first[prompt] for prompt in again}
     assert made == {path: path.stat().st_mtime_ns for path in first.values()}
+    elsewhere = {prompt: tmp_path / "elsewhere" / path.name for prompt, path in again.items()}
+    with pytest.raises(RunError, match="must be on a file system that all machines share"):
+        data.require_there(again | elsewhere)  # what a machine sees that has another folder
 
 
 def test_first_frames_may_stand_beside_their_prompts(tmp_path):

@@ -64,8 +64,6 @@ def test_tensorboard(tmp_path):
     shown = Image.open(io.BytesIO(events.Images("samples")[-1].encoded_image_string))
     saved = Image.open(tmp_path / "out" / "samples" / "000002.png")
     assert np.array_equal(np.array(shown), np.array(saved.convert("RGB")))
-    film = Image.open(io.BytesIO(events.Images("film")[-1].encoded_image_string))
-    assert film.format == "GIF" and film.n_frames == 5
 
 
 @pytest.mark.slow
