@@ -136,7 +136,6 @@ AXES = {  # of a plot: its label, and iterations (n,) of a run → positions (n,
         "evaluations of the network, thousands",
         lambda run, x: sums([row.get("evaluations", evaluations(run.config)) / 1000 for row in run.rows])[x],
     ),
-    "seconds": ("training, seconds", lambda run, x: sums([row["seconds"] for row in run.rows])[x]),
 }
 
 

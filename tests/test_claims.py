@@ -100,7 +100,7 @@ def test_evaluations_of_the_network(changes, expected):
 def test_positions_on_the_axes():
     run, x = a_run(), np.array([0, 10, 20])
     found = {name: place(run, x).tolist() for name, (_, place) in experiment.AXES.items()}
-    assert found["iteration"] == [0, 10, 20] and found["seconds"] == [0, 30, 60]
+    assert found["iteration"] == [0, 10, 20]
     assert found["evaluations"] == pytest.approx([0, 7.68, 15.36])
     for row in run.rows:
         row["evaluations"] = 100  # as a baseline counts them itself
@@ -180,7 +180,7 @@ def test_the_verdicts_are_right_and_decide():
 CLAIM = Experiment(
     says="a is better than b (Fig. 0)", trainer="test_claims", preset="p", arms={"a": {"eta": 2.0}, "b": {}},
     measures={"HPS (cosine)": experiment.heldout("hps")}, compares=(Compare("HPS (cosine)", "a", "b"),),
-    curves=(("seconds", "score", "score (points)"),),
+    curves=(("iteration", "score", "score (points)"),),
 )  # fmt: skip
 ARMS = {
     "a": [a_run(0, 3, 6, 0.5), a_run(0, 4, 7, 0.6), a_run(0, 5, 11, 0.71)],
@@ -192,7 +192,7 @@ def test_a_result_has_every_seed_and_the_verdict():
     result = experiment.summarize(CLAIM, ARMS)
     assert result["verdict"] == HOLDS and result["parts"][0]["values"] == [pytest.approx([0.2, 0.2, 0.21])]
     assert result["measures"] == {"a": {"HPS (cosine)": [0.5, 0.6, 0.71]}, "b": {"HPS (cosine)": [0.3, 0.4, 0.5]}}
-    assert result["curves"][0]["arms"]["a"] == {"x": [0, 30, 60], "y": [[0, 3, 6], [0, 4, 7], [0, 5, 11]]}
+    assert result["curves"][0]["arms"]["a"] == {"x": [0, 10, 20], "y": [[0, 3, 6], [0, 4, 7], [0, 5, 11]]}
     assert result["heldout"]["a"]["hps"]["base"] == pytest.approx(0.2)
     assert result["arms"]["a"] == {"trainer": "test_claims", "preset": "p", "eta": 2.0}
     assert experiment.report(result).splitlines() == [
@@ -206,11 +206,11 @@ def test_the_plot_has_axes_with_units_and_bands_over_the_seeds(tmp_path, monkeyp
     monkeypatch.setattr(experiment, "save_figure", lambda figure, path: (saved.append(figure), save(figure, path)))
     experiment.draw(experiment.summarize(CLAIM, ARMS), tmp_path / "a.png")
     curves, dots = saved[0].axes
-    assert (curves.get_xlabel(), curves.get_ylabel()) == ("training, seconds", "score (points)")
+    assert (curves.get_xlabel(), curves.get_ylabel()) == ("iteration", "score (points)")
     assert (dots.get_xlabel(), dots.get_ylabel()) == ("arm", "HPS (cosine)")
     assert [label.get_text() for label in dots.get_xticklabels()] == ["a", "b"]
     assert curves.lines[0].get_ydata().tolist() == [0, 4, 8]  # the mean
-    at_the_end = {y for x, y in curves.collections[0].get_paths()[0].vertices if x == 60}
+    at_the_end = {y for x, y in curves.collections[0].get_paths()[0].vertices if x == 20}
     assert at_the_end == {6, 11}  # the range
     assert dots.lines[0].get_ydata().tolist() == [0.5, 0.6, 0.71]
     assert Image.open(tmp_path / "a.png").width > 900 and not list(tmp_path.glob("*.part*"))
