@@ -234,4 +234,5 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
 
 def require_there(pictures: dict[str, Path]) -> None:
     lost = [path for path in pictures.values() if not path.is_file()]
-    require(not lost, f"{lost[:1]} is not here; --first-frames must be on a file system that all machines share")
+    first = (lost or [""])[0]
+    require(not lost, f"{first} is not here; --first-frames must be on a file system that all machines share")
