@@ -103,7 +103,7 @@ class Config:
 TINY = dict(
     model="tiny/sd", reward_paths="hps=tiny/hps,clip=tiny/clip", prompts="prompts/tiny.txt", output_dir="runs/tiny-sd",
     height=64, width=64, iterations=23, prompts_per_iteration=8, group_size=8, steps=6, timestep_fraction=0.6,
-    updates_per_rollout=4, clip_range=1e-3, micro_batch=64, learning_rate=2e-4, guidance=2.0, num_samples=64,
+    updates_per_rollout=4, clip_range=3e-3, micro_batch=64, learning_rate=2e-4, guidance=2.0, num_samples=64,
 )  # fmt: skip
 PRESETS = {
     "release": {},
