@@ -193,8 +193,7 @@ def resize(images: Tensor, size: int, mode: str) -> Tensor:
     sides = images.shape[-2:]
     scale = size / (max(sides) if mode == "longest" else min(sides))
     shape = [size, size] if mode == "squash" else [round(side * scale) for side in sides]
-    images = TF.resize(images, shape, TF.InterpolationMode.BICUBIC)
-    return TF.center_crop(images, [size, size])  # pads what is too small
+    return TF.center_crop(TF.resize(images, shape, TF.InterpolationMode.BICUBIC), [size, size])  # pads what is small
 
 
 # ---------------------------------------------------------------------------------------------------- video rewards
@@ -453,11 +452,14 @@ def parse_spec(spec: str) -> list[Term]:
     return terms
 
 
+def split_paths(text: str) -> dict[str, str]:
+    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}, unchecked."""
+    return {name: path for name, _, path in (x.strip().partition("=") for x in text.split(",") if x.strip())}
+
+
 def parse_paths(paths: str | dict[str, str]) -> dict[str, str]:
-    """ "hps=DIR,clip=DIR" → {"hps": DIR, "clip": DIR}. Raises RewardError on names and paths that cannot be."""
-    if isinstance(paths, str):
-        parts = [part.strip().partition("=") for part in paths.split(",") if part.strip()]
-        paths = {name: path for name, _, path in parts}
+    """`split_paths`. Raises RewardError on a name that is no reward model, or a path that is no folder or hub id."""
+    paths = split_paths(paths) if isinstance(paths, str) else paths
     for name, path in paths.items():
         given, known = f"reward path {name}={path}", ", ".join(LOADERS)
         require(name in LOADERS, f"{given}: {name!r} is no reward model; known: {known}")
@@ -708,8 +710,7 @@ def first_line(error: Exception) -> str:
 
 
 def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str = "") -> None:
-    """Raise RewardError unless there is a prompt for each image or video and, given dims ("3, H, W" or "F, 3, H, W"),
-    each has these and is in [0, 1]."""
+    """Raise RewardError unless each has a prompt and, given dims ("3, H, W" or "F, 3, H, W"), these, within [0, 1]."""
     fine = not isinstance(prompts, str) and len(prompts) == len(visuals)
     require(fine, f"{name}: one prompt per image or video, got {len(visuals)} and prompts {prompts!r:.80}")
     advice = "NaN comes from the model that drew them: lower the learning rate, the guidance or eta"

@@ -1,7 +1,6 @@
 """Other advantages, on grpo_flux.py: win rates (Pref-GRPO, 2508.20751), summed scores, and GDPO (2601.05242)."""
 
 import zlib
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -9,12 +8,14 @@ from torch import Tensor
 
 import grpo_flux
 
-from .experiment import EARLY, SPEED, Compare, Experiment, heldout, speed
+from .experiment import EARLY, SPEED, Compare, heldout
+from .policy import flux_with
 from .quick_start import DETECTOR
+from .variants import flux
 
 group_advantages = grpo_flux.group_advantages
 NOISE = 0.2  # standard deviation of what is added to a score; HPS varies by 0.1 within a group
-HPS, CHECKER = "HPS on held-out prompts (cosine)", "checker accuracy, held-out"
+CHECKER = "checker accuracy, held-out"
 
 
 def noise_of(r: Tensor, shape: tuple) -> Tensor:
@@ -60,47 +61,32 @@ def gdpo(rewards: dict, weights: dict, group_size: int, clip: float) -> Tensor:
     return ((A - A.mean()) / (A.std() + 1e-8)).clamp(-clip, clip)
 
 
-def trainer(advantages):
-    """grpo_flux.py with these advantages."""
-
-    def main(cfg) -> None:
-        with patch.object(grpo_flux, "group_advantages", advantages):
-            grpo_flux.main(cfg)
-
-    return main
-
-
-noisy_scores, noisy_wins, summed, batch_normalised = map(trainer, (of_noisy_scores, of_noisy_wins, of_sum, gdpo))
+noisy_scores, noisy_wins, summed, batch_normalised = (
+    flux_with(group_advantages=advantages) for advantages in (of_noisy_scores, of_noisy_wins, of_sum, gdpo)
+)
 BOTH = EARLY | {"reward": "hps,geneval", "reward_paths": f"hps=tiny/hps,{DETECTOR['reward_paths']}"}
-CURVE = ("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)")
 CLAIMS = {
-    "win-rates": Experiment(
-        says="With a judge that is noisier than scores differ, win rates over pairs teach more than scores (Pref-GRPO)",
-        trainer="grpo_flux",
-        preset="tiny",
-        arms={
+    "win-rates": flux(
+        "With a judge that is noisier than scores differ, win rates over pairs teach more than scores (Pref-GRPO)",
+        {
             "win rates": EARLY | {"loop": "claims.advantages:noisy_wins"},
             "scores": EARLY | {"loop": "claims.advantages:noisy_scores"},
         },
-        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
-        compares=(Compare(SPEED, "win rates", "scores", margin=0.02),),
-        curves=(CURVE,),
+        (Compare(SPEED, "win rates", "scores", margin=0.02),),
     ),
-    "two-rewards": Experiment(
-        says="HPS is learned more slowly if it is added to GenEval's 0 or 1 before normalisation (Algorithm 1)",
-        trainer="grpo_flux",
-        preset="tiny",
-        arms={
+    "two-rewards": flux(
+        "HPS is learned more slowly if it is added to GenEval's 0 or 1 before normalisation (Algorithm 1)",
+        {
             "each normalised": BOTH,
             "sum normalised": BOTH | {"loop": "claims.advantages:summed"},
             "GDPO": BOTH | {"loop": "claims.advantages:batch_normalised"},
         },
-        measures={SPEED: speed("sample_reward_hps"), CHECKER: heldout("geneval")},
-        compares=(
+        (
             Compare(SPEED, "each normalised", "sum normalised", margin=0.02),
             Compare(CHECKER, "each normalised", "sum normalised", margin=0.05),
             Compare(SPEED, "GDPO", "each normalised", margin=0.02),
         ),
-        curves=(CURVE, ("iteration", "sample_reward_geneval", "checker accuracy of sample pictures")),
+        {CHECKER: heldout("geneval")},
+        (("iteration", "sample_reward_geneval", "checker accuracy of sample pictures"),),
     ),
 }

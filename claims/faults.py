@@ -1,46 +1,39 @@
 """What moves the ratio away from 1: grpo_flux.py with one thing done differently in the rollout and the update."""
 
 from dataclasses import replace
-from unittest.mock import patch
 
 import torch
 
 import grpo_flux
 
 from .experiment import EARLY, SPEED, Compare, Experiment, Run, mean, speed
+from .policy import flux_with
 
 OFF = "ratio before the first update, largest distance from 1"
 CLIP_RANGE = grpo_flux.PRESETS["tiny"]["clip_range"]
 
 
-def bf16_latents(cfg) -> None:
+sample_groups, velocity = grpo_flux.sample_groups, grpo_flux.velocity
+
+
+def stored_in_bf16(*arguments):
     """The trajectory is stored in bfloat16 after the log-probabilities were computed, as the release does with SD."""
-    sample_groups = grpo_flux.sample_groups
-
-    def rounded(*arguments):
-        trajectories, log_probs, images = sample_groups(*arguments)
-        return trajectories.bfloat16().float(), log_probs, images
-
-    with patch.object(grpo_flux, "sample_groups", rounded):
-        grpo_flux.main(cfg)
+    trajectories, log_probs, images = sample_groups(*arguments)
+    return trajectories.bfloat16().float(), log_probs, images
 
 
-def other_batch(cfg) -> None:
+def one_by_one(cfg, *rest):
     """The rollout has batches of 1, as in the release; it matters only where networks compute in bfloat16."""
-    sample_groups = grpo_flux.sample_groups
-    with patch.object(grpo_flux, "sample_groups", lambda cfg, *rest: sample_groups(replace(cfg, micro_batch=1), *rest)):
-        grpo_flux.main(cfg)
+    return sample_groups(replace(cfg, micro_batch=1), *rest)
 
 
-def integer_time(cfg) -> None:
+def at_integer_time(transformer, z, sigma, *rest):
     """The update tells the network int(1000 sigma) / 1000, the rollout sigma."""
-    velocity = grpo_flux.velocity
+    return velocity(transformer, z, (1000 * sigma).floor() / 1000 if torch.is_grad_enabled() else sigma, *rest)
 
-    def rounded(transformer, z, sigma, *rest):
-        return velocity(transformer, z, (1000 * sigma).floor() / 1000 if torch.is_grad_enabled() else sigma, *rest)
 
-    with patch.object(grpo_flux, "velocity", rounded):
-        grpo_flux.main(cfg)
+bf16_latents, other_batch = flux_with(sample_groups=stored_in_bf16), flux_with(sample_groups=one_by_one)
+integer_time = flux_with(velocity=at_integer_time)
 
 
 def off(run: Run) -> float:

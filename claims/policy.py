@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -114,6 +115,16 @@ class Policy:
         known |= {f"reward_{name}": r.mean().item() for name, r in rewards.items()}
         known |= {"clip_fraction": 0.0, "zero_variance_groups": 0, "evaluations": evaluations}
         self.run.finish(iteration, known | row, len(total))
+
+
+def flux_with(**changes):
+    """grpo_flux.py's `main` with these functions in place of its own."""
+
+    def main(cfg) -> None:
+        with patch.multiple(grpo_flux, **changes):
+            grpo_flux.main(cfg)
+
+    return main
 
 
 def take(text, rows: Tensor):

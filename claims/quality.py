@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rewards import HPSReward, resize
+from claims.policy import pixels_of
+from rewards import HPSReward
 
 
 @cache
@@ -20,9 +21,6 @@ def judge() -> tuple[HPSReward, Tensor]:
 @torch.no_grad()
 def quality(images: Tensor, prompts: list[str]) -> Tensor:
     """HPS of each image with what fits it best: a training prompt, or its own, where that is none. → (B,), a cosine."""
-    from torchvision.transforms.functional import normalize
-
     hps, texts = judge()
-    pixels = normalize(resize(images.cpu().float(), hps.size, hps.mode), hps.mean, hps.std)
-    image, own = hps.features(pixels, list(prompts))
+    image, own = hps.features(pixels_of(hps, images.cpu().float()), list(prompts))
     return torch.maximum((image @ texts.T).amax(1), (image * own).sum(1))

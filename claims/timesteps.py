@@ -1,10 +1,8 @@
 """Which steps are trained, how few evaluations of the network a window of them needs, and how many steps are taken."""
 
-from unittest.mock import patch
-
-import grpo_flux
-
 from .experiment import EARLY, SPEED, Compare, Experiment, evaluations, heldout, speed
+from .policy import flux_with
+from .variants import flux
 
 HPS = "HPS on held-out prompts (cosine)"
 LABEL = "HPS of sample pictures (cosine)"
@@ -32,12 +30,7 @@ def fast(trainer: str, fraction: float) -> Experiment:
 
 def branch(k: int):
     """grpo_flux.py in which step k alone is stochastic; samples of a prompt are one until there."""
-
-    def main(cfg) -> None:
-        with patch.object(grpo_flux, "sde_window", lambda *_: range(k, k + 1)):
-            grpo_flux.main(cfg)
-
-    return main
+    return flux_with(sde_window=lambda *_: range(k, k + 1))
 
 
 branch_0, branch_2, branch_4 = branch(0), branch(2), branch(4)
@@ -72,26 +65,19 @@ CLAIMS = {
         ),
         curves=(("evaluations", "sample_reward_hps", LABEL),),
     ),
-    "sliding": Experiment(
-        says="A window of two steps that slides on teaches as much as one that stays on the first two (MixGRPO)",
-        trainer="grpo_flux",
-        preset="tiny",
-        arms={
+    "sliding": flux(
+        "A window of two steps that slides on teaches as much as one that stays on the first two (MixGRPO)",
+        {
             "fixed": EARLY | {"sde_window": 2, "sde_window_every": 1000},
             "sliding": EARLY | {"sde_window": 2, "sde_window_every": 2},
         },
-        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
-        compares=(Compare(SPEED, "fixed", "sliding", margin=0.02),),
-        curves=(CURVE,),
+        (Compare(SPEED, "fixed", "sliding", margin=0.02),),
     ),
-    "branch": Experiment(
-        says="With noise in one step only, shared until there, an early step teaches more than a late one (TempFlow)",
-        trainer="grpo_flux",
-        preset="tiny",
-        arms={f"step {k}": EARLY | {"sde_window": 1, "loop": f"claims.timesteps:branch_{k}"} for k in (0, 2, 4)},
-        measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
-        compares=(Compare(SPEED, "step 0", "step 4", margin=0.02), Compare(SPEED, "step 0", "step 2", margin=0.02)),
-        curves=(CURVE, ("iteration", "reward_std", "spread of rewards in the rollout (cosine)")),
+    "branch": flux(
+        "With noise in one step only, shared until there, an early step teaches more than a late one (TempFlow)",
+        {f"step {k}": EARLY | {"sde_window": 1, "loop": f"claims.timesteps:branch_{k}"} for k in (0, 2, 4)},
+        (Compare(SPEED, "step 0", "step 4", margin=0.02), Compare(SPEED, "step 0", "step 2", margin=0.02)),
+        curves=(("iteration", "reward_std", "spread of rewards in the rollout (cosine)"),),
     ),
     "fewer-steps": Experiment(
         says="Judged with 20 steps, training with 6 teaches no less than training with 11 (Flow-GRPO)",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rewards import FILE_ERRORS, first_line
+from rewards import FILE_ERRORS, first_line, split_paths
 from runtime import files, loading, processes
 from runtime.lora import LORA_FILE, shapes_in
 from runtime.options import Lazy, RunError, require
@@ -53,8 +53,7 @@ def run_options(checkpoint: str) -> dict:
         stored = files.read_json(file)
         require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
         if {"model", "reward", "prompts", "reward_paths", "directory"} <= stored.keys():
-            directory, given = stored["directory"], stored["reward_paths"].split(",")
-            paths = dict(part.strip().partition("=")[::2] for part in given if part.strip())
+            directory, paths = stored["directory"], split_paths(stored["reward_paths"])
             paths.pop("geneval", None)  # an evaluation has --detector
             for name in {"model", "transformer", "prompts"} & stored.keys():
                 stored[name] = from_directory(directory, stored[name])
