@@ -434,6 +434,7 @@ def test_noise_of_scores_is_a_function_of_them():
     r = torch.linspace(0, 1, 4000)
     assert torch.equal(advantages.noisy(r), advantages.noisy(r.clone()))
     assert (advantages.noisy(r) - r).std().item() == pytest.approx(advantages.NOISE, rel=0.05)
+    assert (advantages.noisy(r, 4) - r).std().item() == pytest.approx(advantages.NOISE / 2, rel=0.05)
     assert not torch.allclose(advantages.noisy(r) - r, advantages.noisy(r + 0.1) - r - 0.1)
 
 
