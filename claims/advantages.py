@@ -74,15 +74,15 @@ noisy_scores, averaged_scores, noisy_wins, summed, batch_normalised = (
 BOTH = EARLY | {"reward": "hps,geneval", "reward_paths": f"hps=tiny/hps,{DETECTOR['reward_paths']}"}
 CLAIMS = {
     "win-rates": flux(
-        "With a judge that is noisier than scores differ, win rates over pairs teach more than scores (Pref-GRPO)",
+        "With a judge noisier than scores differ, win rates teach more than the mean of as many scores (Pref-GRPO)",
         {
             "win rates": EARLY | {"loop": "claims.advantages:noisy_wins"},
             "scores": EARLY | {"loop": "claims.advantages:noisy_scores"},
             "mean of 7 scores": EARLY | {"loop": "claims.advantages:averaged_scores"},
         },
         (
-            Compare(SPEED, "win rates", "scores", margin=0.02),
-            Compare(SPEED, "win rates", "mean of 7 scores", margin=0.02),  # as many judgements
+            Compare(SPEED, "win rates", "mean of 7 scores", margin=0.02),
+            Compare(SPEED, "win rates", "scores", margin=0.02),  # a seventh of the judgements
         ),
     ),
     "two-rewards": flux(

@@ -1,6 +1,6 @@
 """GRPO against DDPO, ReFL and online DPO, at equal cost in evaluations of the network; and a batch baseline in flow."""
 
-from .experiment import EARLY, SPEED, Compare, Experiment, heldout, speed
+from .experiment import EARLY, FREE, SPEED, Compare, Experiment, heldout, speed
 
 HPS, CLIP = "HPS on held-out prompts (cosine)", "CLIP on held-out prompts (cosine)"
 CHECKER = "checker accuracy, held-out"
@@ -14,7 +14,7 @@ LOOPS = {
     "ReFL": {"loop": "claims.refl", "iterations": 42},
     "online DPO": {"loop": "claims.dpo", "iterations": 26},
 }
-RATES = (1e-4, 2e-4, 4e-4)
+RATES = (1e-4, 2e-4, 4e-4, 8e-4, 16e-4)
 BEST = {"GRPO": 2e-4, "DDPO": 2e-4, "online DPO": 2e-4, "ReFL": 2e-4}  # to be replaced by the outcome of learning-rates
 
 
@@ -51,9 +51,9 @@ CLAIMS = {
         trainer="grpo_flux",
         preset="tiny",
         arms={
-            "GRPO": EARLY,
-            "NFT": EARLY | {"loop": "claims.forward:nft", "iterations": 12},
-            "AWM": EARLY | {"loop": "claims.forward:awm", "iterations": 12},
+            "GRPO": FREE,
+            "NFT": FREE | {"loop": "claims.forward:nft", "iterations": 12},
+            "AWM": FREE | {"loop": "claims.forward:awm", "iterations": 12},
         },
         measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(

@@ -47,13 +47,16 @@ def main(cfg) -> None:
         signal = alpha_bars[t].view(-1, *[1] * len(policy.shape))
         z = signal.sqrt() * clean + (1 - signal).sqrt() * eps
         prompt = text[pairs.flatten()][:, -1:]  # without the empty text of guidance
-        errors = []
-        for network in (policy.reference, policy.network):
-            with torch.set_grad_enabled(network is policy.network):
-                found = grpo_sd.predict(network, z, policy.timesteps[t], prompt, 1.0)
-            errors.append(((found - eps) ** 2).flatten(1).mean(1).view(2, M))
-        loss = dpo_loss(errors[1], errors[0], BETA)
-        loss.backward()
-        norm = policy.update(iteration)
+        losses, norms = [], []
+        for part in torch.arange(M).chunk(cfg.updates_per_rollout):
+            i, errors = torch.cat([part, part + M]), []
+            for network in (policy.reference, policy.network):
+                with torch.set_grad_enabled(network is policy.network):
+                    found = grpo_sd.predict(network, z[i], policy.timesteps[t[i]], prompt[i], 1.0)
+                errors.append(((found - eps[i]) ** 2).flatten(1).mean(1).view(2, -1))
+            loss = dpo_loss(errors[1], errors[0], BETA)
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(policy.update(iteration))
         cost = P * G * cfg.steps + 2 * M * 4 // text.shape[1]
-        policy.finish(iteration, rewards, cost, loss=loss.item(), grad_norm=norm)
+        policy.finish(iteration, rewards, cost, loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms))

@@ -1,8 +1,9 @@
 """The machinery of `python -m claims`: train every arm with every seed, evaluate, compare, judge, plot.
 
-An arm is a trainer with some of its options changed. Its runs stand in OUTPUT_DIR/runs, in folders named by everything
-that a run follows from: options, seed, and the files of models, rewards and prompts. A finished run is used again, by
-other claims too; an interrupted one is resumed. Held-out figures are eval.py's.
+An arm is a trainer with some of its options changed, or with a loop of its own. Its runs stand in OUTPUT_DIR/runs, in
+folders named by everything that a run follows from: options, seed, the files of models, rewards and prompts, and the
+loop's code. A finished run is used again, by other claims too; an interrupted one is resumed. Held-out figures are
+eval.py's.
 
 What the verdicts mean and how they were fixed beforehand stands in claims/README.md.
 
@@ -31,6 +32,7 @@ from runtime.options import command_words, latest_checkpoint, parse_config
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equivalent", "undecided"
 SPEED = "gain in HPS of sample pictures, mean over training (cosine)"  # the area under the curve, over its length
 EARLY = dict(iterations=16, sample_every=2, learning_rate=2.5e-5)  # of the tiny presets: before the plateau
+FREE = EARLY | {"clip_range": 1e-2}  # clips nothing (`clip-range`); for arms whose ratios differ in scale
 SAMPLERS = ("steps", "guidance", "true_guidance", "shift", "height", "width", "frames")  # what eval.py takes from a run
 
 
@@ -166,7 +168,8 @@ def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
     trainer, loop = importlib.import_module(name), loop or name
     options = options | {"save_every": 20, "keep_states": 1}  # an interrupted run goes on from there
     config = parse(trainer, options)
-    key = digest(name, loop, asdict(config), files_of(asdict(config)))
+    code = [] if loop == name else [files.fingerprint(importlib.import_module(loop.partition(":")[0]).__file__)]
+    key = digest(name, loop, asdict(config), files_of(asdict(config)), *code)
     run = folder / f"{loop.split('.')[-1].replace(':', '-')}-{key}"
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
         begun = (run / "metrics.jsonl").exists() or latest_checkpoint(run)

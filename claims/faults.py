@@ -17,7 +17,10 @@ sample_groups, velocity = grpo_flux.sample_groups, grpo_flux.velocity
 
 
 def stored_in_bf16(*arguments):
-    """The trajectory is stored in bfloat16 after the log-probabilities were computed, as the release does with SD."""
+    """The trajectory is rounded to bfloat16 after the log-probabilities were computed.
+
+    In the release Stable Diffusion's next step starts from the rounded latent, so only z' differs from what was scored.
+    """
     trajectories, log_probs, images = sample_groups(*arguments)
     return trajectories.bfloat16().float(), log_probs, images
 

@@ -4,7 +4,6 @@ A baseline is then a loop: `main(cfg)` with the Config of one of the two trainer
 evaluated like them. One process; B samples, T steps, M pairs (sample, step) in a micro-batch.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,14 +17,14 @@ import grpo_flux
 import grpo_sd
 import runtime
 from rewards import resize
-from runtime import data, processes
+from runtime import data, loading, processes
 from sampling import SDE, Step, flow_sigmas, gaussian_log_prob, sample_ode
 
 
 class Policy:
     """Models, reward, optimizer and output of a run with these options; raises RunError on what is wrong with them.
 
-    network is trained, reference is as network was before; levels (T+1,) are alpha_bars or sigmas; run is a
+    network is trained, reference is that of --model; levels (T+1,) are alpha_bars or sigmas; run is a
     `runtime.output.Run`. A text is what `encode` returns, with a row for each sample.
     """
 
@@ -41,8 +40,8 @@ class Policy:
             run.network,
             run.pipe.vae,
         )
-        self.reference, world = copy.deepcopy(self.network).requires_grad_(False), run.world
-        side = pipe.vae_scale_factor
+        own, world, side = type(self.network), run.world, pipe.vae_scale_factor
+        self.reference = loading.load_network(own, cfg.model, world, frozen=True, subfolder=component)
         if self.is_flow:
             self.levels = flow_sigmas(cfg.steps, cfg.shift).to(world.device)
             self.step, self.log_prob_of = SDE[cfg.sde]

@@ -23,8 +23,8 @@ def main(cfg) -> None:
         captions = policy.captions(iteration, B)
         text, keys = policy.encode(captions), [(cfg.seed, iteration, b, 0) for b in range(B)]
         stop = int(data.keyed_rng("refl", cfg.seed, iteration).integers(2 * cfg.steps // 3, cfg.steps))
-        scores = []
-        for chunk in policy.world.chunks(torch.arange(B), cfg.micro_batch, "update"):
+        scores, norms = [], []
+        for chunk in torch.arange(B).chunk(cfg.updates_per_rollout):
             own, here = take(text, chunk), [keys[b] for b in chunk]
             z = data.keyed_noise(policy.shape, here, "initial noise", policy.world.device)
             with torch.no_grad():
@@ -34,8 +34,9 @@ def main(cfg) -> None:
             z0_hat = policy.gaussian(z, torch.full((len(chunk),), stop), own).z0_hat
             images = policy.vae.decode(z0_hat / policy.vae.config.scaling_factor).sample / 2 + 0.5
             score = differentiable_score(scorer, images.clamp(0, 1), [captions[b] for b in chunk])
-            (-score.sum() / B).backward()
+            (-score.mean()).backward()
             scores.append(score.detach())
-        norm, score = policy.update(iteration), torch.cat(scores)
-        row = {"loss": -score.mean().item(), "grad_norm": norm}
+            norms.append(policy.update(iteration))
+        score = torch.cat(scores)
+        row = {"loss": -score.mean().item(), "grad_norm": sum(norms) / len(norms)}
         policy.finish(iteration, {cfg.reward: score}, B * (stop + 3), **row)

@@ -232,6 +232,15 @@ def test_a_finished_run_is_used_again_and_an_interrupted_one_resumed(tmp_path):
     assert [cfg.resume for cfg in STARTED[2:]] == [False, True]
 
 
+def test_another_loop_makes_another_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_loop.py").write_text("from tests.test_claims import main as train\n")
+    first = experiment.train(__name__, {"preset": "p"}, tmp_path, "own_loop:train")
+    assert experiment.train(__name__, {"preset": "p"}, tmp_path, "own_loop:train") == first
+    (tmp_path / "own_loop.py").write_text("from tests.test_claims import main as train  # changed\n")
+    assert experiment.train(__name__, {"preset": "p"}, tmp_path, "own_loop:train") != first
+
+
 def test_other_weights_make_another_run(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.json").write_text("1")
@@ -239,6 +248,7 @@ def test_other_weights_make_another_run(tmp_path):
     (tmp_path / "model" / "a.json").write_text("2")
     assert before != experiment.files_of({"model": str(tmp_path / "model"), "eta": 1.0})
     assert list(before) == [str(tmp_path / "model")]
+    assert list(experiment.files_of({"reward_paths": "geneval=tiny/pictures.py:Detector"})) == ["tiny/pictures.py"]
 
 
 @pytest.mark.parametrize("name", command.EXPERIMENTS)
@@ -401,6 +411,18 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
     for part in (component, f"{component}_ema"):
         after = safetensors.torch.load_file(run / "checkpoint-000002" / part / weights)
         assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+@pytest.mark.slow
+def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(tmp_path):
+    run = experiment.train("grpo_sd", FAST, tmp_path, "claims.dpo")
+    options = FAST | {"save_every": 20, "keep_states": 1, "output_dir": str(run), "resume": True, "iterations": 3}
+    resumed = policy.Policy(experiment.parse(grpo_sd, options))
+    weights = safetensors.torch.load_file("tiny/sd/unet/diffusion_pytorch_model.safetensors")
+    kept, trained = resumed.reference.state_dict(), resumed.network.state_dict()
+    assert all(torch.equal(kept[name], weights[name].float()) for name in weights)
+    assert not any(p.requires_grad for p in resumed.reference.parameters())
+    assert any(not torch.equal(trained[name], weights[name].float()) for name in weights)
 
 
 def test_a_win_rate_is_the_share_of_the_others_that_a_sample_beats(monkeypatch):
