@@ -49,7 +49,7 @@ class Config:
     # paper
     preset: str = "release"  # named option values: release (8 GPUs), paper, hps-clip, fast, 24gb, tiny, tiny-fast
     model: str = "CompVis/stable-diffusion-v1-4"  # folder, OWNER/NAME or OWNER/NAME@REVISION; a StableDiffusionPipeline
-    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, FILE.py:FUNCTION, http://HOST:PORT/NAME
+    reward: str = "hps"  # NAME[@THRESHOLD][:WEIGHT], …; hps, clip, pickscore, geneval, FILE.py:FUNCTION, http://…
     prompts: str = "hpdv2"  # text file (one a line), JSONL file, or hpdv2 (release; fetched once)
     iterations: Count = 301  # rollouts (release)
     prompts_per_iteration: Count = 32  # over all processes (release: 4 for each of 8 GPUs)
@@ -79,7 +79,7 @@ class Config:
     reward_batch: Count = 32  # samples in a forward pass of a reward (ours)
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
-    shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
+    shard_size: Natural = 0  # processes that share a copy of the network; 0: one
     offload: bool = False  # frozen models wait in host memory until they are needed
     quantize: Literal["", "int8", "nf4"] = ""  # the frozen base of a LoRA in 8 or 4 bit (ours); needs --lora-rank
     compile: bool = False  # torch.compile the network's repeated blocks
@@ -88,7 +88,7 @@ class Config:
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     # bookkeeping
     output_dir: str = "runs/sd"  # everything the run leaves
-    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
+    reward_paths: str = ""  # NAME=FOLDER or NAME=OWNER/NAME, comma separated: reward weights in other places
     init: str = ""  # start from these weights: RUN/checkpoint-000300, a diffusers folder or a LoRA file
     resume: bool = False  # continue from the newest checkpoint in --output-dir
     seed: Seed = 42  # of every random number (release)
@@ -107,12 +107,12 @@ TINY = dict(
 )  # fmt: skip
 PRESETS = {
     "release": {},
-    "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6; guided, so one update
+    "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6, but eta; guided: one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
     "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: cost of 32 forward passes a sample, not 197
     "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True, gpu_memory=23.0),
     "tiny": TINY,
-    "tiny-fast": TINY | dict(  # the first two of six steps, which decide the most
+    "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic
         iterations=36, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5, clip_range=1e-4,
     ),
 }  # fmt: skip
@@ -333,7 +333,7 @@ def main(cfg: Config) -> None:
         for u, pairs in enumerate(updates):
             pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
-                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # copies all-reduce in the last only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[b, t], trajectories[b, t + 1]
                 seen, place = distinct(part, G, cfg.shared_noise)

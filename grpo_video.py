@@ -85,7 +85,7 @@ class Config:
     reward_batch: Count = 32  # samples in a forward pass of a reward (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
-    shard_size: Natural = 0  # processes that share a copy of the network; 0: one if a GPU holds it, else a node's
+    shard_size: Natural = 0  # processes that share a copy of the network; 0: one with LoRA, else a node's
     offload: bool = False  # frozen models wait in host memory until they are needed
     quantize: Literal["", "int8", "nf4"] = ""  # the frozen base of a LoRA in 8 or 4 bit (ours); needs --lora-rank
     compile: bool = False  # torch.compile the network's repeated blocks
@@ -94,7 +94,7 @@ class Config:
     gpu_memory: Positive = 78.0  # GiB of each GPU, for --dry-run; a card of 80 GB has 78
     # bookkeeping
     output_dir: str = "runs/video"  # everything the run leaves
-    reward_paths: str = ""  # NAME=FOLDER, comma separated, for reward weights that are not on the hub
+    reward_paths: str = ""  # NAME=FOLDER or NAME=OWNER/NAME, comma separated: reward weights in other places
     first_frame_model: str = ""  # i2v: text-to-image model that paints missing ones (release: FLUX.1-dev)
     first_frame_steps: Count = 30  # its sampling steps (release)
     init: str = ""  # start from these weights: RUN/checkpoint-000300, a diffusers folder or a LoRA file
@@ -128,7 +128,7 @@ PRESETS = {
     "release": {},
     "release-i2v": I2V | dict(iterations=121, group_size=8),
     "paper": dict(group_size=12, steps=25, eta=0.3, updates_per_rollout=4, keep_best_worst=0),  # Table 6
-    "paper-i2v": I2V | dict(group_size=12, save_every=3),  # Table 6; guided, so one update
+    "paper-i2v": I2V | dict(group_size=12, save_every=3),  # Table 6, but the release's steps; guided, so one update
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 12 forward passes a video, not 25
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1, save_every=50),  # ours: in the paper, not in the release
     "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
@@ -361,7 +361,7 @@ def main(cfg: Config) -> None:
         for u, pairs in enumerate(updates):
             pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
-                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # of copies: in the last backward pass
+                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # copies all-reduce in the last only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[b, t], trajectories[b, t + 1]
                 seen, place = distinct(part, G, cfg.shared_noise)

@@ -501,7 +501,7 @@ def load_reward(spec: str, paths: dict | str | None = None, device="cpu", metada
               FILE.py:FUNCTION (see `own_reward`) or http://HOST:PORT/NAME (see `HTTPReward`)
     paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
     metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
-    batch     images or videos in a forward pass of a model; one's own function, or server, gets all at once
+    batch     images or videos in a forward pass of a model; your own function gets all at once, a server 8 at a time
     hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
     """
     terms, paths, scorers = parse_spec(spec), parse_paths(paths or {}), {}

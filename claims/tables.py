@@ -94,7 +94,9 @@ def heldout(name: str) -> str:
             rows.append([title, f"{base:.3f}", f"{base + gain:.3f}", spread, f"{worst:+.1f}"])
     head = " | base | trained | gain: mean (lowest to highest seed) | in standard errors, weakest seed"
     said = f"`{command['trainer']}.py --preset {command['preset']}`, {result['iterations'][arm]} iterations, seeds "
-    said += f"{', '.join(map(str, result['seeds']))}: `python -m claims {name}`.\n\n"
+    first, n = result["seeds"][0], len(result["seeds"])
+    usual = "" if (first, n) == (11, 10) else f" --first-seed {first} --seeds {n}"
+    said += f"{', '.join(map(str, result['seeds']))}: `python -m claims {name}{usual}`.\n\n"
     return said + table(head, rows)
 
 

@@ -193,7 +193,7 @@ def compute_dtype(option: str, kind: str = "cuda") -> torch.dtype:
 
 
 def choose_shard_size(shard_size: int, size: int, local_size: int, fits_whole: bool) -> int:
-    """Processes that share one copy of the network. 0: one if the network fits a GPU whole, else those of a node.
+    """Processes that share one copy of the network. 0: one if `fits_whole`, else those of a node.
 
     Sharding gathers every block's parameters in every forward and backward pass, which is fast inside a node only.
     Raises RunError unless `shard_size` divides `size`, the number of processes.
