@@ -58,6 +58,7 @@ class Config:
     output_dir: str = "runs/eval"  # pictures, scores and report
     seed: Seed = 42  # of the initial noise
     batch_size: Count = 8  # pictures drawn and scored at a time, by each process
+    offload: bool = False  # layers wait in host memory until they are needed: FLUX on a GPU of 24 GB, slowly
     steps: Natural = 0  # sampling steps; 0 here and below: as in the checkpoints' run, else the model's default
     guidance: NonNegative = 0.0  # classifier-free (Stable Diffusion, SkyReels, Wan) or embedded (FLUX, HunyuanVideo)
     shift: NonNegative = 0.0  # of rectified flow's sigmas towards noise
@@ -82,7 +83,7 @@ PRESETS = {
     ),
 }  # fmt: skip
 # Options that may change when an evaluation resumes: existing pictures and scores do not depend on them.
-FREE = {"preset", "model", "checkpoint", "metrics", "prompts", "images_per_prompt", "output_dir", "batch_size"}
+FREE = "preset", "model", "checkpoint", "metrics", "prompts", "images_per_prompt", "output_dir", "batch_size", "offload"
 
 
 # ---------------------------------------------------------------------------------------------- what is to be compared
@@ -287,8 +288,7 @@ def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.W
         detector = geneval.find_detector(cfg.detector, cfg.detector_clip, world.device) if "geneval" in needed else None
     for batch, paths, stored, lacking in world.progress(work, desc="scoring"):
         pixels = np.stack([np.asarray(read_picture(path)) for path in paths])  # (B, F · H, W, 3)
-        pictures = torch.from_numpy(pixels).unflatten(1, (cfg.frames, cfg.height)).movedim(-1, -3).float() / 255
-        pictures = pictures[:, 0] if cfg.frames == 1 else pictures
+        pictures = torch.from_numpy(pixels).unflatten(1, (cfg.frames, cfg.height)).movedim(-1, -3).squeeze(1) / 255
         new = [{} for _ in batch]
         if lacking - {"geneval"}:
             for name, values in reward(pictures, [rows[p]["prompt"] for p, _ in batch], cfg.fps).items():
@@ -365,7 +365,7 @@ def main(cfg: Config) -> None:
         fetch_rewards(rewards, parse_paths(cfg.reward_paths))
     if "geneval" in metric_specs(cfg.metrics):
         geneval.GenEvalReward.fetch(cfg.detector, cfg.detector_clip)
-    world = processes.start_world()
+    world = processes.start_world(offload=cfg.offload)
     open_output(cfg, models, rows, world)
     generate(cfg, family, models, rows, world)
     score(cfg, models, rows, world)

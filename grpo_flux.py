@@ -235,13 +235,14 @@ def sample_groups(cfg: Config, world, transformer, vae, text, keys: list, window
     Returns trajectories (B, T+1, N, C), log_probs (B, T), and images (B, 3, H, W) decoded from the last z0_hat.
     """
     (step, log_prob_of), T = SDE[cfg.sde], cfg.steps
-    trajectories, log_probs, images = [], [], []
+    trajectories = torch.empty(len(keys), T + 1, *shape, device=world.device)
+    log_probs = torch.zeros(len(keys), T, device=world.device)
+    images = torch.empty(len(keys), 3, cfg.height, cfg.width, device=world.device)
     for chunk in world.chunks(torch.arange(len(keys)), cfg.micro_batch, "rollout"):
         # Shared noise: all samples of a prompt start from one z, so that they differ in their actions only (paper).
         starts = [(*keys[i][:3], 0) if cfg.shared_noise else keys[i] for i in chunk]
-        z = data.keyed_noise(shape, starts, "initial noise", world.device)
+        trajectories[chunk, 0] = z = data.keyed_noise(shape, starts, "initial noise", world.device)
         of_sample = [x[chunk // cfg.group_size] for x in text]
-        trajectory, log_prob, z0_hat = [z], torch.zeros(len(chunk), T, device=world.device), z
         for t in range(T):  # `sampling.rollout` is this loop for any model
             world.poll()  # SIGTERM ends the run here
             # The policy: given z, the next latent is Gaussian. Outside the window it is the next point of the ODE.
@@ -252,13 +253,11 @@ def sample_groups(cfg: Config, world, transformer, vae, text, keys: list, window
             if t in window:
                 noise = data.keyed_noise(shape, [(*keys[i], t) for i in chunk], "step noise", world.device)
                 z = mean + std * noise  # the action: a draw from the policy
-                log_prob[:, t] = log_prob_of(z, mean, std)  # how probable this draw was
-            trajectory.append(z)
-        trajectories.append(torch.stack(trajectory, 1))
-        log_probs.append(log_prob)
+                log_probs[chunk, t] = log_prob_of(z, mean, std)  # how probable this draw was
+            trajectories[chunk, t + 1] = z
         with world.on_device(vae):
-            images.append(decode(vae, z0_hat, rows))
-    return torch.cat(trajectories), torch.cat(log_probs), torch.cat(images)
+            images[chunk] = decode(vae, z0_hat, rows)
+    return trajectories, log_probs, images
 
 
 # ---------------------------------------------------------------------------------------------------------- Algorithm 1
@@ -378,6 +377,7 @@ def main(cfg: Config) -> None:
         row = {"loss": world.mean(sum(losses)), "grad_norm": sum(grad_norms) / len(updates)}
         row |= statistics(rewards, reward.weights, A, G, ratios, kls, cfg.clip_range, world.gather)
         run.finish(iteration, row, P * G)
+        del drawn, trajectories, images  # the next rollout needs their memory
 
 
 if __name__ == "__main__":

@@ -113,14 +113,12 @@ def find_weights(checkpoint: str, family: str, component: str, base: str, origin
         fits = all(name.startswith(f"{component}.") for name in names)
         require(fits, f"--checkpoint {lora} is no LoRA of {base}'s {component}: it holds {names[0]}")
         return "lora", str(lora)
-    raise RunError(
-        f"--checkpoint {checkpoint} has neither a {component} folder with a whole config.json, nor "
-        f"{LORA_FILE}, nor model_index.json; {base}, a {family}, needs one of these"
-    )
+    known = f"a {component} folder with a whole config.json, nor {LORA_FILE}, nor model_index.json"
+    raise RunError(f"--checkpoint {checkpoint} has neither {known}; {base}, a {family}, needs one of these")
 
 
 def load_pipeline(model: Model, family: str, base: str, network: str, world: processes.World):
-    """The stock pipeline of class `family` with the model's weights, on the world's device.
+    """The stock pipeline of class `family` with the model's weights, on the world's device, or offloaded by layers.
 
     base: the pipeline without them, hub id or folder; network: where the base's transformer is, if it is not in there.
     """
@@ -135,4 +133,7 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: pro
     if model.kind == "lora":
         file = Path(model.weights)
         loading.load_pretrained(pipe.load_lora_weights, str(file.parent), "--checkpoint", weight_name=file.name)
-    return pipe.to(world.device)
+    if not world.offload or world.device.type == "cpu":
+        return pipe.to(world.device)
+    pipe.enable_sequential_cpu_offload(device=world.device)
+    return pipe

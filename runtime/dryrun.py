@@ -112,7 +112,10 @@ def autocast_as_on_cuda():
 
         return call
 
-    norms: dict[str, Any] = {name: in_float32(getattr(nn.functional, name)) for name in ("layer_norm", "group_norm")}
+    names = ["layer_norm", "group_norm"]
+    if torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA"):  # since torch 2.12
+        names.append("rms_norm")
+    norms: dict[str, Any] = {name: in_float32(getattr(nn.functional, name)) for name in names}
     return mock.patch.multiple(nn.functional, **norms)
 
 
@@ -198,7 +201,10 @@ def run(
     public, state = checkpoint_bytes(cfg, whole, measured["trainable"], dtype)
     # What a process of a node reads into host memory at a time: of a reward its file and its model.
     read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0), painting
-    host = max(*read, public // (2 if cfg.ema_decay else 1)) + (node * waiting if cfg.offload else 0)
+    host = max(*read, public // (2 if cfg.ema_decay else 1))
+    if cfg.offload:  # each process of the node: the frozen models, and its own network while prompts are encoded
+        away = parts["parameters"] if shard_size == 1 else 0
+        host = max(host + node * waiting, node * (waiting + away))
     gpu = {name: count / GIB for name, count in parts.items()}
     # Beside what was measured: the context, and the text embeddings that the run keeps.
     beside = CUDA_CONTEXT + PromptCache.SIZE * measured["condition_bytes"] / GIB

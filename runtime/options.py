@@ -50,7 +50,7 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
         if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
             raise
         reason, advice = (str(e) or "out of memory").splitlines()[0], "--micro-batch (in eval.py --batch-size)"
-        sys.exit(f"error: {reason}; lower {advice}, height and width, or give a trainer --offload")
+        sys.exit(f"error: {reason}; lower {advice}, height and width, or take --offload")
     except KeyboardInterrupt:
         print("interrupted; run the command again to continue (a training run: with --resume)", file=sys.stderr)
         sys.exit(130)

@@ -84,7 +84,8 @@ def paint(folder: Path, device) -> dict:
 
 CASES = {name: partial(train, name) for name in TRAININGS}
 CASES["resume"] = partial(train, "flux-lora", iterations=2, resume=True)
-CASES["eval"] = partial(evaluate, "flux-lora", "prompts/tiny_heldout.txt", **ONE, preset="tiny", metrics="hps,geneval")
+EVALUATION = {"preset": "tiny", "metrics": "hps,geneval", "offload": True}
+CASES["eval"] = partial(evaluate, "flux-lora", "prompts/tiny_heldout.txt", **ONE, **EVALUATION)
 CASES["eval-i2v"] = partial(evaluate, "i2v", "prompts/moving_heldout.jsonl", **ONE, preset="tiny-video", metrics="mq")
 CASES["images"] = partial(score, ",".join(REWARDS), REWARDS, (3, 48, 64))
 CASES["videos"] = partial(score, "vq,mq,ta", {"videoalign": "tiny/videoalign"}, (5, 3, 32, 48))

@@ -276,9 +276,12 @@ def test_scoring_may_set_the_peak_and_reward_batch_bounds_it(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_host_memory_holds_what_one_process_reads_at_a_time(tmp_path, monkeypatch):
-    def host(**changes):
+    def run(**changes):
         preset = grpo_video.PRESETS["tiny-i2v"] | OPTIONS | changes | {"output_dir": str(tmp_path)}
-        return grpo_video.dry_run(grpo_video.Config(**preset))["host_gib"] * dryrun.GIB
+        return grpo_video.dry_run(grpo_video.Config(**preset))
+
+    def host(**changes):
+        return run(**changes)["host_gib"] * dryrun.GIB
 
     of_process = dryrun.HOST_PROCESS * dryrun.GIB
     monkeypatch.setattr(dryreward, "measure", lambda *_: ([5 * dryrun.GIB, 3 * dryrun.GIB], 0))
@@ -287,6 +290,9 @@ def test_host_memory_holds_what_one_process_reads_at_a_time(tmp_path, monkeypatc
     painter = {"first_frames": str(tmp_path / "frames"), "first_frame_model": "somebody/not-here"}
     assert host(**painter) == 4 * 16_870_599_139 + of_process  # of FLUX.1-dev, here in float32
     monkeypatch.setattr(dryreward, "measure", lambda *_: ([], 0))
+    away = dict(processes=4, offload=True, lora_rank=4)  # four frozen models, and networks while prompts are encoded
+    gpu = run(**away)["gpu_gib"]
+    assert host(**away) == pytest.approx(4 * of_process + 4 * (gpu["frozen"] + gpu["parameters"]) * dryrun.GIB)
     pipe = FluxPipeline.from_pretrained("tiny/flux")
     networks = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
     exact = sum(p.nbytes for network in networks for p in network.parameters())

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -543,6 +544,22 @@ def test_initial_noise_is_shared_within_a_group_and_differs_between_prompts(case
     assert len(own.unique(dim=0)) == 8
 
 
+@pytest.mark.parametrize("case", ["sd", "flux", "t2i"])
+def test_a_rollout_is_freed_before_the_next_one(case, tmp_path, monkeypatch):
+    trainer, of_last, alive = small.TRAINERS[case], [], []
+    sample_groups = trainer.sample_groups
+
+    def watched(*arguments):
+        alive.append(sum(tensor() is not None for tensor in of_last))
+        drawn = sample_groups(*arguments)
+        of_last[:] = [weakref.ref(drawn[0]), weakref.ref(drawn[2])]  # trajectories, and images or videos
+        return drawn
+
+    monkeypatch.setattr(trainer, "sample_groups", watched)
+    train(case, tmp_path, iterations=3, steps=3, num_samples=1)
+    assert alive == [0, 0, 0]
+
+
 @pytest.fixture(scope="module")
 def sd_pipeline():
     return stock_pipeline("sd")
@@ -551,7 +568,11 @@ def sd_pipeline():
 @pytest.mark.parametrize("window", [range(5), range(1, 3)], ids=str)
 def test_the_loop_of_stable_diffusion_is_the_rollout_of_sampling(window, sd_pipeline):
     """grpo_sd.py writes the rollout out, to be read; the result is exactly that of `sampling.rollout`."""
-    cfg, world, pipe = small.config("sd", steps=6, shared_noise=False), processes.start_world(), sd_pipeline
+    cfg, world, pipe = (
+        small.config("sd", steps=6, shared_noise=False, height=32, width=32),
+        processes.start_world(),
+        sd_pipeline,
+    )
     text = grpo_sd.encode_prompts(pipe, ["a red circle", "two blue squares"], cfg.guidance, "cpu")
     timesteps, alpha_bars, step = schedule = grpo_sd.ddim_schedule(pipe.scheduler.config, cfg.steps, "cpu")
     keys = [(0, 3, p, g) for p in range(2) for g in range(cfg.group_size)]
