@@ -343,7 +343,7 @@ def main(cfg: Config) -> None:
         for u, pairs in enumerate(updates):
             pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
-                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # copies all-reduce in the last only
+                processes.sync_gradients(network, now=part[-1] == pairs[-1])  # all-reduced in the last pass only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)
                 z, z_next = trajectories[b, t], trajectories[b, t + 1]
                 seen, place = distinct(part, G, cfg.shared_noise)

@@ -32,7 +32,7 @@ from runtime.options import command_words, latest_checkpoint, parse_config
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equivalent", "undecided"
 SPEED = "gain in HPS of sample pictures, mean over training (cosine)"  # the area under the curve, over its length
 EARLY = dict(iterations=16, sample_every=2, learning_rate=2.5e-5)  # of the tiny presets: before the plateau
-FREE = EARLY | {"clip_range": 1e-2}  # clips nothing (`clip-range`); for arms whose ratios differ in scale
+FREE = EARLY | {"clip_range": 1e-2}  # for arms whose ratios differ in scale; in `clip-range` it clips nothing
 SAMPLERS = ("steps", "guidance", "true_guidance", "shift", "height", "width", "frames")  # what eval.py takes from a run
 
 
@@ -165,17 +165,18 @@ def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
 
     Trains what is not done yet.
     """
-    trainer, loop = importlib.import_module(name), loop or name
+    loop = loop or name
+    module, _, function = loop.partition(":")
+    trainer, own = importlib.import_module(name), importlib.import_module(module)
     options = options | {"save_every": 20, "keep_states": 1}  # an interrupted run goes on from there
     config = parse(trainer, options)
-    code = [] if loop == name else [files.fingerprint(importlib.import_module(loop.partition(":")[0]).__file__)]
+    code = [] if own is trainer else [files.fingerprint(own.__file__)]
     key = digest(name, loop, asdict(config), files_of(asdict(config)), *code)
     run = folder / f"{loop.split('.')[-1].replace(':', '-')}-{key}"
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():
         begun = (run / "metrics.jsonl").exists() or latest_checkpoint(run)
         options |= {"output_dir": str(run)} | ({"resume": True} if begun else {})
-        module, _, function = loop.partition(":")
-        getattr(importlib.import_module(module), function or "main")(parse(trainer, options))
+        getattr(own, function or "main")(parse(trainer, options))
     return run
 
 

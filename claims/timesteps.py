@@ -21,8 +21,12 @@ def fast(trainer: str, fraction: float) -> Experiment:
         preset="tiny-fast",
         arms={
             "as fast": {},
-            "as release": {"preset": "tiny", "timestep_fraction": fraction, "iterations": 30 if fraction < 1 else 22}
-            | {"steps": ALL["steps"]},
+            "as release": {
+                "preset": "tiny",
+                "steps": ALL["steps"],
+                "timestep_fraction": fraction,
+                "iterations": 30 if fraction < 1 else 22,
+            },
         },
         measures={HPS: heldout("hps"), SPENT: lambda run: len(run.rows) * evaluations(run.config) / 1000},
         compares=(Compare(HPS, "as fast", "as release", by=-0.02), Compare(SPENT, "as release", "as fast", times=2.0)),

@@ -93,8 +93,7 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     given = parse_paths(reward_paths).values()
-    own += [place if Path(place).exists() else place.rpartition(":")[0] for place in given]
-    paths = [model, transformer, *own]
+    paths = [model, transformer, *own, *given, *(place.rpartition(":")[0] for place in given)]  # FILE.py:CLASS
     sums = [folder / SUMS for folder in (Path(init), Path(init).parent) if init]
     paths += [str(file) for file in sums if file.exists()] or [init]
     return [path for path in paths if path and Path(path).exists()]

@@ -231,8 +231,7 @@ class Samples:
         images = torch.cat(images)
         with self.world.on_device(*self.reward.models):
             scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
-        shown = (255 * images[: self.SHOWN]).round().byte()  # a quarter of the memory: every process gets all
-        shown = self.world.collect(shown, min(count, self.SHOWN)).float() / 255
+        shown = self.world.collect(images[: self.SHOWN], min(count, self.SHOWN))
         if self.world.is_main:
             save = save_pictures if self.fps is None else partial(save_videos, fps=self.fps)
             save(self.sheet(iteration), shown, self.prompts[: len(shown)])

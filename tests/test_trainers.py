@@ -568,11 +568,8 @@ def sd_pipeline():
 @pytest.mark.parametrize("window", [range(5), range(1, 3)], ids=str)
 def test_the_loop_of_stable_diffusion_is_the_rollout_of_sampling(window, sd_pipeline):
     """grpo_sd.py writes the rollout out, to be read; the result is exactly that of `sampling.rollout`."""
-    cfg, world, pipe = (
-        small.config("sd", steps=6, shared_noise=False, height=32, width=32),
-        processes.start_world(),
-        sd_pipeline,
-    )
+    cfg = small.config("sd", steps=6, shared_noise=False, height=32, width=32)
+    world, pipe = processes.start_world(), sd_pipeline
     text = grpo_sd.encode_prompts(pipe, ["a red circle", "two blue squares"], cfg.guidance, "cpu")
     timesteps, alpha_bars, step = schedule = grpo_sd.ddim_schedule(pipe.scheduler.config, cfg.steps, "cpu")
     keys = [(0, 3, p, g) for p in range(2) for g in range(cfg.group_size)]
