@@ -274,7 +274,7 @@ def draw(pipe, cfg: Config, rows: list[dict], keys: list[tuple], device) -> Tens
 
 
 def score(cfg: Config, models: list[Model], rows: list[dict], world: processes.World) -> None:
-    """Compute the missing scores. Those of 00012-0.png stand in 00012-0.json."""
+    """Compute the missing scores. Those of 00012-0.png are stored in 00012-0.json."""
     work, metrics = [], metric_specs(cfg.metrics).keys()
     for batch, model in [(b, m) for m in models for b in batches(cfg, rows, world)]:
         paths = pictures_of(model, batch)

@@ -118,7 +118,7 @@ PRESETS = {
     "lora-48gb": ONE_GPU | dict(height=512, width=512, gpu_memory=46.0),
     "lora-24gb": ONE_GPU | dict(quantize="int8", gpu_memory=23.0),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 16 forward passes a sample, not 43
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 18 forward passes a sample, not 52
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic
         iterations=36, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5, clip_range=1e-4,
@@ -341,7 +341,7 @@ def main(cfg: Config) -> None:
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
-            pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
+            pairs.sort(key=lambda pair: pair[1])  # a group's first step: once in a micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
                 processes.sync_gradients(network, now=part[-1] == pairs[-1])  # all-reduced in the last pass only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)

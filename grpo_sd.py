@@ -109,7 +109,7 @@ PRESETS = {
     "release": {},
     "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6 but eta 1; guided: one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
-    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: cost of 32 forward passes a sample, not 197
+    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: 32 forward passes a sample, not 197
     "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True, gpu_memory=23.0),
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic
@@ -330,7 +330,7 @@ def main(cfg: Config) -> None:
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
-            pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
+            pairs.sort(key=lambda pair: pair[1])  # a group's first step: once in a micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
                 processes.sync_gradients(network, now=part[-1] == pairs[-1])  # all-reduced in the last pass only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)

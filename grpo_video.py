@@ -129,7 +129,7 @@ PRESETS = {
     "release-i2v": I2V | dict(iterations=121, group_size=8),
     "paper": dict(group_size=12, steps=25, eta=0.3, updates_per_rollout=4, keep_best_worst=0),  # Table 6
     "paper-i2v": I2V | dict(group_size=12, save_every=3),  # Table 6, but the release's steps; guided, so one update
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: cost of 12 forward passes a video, not 25
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 13 forward passes a video, not 28
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1, save_every=50),  # ours: in the paper, not in the release
     "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
         reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,
@@ -358,7 +358,7 @@ def main(cfg: Config) -> None:
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
-            pairs.sort(key=lambda pair: pair[1])  # a group's first steps meet in one micro-batch
+            pairs.sort(key=lambda pair: pair[1])  # a group's first step: once in a micro-batch
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
                 processes.sync_gradients(network, now=part[-1] == pairs[-1])  # all-reduced in the last pass only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)

@@ -606,7 +606,7 @@ def fetched_folder(path: str, choose: Callable[[Sequence[str]], tuple[list[str],
             errors.RepositoryNotFoundError: f"there is no such repository, or it is private; {login}",
             errors.RevisionNotFoundError: "it has no such revision; correct what follows the @",
         }
-        usual = f"{first_line(e)}; mend this and run again: what was fetched stays; or give a folder"
+        usual = f"{first_line(e)}; fix this and run again (what was fetched is kept), or give a folder"
         raise RewardError(f"cannot fetch {path} from the hub: {advice.get(type(e), usual)}") from e
 
 
@@ -684,7 +684,7 @@ def load_whole(network_class: type, path: str | None, **options) -> torch.nn.Mod
 
 
 def only_file(folder: str, *patterns: str) -> Path:
-    """The only file of a folder that fits the first of these patterns which any fits. Raises ValueError."""
+    """The one file in a folder that matches the first pattern with any match. Raises ValueError."""
     files = next(filter(None, (list(Path(folder).glob(pattern)) for pattern in patterns)), [])
     if len(files) != 1:
         raise ValueError(f"{folder} must hold exactly one {patterns[-1]}, it holds {len(files)}")

@@ -182,7 +182,7 @@ def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
 
 
 def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:
-    """Which of the pairs (sample, step) the network evaluates, and for each pair the place of its prediction there.
+    """The indices of the pairs (sample, step) that the network evaluates; for each pair, which prediction is its own.
 
     With shared noise a group starts from one latent: at step 0 one evaluation serves all samples, and is exact.
     """
@@ -198,7 +198,7 @@ def rollout(model, z, levels, eta, step=flow_sde_step, noise=None, window=None, 
     z         (B, ...) the initial noise
     levels    (T+1,) sigmas, or alpha_bars with `ddim_sde_step`
     noise     step index → (B, ...) standard normal; None takes torch's global generator
-    window    the steps that are stochastic (MixGRPO, 2507.21802), None for all; the others follow the ODE
+    window    the stochastic steps (MixGRPO, 2507.21802), else ODE; None: all, even the last, which trainers omit
     step, log_prob   `flow_sde_step` with `gaussian_log_prob`, or another step function with its log-probability
     Returns trajectory (B, T+1, ...), log_probs (B, T) with 0 at deterministic steps, and the last z0_hat (B, ...).
     That z0_hat is what to decode and score: the noise of the last step never reaches it.

@@ -1,8 +1,11 @@
 """Online DPO on diffusion: Diffusion-DPO (2311.12908) on pairs that the policy draws and the reward orders.
 
 Of each prompt's samples the best and the worst are a pair. Both are noised alike, and the policy is to predict the
-noise of the better one more precisely than the frozen reference does, and that of the worse one less precisely.
+noise of the better one more precisely than the reference does, and that of the worse one less precisely. The reference
+is the network that drew the pair: with the untrained one, BETA would soon leave no gradient.
 """
+
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +50,10 @@ def main(cfg) -> None:
         signal = alpha_bars[t].view(-1, *[1] * len(policy.shape))
         z = signal.sqrt() * clean + (1 - signal).sqrt() * eps
         prompt = text[pairs.flatten()][:, -1:]  # without the empty text of guidance
-        losses, norms = [], []
+        reference, losses, norms = copy.deepcopy(policy.network), [], []
         for part in torch.arange(M).chunk(cfg.updates_per_rollout):
             i, errors = torch.cat([part, part + M]), []
-            for network in (policy.reference, policy.network):
+            for network in (reference, policy.network):
                 with torch.set_grad_enabled(network is policy.network):
                     found = grpo_sd.predict(network, z[i], policy.timesteps[t[i]], prompt[i], 1.0)
                 errors.append(((found - eps[i]) ** 2).flatten(1).mean(1).view(2, -1))
@@ -58,5 +61,6 @@ def main(cfg) -> None:
             loss.backward()
             losses.append(loss.item())
             norms.append(policy.update(iteration))
-        cost = P * G * cfg.steps + 2 * M * 4 // text.shape[1]
+        rollout = P * (G * cfg.steps - cfg.shared_noise * (G - 1))  # a group's first step counts once, as in GRPO
+        cost = rollout + 2 * M * 4 // text.shape[1]
         policy.finish(iteration, rewards, cost, loss=sum(losses) / len(losses), grad_norm=sum(norms) / len(norms))

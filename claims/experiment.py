@@ -29,6 +29,8 @@ from tqdm import tqdm
 from runtime import checkpoints, files, metrics
 from runtime.options import command_words, latest_checkpoint, parse_config
 
+from . import policy
+
 HOLDS, FAILS, EQUAL, OPEN = "holds", "does not hold", "equivalent", "undecided"
 SPEED = "gain in HPS of sample pictures, mean over training (cosine)"  # the area under the curve, over its length
 EARLY = dict(iterations=16, sample_every=2, learning_rate=2.5e-5)  # of the tiny presets: before the plateau
@@ -170,7 +172,7 @@ def train(name: str, options: dict, folder: Path, loop: str = "") -> Path:
     trainer, own = importlib.import_module(name), importlib.import_module(module)
     options = options | {"save_every": 20, "keep_states": 1}  # an interrupted run goes on from there
     config = parse(trainer, options)
-    code = [] if own is trainer else [files.fingerprint(own.__file__)]
+    code = [] if own is trainer else [files.fingerprint(path) for path in (own.__file__, policy.__file__)]
     key = digest(name, loop, asdict(config), files_of(asdict(config)), *code)
     run = folder / f"{loop.split('.')[-1].replace(':', '-')}-{key}"
     if not (run / f"checkpoint-{config.iterations:06d}").is_dir():

@@ -3,7 +3,7 @@
 The samples are the ODE's, each from a noise of its own, and nobody asks for the likelihood of a trajectory. A sample z0
 is noised again, z = (1 - sigma) z0 + sigma eps, where flow matching would regress the velocity on eps - z0. Here the
 advantage decides whether the network moves towards it or away from it. As many pairs (sample, level) are trained as
-GRPO trains in its preset; each takes a prediction of the old network too.
+GRPO trains in its preset; each takes a prediction of the old network too, which drew the samples.
 
 M pairs in an update; velocities are (M, …), errors are means over the elements (M,).
 """
@@ -28,18 +28,28 @@ def error(v: Tensor, target: Tensor) -> Tensor:
     return (v - target).square().flatten(1).mean(1)
 
 
-def nft_loss(v: Tensor, v_old: Tensor, target: Tensor, A: Tensor) -> Tensor:
-    """r |v+ - target|² + (1 - r) |v- - target|², where v+ and v- lie on both sides of v_old, towards v and opposite.
+def nft_loss(v: Tensor, v_old: Tensor, target: Tensor, A: Tensor, sigma: Tensor) -> Tensor:
+    """r |z0+ - z0|² / w+ + (1 - r) |z0- - z0|² / w-; v+ and v- lie on both sides of v_old, towards v and opposite.
 
+    z0+ = z - sigma v+ is predicted with v+, so z0+ - z0 = -sigma (v+ - target); w+ is its mean absolute value.
     r in [0, 1] is the probability that the sample is a good one.
     """
-    r = 0.5 + 0.5 * (A / LARGEST).clamp(-1, 1)
+    r, sigma = 0.5 + 0.5 * (A / LARGEST).clamp(-1, 1), sigma.view(-1, *[1] * (v.dim() - 1))
+
+    def weighted(v: Tensor) -> Tensor:
+        distance = sigma * (v - target)
+        w = distance.detach().abs().flatten(1).mean(1).clamp(min=1e-5)
+        return distance.square().flatten(1).mean(1) / w
+
     positive, negative = (1 - BETA) * v_old + BETA * v, (1 + BETA) * v_old - BETA * v
-    return (r * error(positive, target) + (1 - r) * error(negative, target)).mean() / BETA
+    return (r * weighted(positive) + (1 - r) * weighted(negative)).mean() / BETA
 
 
-def awm_loss(v: Tensor, v_old: Tensor, target: Tensor, A: Tensor) -> Tensor:
-    """The policy gradient with minus the flow-matching error as the log-probability, and |v - v_old|² to stay near."""
+def awm_loss(v: Tensor, v_old: Tensor, target: Tensor, A: Tensor, sigma: Tensor) -> Tensor:
+    """The policy gradient with minus the flow-matching error as the log-probability, and |v - v_old|² to stay near.
+
+    All sigma count alike; AWM's own settings weigh them.
+    """
     rho = (error(v_old, target) - error(v, target)).exp()
     return (error(v, v_old) - A * rho).mean()
 
@@ -67,7 +77,7 @@ def train(cfg, loss_of) -> None:
             rest = (z, sigma, take(text, b), cfg.guidance, policy.rows)
             with torch.no_grad():
                 v_old = grpo_flux.velocity(old, *rest)
-            loss = loss_of(grpo_flux.velocity(policy.network, *rest), v_old, eps - z0, A[b])
+            loss = loss_of(grpo_flux.velocity(policy.network, *rest), v_old, eps - z0, A[b], sigma)
             loss.backward()
             losses.append(loss.item())
             norms.append(policy.update(iteration))

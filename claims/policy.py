@@ -17,15 +17,15 @@ import grpo_flux
 import grpo_sd
 import runtime
 from rewards import resize
-from runtime import data, loading, processes
+from runtime import data, processes
 from sampling import SDE, Step, flow_sigmas, gaussian_log_prob, sample_ode
 
 
 class Policy:
     """Models, reward, optimizer and output of a run with these options; raises RunError on what is wrong with them.
 
-    network is trained, reference is that of --model; levels (T+1,) are alpha_bars or sigmas; run is a
-    `runtime.output.Run`. A text is what `encode` returns, with a row for each sample.
+    network is trained; levels (T+1,) are alpha_bars or sigmas; run is a `runtime.output.Run`. A text is what `encode`
+    returns, with a row for each sample.
     """
 
     def __init__(self, cfg):
@@ -33,15 +33,8 @@ class Policy:
         trainer, component = (grpo_flux, "transformer") if self.is_flow else (grpo_sd, "unet")
         self.prompts = trainer.check(cfg)
         self.run = run = runtime.start(cfg, self.prompts, trainer.load_models, component, True, trainer.LORA_TARGETS)
-        self.world, self.reward, pipe, self.network, self.vae = (
-            run.world,
-            run.reward,
-            run.pipe,
-            run.network,
-            run.pipe.vae,
-        )
-        own, world, side = type(self.network), run.world, pipe.vae_scale_factor
-        self.reference = loading.load_network(own, cfg.model, world, frozen=True, subfolder=component)
+        self.world, self.reward, self.network, self.vae = run.world, run.reward, run.network, run.pipe.vae
+        world, pipe, side = run.world, run.pipe, run.pipe.vae_scale_factor
         if self.is_flow:
             self.levels = flow_sigmas(cfg.steps, cfg.shift).to(world.device)
             self.step, self.log_prob_of = SDE[cfg.sde]

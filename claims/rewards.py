@@ -1,8 +1,9 @@
 """The reward: yes or no, and one alone against two together."""
 
-from .experiment import Compare, Experiment, gain, heldout
+from .experiment import Compare, Experiment, Run, gain, heldout
 
 GAIN = "gain in HPS on held-out prompts (cosine)"
+FORGOTTEN = "loss of accuracy by the second judge, held-out (share)"
 QUALITY, CLIP = (f"gain in {name} on held-out prompts (cosine)" for name in ("quality", "CLIP"))
 JUDGED = "gain in accuracy by the second judge, held-out (share)"
 CHECKER = "checker accuracy, held-out"
@@ -21,19 +22,29 @@ def binary(trainer: str) -> Experiment:
     )
 
 
+def forgotten(run: Run) -> float:
+    return -gain("judged")(run)
+
+
 def both(trainer: str, paper: str) -> Experiment:
     """The tiny HPS and CLIP are near copies, so here HPS judges quality alone: see `claims.quality`."""
     place = "claims/quality.py:quality"
     metrics = f"hps,clip,geneval,tiny/make_judge.py:judged,{place}"
     return Experiment(
         paper=paper,
-        says=f"A reward for quality alone forgets the prompt, with CLIP beside it it does not (Fig. 1, 9), {trainer}",
+        says=f"A reward for quality alone forgets the prompt; with CLIP beside it, more is kept (Fig. 1, 9), {trainer}",
         trainer=trainer,
         preset="tiny",
         arms={"quality": {"reward": place}, "quality and CLIP": {"reward": f"{place}:0.7,clip:1.4"}},
-        measures={JUDGED: gain("judged"), CLIP: gain("clip"), QUALITY: gain("quality")},
+        measures={
+            JUDGED: gain("judged"),
+            FORGOTTEN: forgotten,
+            CLIP: gain("clip"),
+            QUALITY: gain("quality"),
+        },
         compares=(
             Compare(JUDGED, "quality and CLIP", "quality"),
+            Compare(FORGOTTEN, "quality"),
             Compare(JUDGED, "quality and CLIP"),
             Compare(CLIP, "quality and CLIP", "quality"),
             Compare(QUALITY, "quality", "quality and CLIP", margin=0.02),

@@ -92,7 +92,7 @@ def heldout(name: str) -> str:
             title += ", trained on" if metric in result["rewards"][arm] else ""
             spread = f"{gain:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
             rows.append([title, f"{base:.3f}", f"{base + gain:.3f}", spread, f"{worst:+.1f}"])
-    head = " | base | trained | gain: mean (lowest to highest seed) | in standard errors, weakest seed"
+    head = " | base | trained | gain: mean (lowest to highest seed) | gain / its standard error, smallest of the seeds"
     said = f"`{command['trainer']}.py --preset {command['preset']}`, {result['iterations'][arm]} iterations, seeds "
     first, n = result["seeds"][0], len(result["seeds"])
     usual = "" if (first, n) == (11, 10) else f" --first-seed {first} --seeds {n}"

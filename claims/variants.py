@@ -1,11 +1,12 @@
 """What others changed, on rectified flow: the KL term, other SDEs, other trust regions, group size, clip range."""
 
 from .diversity import LOST, features_of, lost
-from .experiment import EARLY, FREE, SPEED, Compare, Experiment, Run, heldout, mean, speed
+from .experiment import EARLY, FREE, SPEED, Compare, Experiment, Run, gain, heldout, mean, speed
 
 HPS = "HPS on held-out prompts (cosine)"
 MOVED = "CLIP distance from the base's picture, held-out (1 - cosine)"
 CLIPPED = "share of ratios clipped"
+PRICE = "diversity lost for each unit of HPS gained, held-out"
 BIAS = "mean of ratio - 1, over minus the KL"
 JUDGED = "accuracy by the second judge, held-out (share)"
 CLIPS = EARLY | {"updates_per_rollout": 8, "learning_rate": 1e-4}  # where most ratios leave the range
@@ -22,6 +23,10 @@ def moved(run: Run) -> float:
 def bias(run: Run) -> float:
     """The ratio is close to 1, so that ratio - 1 is its logarithm, whose mean over samples of the policy is -KL."""
     return mean("ratio_mean")(run) / -mean("kl")(run) - 1 / -mean("kl")(run)
+
+
+def price(run: Run) -> float:
+    return lost(run) / gain("hps")(run)
 
 
 def trust_regions(options: dict) -> dict:
@@ -81,14 +86,15 @@ CLAIMS = {
         {BIAS: bias},
     ),
     "over-optimisation": flux(
-        "Trained on where clipping acts, GRPO-Guard keeps more of the pictures' diversity than plain clipping",
+        "Trained on where clipping acts, GRPO-Guard pays less diversity for HPS than plain clipping",
         {arm: options for arm, options in trust_regions(LONG).items() if arm != "dppo"},
         (
+            Compare(PRICE, "plain", "guard", margin=0.1),
             Compare(LOST, "plain", "guard", margin=0.02),
             Compare(JUDGED, "guard", "plain", margin=0.05),
             Compare(HPS, "guard", "plain", margin=0.02),
         ),
-        {LOST: lost, JUDGED: heldout("judged"), CLIPPED: mean("clip_fraction")},
+        {PRICE: price, LOST: lost, JUDGED: heldout("judged"), CLIPPED: mean("clip_fraction")},
     ),
     "group-size": flux(
         "Of the same number of samples, groups of 16 teach more than groups of 4",

@@ -346,13 +346,17 @@ def test_another_schedule_would_show(monkeypatch):
 
 
 def test_losses_on_the_forward_process():
-    """Gradients where v = v_old, by hand. NFT: (2 r - 1) 2 (v - target) / d, away from the target if r < 1/2. AWM: the
-    same with the advantage in place of 2 r - 1."""
-    target = torch.tensor([[1.0, 2.0], [0.0, -1.0]])
-    for loss, weights in ((forward.nft_loss, [0.5, -1.0]), (forward.awm_loss, [1.0, -3.0])):
+    """Gradients where v = v_old, by hand. AWM: A 2 (v - target) / d, away from the target if A < 0. NFT: the same with
+    (2 r - 1) in place of A, times sigma² from the prediction of z0, over its mean absolute error."""
+    target, sigma = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([0.5, 0.8])
+    errors = torch.tensor([0.5 * 1.5, 0.8 * 0.5])
+    for loss, weights in (
+        (forward.nft_loss, torch.tensor([0.5, -1.0]) * sigma**2 / errors),
+        (forward.awm_loss, torch.tensor([1.0, -3.0])),
+    ):
         v = torch.zeros(2, 2, requires_grad=True)
-        loss(v, v.detach(), target, torch.tensor([1.0, -3.0])).backward()
-        torch.testing.assert_close(v.grad, torch.tensor(weights)[:, None] * -target / 2)
+        loss(v, v.detach(), target, torch.tensor([1.0, -3.0]), sigma).backward()
+        torch.testing.assert_close(v.grad, weights[:, None] * -target / 2)
 
 
 def test_a_single_stochastic_step_is_the_asked_one():
@@ -394,7 +398,7 @@ FAST |= dict(sde_window=2, updates_per_rollout=1)
         ("claims.forward:nft", grpo_flux, 8 * 4 + 4 * 8 * 1),
         ("claims.forward:awm", grpo_flux, 8 * 4 + 4 * 8 * 1),
         ("claims.refl", grpo_sd, None),
-        ("claims.dpo", grpo_sd, 8 * 4 + 2 * 24 * 4 // 2),  # two texts with guidance, one without
+        ("claims.dpo", grpo_sd, 2 * (4 * 4 - 3) + 2 * 24 * 4 // 2),  # two texts with guidance, one without
     ],
 )
 def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path):
@@ -411,18 +415,6 @@ def test_a_baseline_trains_and_leaves_a_checkpoint(loop, trainer, cost, tmp_path
     for part in (component, f"{component}_ema"):
         after = safetensors.torch.load_file(run / "checkpoint-000002" / part / weights)
         assert any(not torch.equal(before[name].float(), after[name].float()) for name in before)
-
-
-@pytest.mark.slow
-def test_the_reference_of_a_resumed_run_is_the_model_that_it_began_with(tmp_path):
-    run = experiment.train("grpo_sd", FAST, tmp_path, "claims.dpo")
-    options = FAST | {"save_every": 20, "keep_states": 1, "output_dir": str(run), "resume": True, "iterations": 3}
-    resumed = policy.Policy(experiment.parse(grpo_sd, options))
-    weights = safetensors.torch.load_file("tiny/sd/unet/diffusion_pytorch_model.safetensors")
-    kept, trained = resumed.reference.state_dict(), resumed.network.state_dict()
-    assert all(torch.equal(kept[name], weights[name].float()) for name in weights)
-    assert not any(p.requires_grad for p in resumed.reference.parameters())
-    assert any(not torch.equal(trained[name], weights[name].float()) for name in weights)
 
 
 def test_a_win_rate_is_the_share_of_the_others_that_a_sample_beats(monkeypatch):
@@ -442,7 +434,8 @@ def test_arms_that_are_compared_at_equal_cost_cost_the_same():
     of_preset = grpo_sd.Config(**grpo_sd.PRESETS["tiny"])
     B, T, grpo = 64, of_preset.steps, experiment.evaluations(vars(of_preset))
     assert of_preset.prompts_per_iteration * of_preset.group_size == B
-    cost = {"GRPO": grpo, "DDPO": B * T + 3 * B * 3, "ReFL": B * (T - 1.5 + 3), "online DPO": B * T + 8 * dpo.DRAWS * 4}
+    cost = {"GRPO": grpo, "DDPO": B * T + 3 * B * 3, "ReFL": B * (T - 1.5 + 3)}
+    cost["online DPO"] = B * T - 8 * 7 + 8 * dpo.DRAWS * 4
     for name, arm in command.EXPERIMENTS["baselines-hps"].arms.items():
         total = arm.get("iterations", of_preset.iterations) * cost[name]
         assert total == pytest.approx(of_preset.iterations * grpo, rel=0.01)

@@ -410,6 +410,15 @@ def test_flux_options_train_with_ratio_1(options, tmp_path):
         assert {"sample_reward_hps", "sample_reward_clip"} <= rows[0].keys()
 
 
+@pytest.mark.parametrize("case", ["flux", "sd", "t2v"])
+def test_every_step_of_a_window_is_trained(case, tmp_path, monkeypatch):
+    chosen, trainer = [], TRAINERS[case]
+    choose = trainer.choose_steps
+    monkeypatch.setattr(trainer, "choose_steps", lambda *given: chosen.append(choose(*given)) or chosen[-1])
+    train(case, tmp_path / "out", iterations=1, num_samples=1, sde_window=2, timestep_fraction=0.6)
+    assert chosen == [[0, 1]] * 8  # 2 prompts, groups of 4
+
+
 def test_the_average_moves_once_an_iteration_whatever_the_number_of_updates(tmp_path):
     out = train("flux", tmp_path / "out", iterations=1, num_samples=1, ema_decay=0.9, updates_per_rollout=4)
     base = FluxTransformer2DModel.from_pretrained(small.config("flux").model, subfolder="transformer").state_dict()
