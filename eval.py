@@ -49,7 +49,7 @@ class Config:
     model: str = ""  # the base: hub id or diffusers folder; empty: the --model of the checkpoints' run
     transformer: str = ""  # hub id or folder of the base's transformer, if it is not the one in --model (SkyReels)
     checkpoint: tuple[str, ...] = ()  # RUN/checkpoint-000300, a transformer_ema or LoRA file in it, a diffusers folder
-    metrics: str = ""  # names as in --reward; empty: the models in reward_paths of the run, else hps,clip,pickscore
+    metrics: str = ""  # names as in --reward; empty: the models in reward_paths of the run, else the usual ones
     reward_paths: str = ""  # NAME=FOLDER, comma separated, of reward weights; empty: as in the checkpoints' run
     detector: str = geneval.MASK2FORMER  # of geneval: hub id or folder of a Mask2Former, or FILE.py:CLASS
     detector_clip: str = geneval.CLIP  # names colours for Mask2Former: hub id or folder of a CLIPModel
@@ -109,8 +109,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     require(found == expected, f"--transformer {network} is a {found}, but {base} has a {expected}")
     if family == "HunyuanVideoPipeline" and original["in_channels"] == 2 * original["out_channels"]:
         family = "HunyuanSkyreelsImageToVideoPipeline"  # its transformer gets the first frame as well
-    cfg = find_settings(replace(cfg, model=base, transformer=network), family, runs)
-    cfg = find_rewards(cfg, runs)
+    cfg = find_rewards(find_settings(replace(cfg, model=base, transformer=network), family, runs), runs)
     plain = all(spec.endswith(name) for name, spec in metric_specs(cfg.metrics).items())
     require(plain, f"--metrics takes names only, without threshold or weight: {cfg.metrics}")
     require("geneval" not in parse_paths(cfg.reward_paths), "--reward-paths: geneval has an option here, --detector")
@@ -146,8 +145,9 @@ def find_rewards(cfg: Config, runs: list[dict]) -> Config:
     paths = {}
     for model, path in [item for run in runs for item in run["reward_paths"].items()]:
         paths[model] = path if cfg.reward_paths else agreed("reward_paths", [path, paths.get(model, path)])
-    names = {"videoalign": VideoAlignReward.NAMES if cfg.frames > 1 else ()}
-    metrics = [name for model in paths for name in names.get(model, [model])] or ["hps", "clip", "pickscore"]
+    names = VideoAlignReward.NAMES if cfg.frames > 1 else ()
+    metrics = [name for model in paths for name in (names if model == "videoalign" else [model])]
+    metrics = metrics or [*names] or ["hps", "clip", "pickscore"]
     metrics += [term.model for run in runs for term in parse_spec(run["reward"]) if ":" in term.model]
     metrics = cfg.metrics or ",".join(dict.fromkeys(metrics))
     return replace(cfg, metrics=metrics, reward_paths=cfg.reward_paths or ",".join(map("=".join, paths.items())))
@@ -236,8 +236,8 @@ def set_sampler(pipe, cfg: Config):
         if isinstance(pipe, diffusers.WanPipeline):  # has no argument for them
             sigmas = flow_sigmas(cfg.steps, cfg.shift)[:-1].tolist()
             pipe.scheduler.set_timesteps = partial(pipe.scheduler.set_timesteps, sigmas=sigmas)
-    if cfg.frames > 1:
-        pipe.vae.enable_tiling()  # a whole clip at full size does not fit
+    if cfg.frames > 1:  # clip by clip, as in training; in tiles, which leave a grid, only where it would not fit
+        (pipe.vae.enable_slicing if cfg.height * cfg.width < 490_000 else pipe.vae.enable_tiling)()
     return pipe
 
 

@@ -377,7 +377,7 @@ class HTTPReward:
     After that, and on any other bad answer: RewardError. Proxies are taken from the environment.
     """
 
-    BATCH, SECONDS, ATTEMPTS, BACKOFF = 8, 120.0, 3, 5.0  # BACKOFF: urllib3.Retry's, in seconds
+    BATCH, SECONDS, ATTEMPTS, BACKOFF = 8, 300.0, 3, 5.0  # BACKOFF: urllib3.Retry's, in seconds
 
     def __init__(self, name: str, url: str):
         self.name, self.url, self.session = name, url, requests.Session()
@@ -406,7 +406,7 @@ class HTTPReward:
     def check(self) -> None:
         """Raise RewardError if nothing answers at the URL. Any answer to a GET will do, also an error's."""
         try:
-            requests.get(self.url, timeout=self.SECONDS, stream=True).close()
+            requests.get(self.url, timeout=60.0, stream=True).close()
         except FILE_ERRORS as e:
             reason = f"nothing answers at {self.url} ({first_line(e)})"
             raise RewardError(f"reward {self.name}: {reason}; start the server") from e

@@ -38,6 +38,7 @@ def serve(spec: str, port: int, paths: dict[str, str]) -> HTTPServer:
         def do_GET(self):  # a run asks whether anyone is there
             self.send_error(405)
 
+    HTTPServer.request_queue_size = 256  # all processes of a run may ask at once; they are answered one by one
     return HTTPServer(("", port), Judge)
 
 

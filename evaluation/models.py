@@ -71,11 +71,11 @@ def find_settings(cfg, family: str, runs: list[dict]):
     """Steps, sizes, prompts, …: as on the command line, else as in the checkpoints' runs, else the usual ones."""
     settings = {}
     for name, value in FAMILIES[family].items():
-        two_passes = family == "WanPipeline" or "ImageToVideo" in family
-        key = "true_guidance" if name == "guidance" and two_passes else name
+        key = "true_guidance" if name == "guidance" and ("Wan" in family or "ImageToVideo" in family) else name
         settings[name] = getattr(cfg, name) or agreed(name, [run[key] for run in runs if key in run], value)
     files = [run["prompts"] for run in runs if Path(run["prompts"]).expanduser().is_file()]
-    return replace(cfg, **settings, prompts=cfg.prompts or agreed("prompts", files, "hpsv2"))
+    usual = "hpsv2" if settings["frames"] == 1 else ""  # HPS-v2's prompts are for pictures
+    return replace(cfg, **settings, prompts=cfg.prompts or agreed("prompts", files, usual))
 
 
 def agreed(name: str, values: Sequence, default=None):

@@ -69,7 +69,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
             changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
             message = f"{', '.join(changed)} changed after the run in {output_dir} was started"
             require(not changed, f"{message}; restore it, or start a new run in another --output-dir, with --init")
-    world.barrier()
+    world.require_shared(output_dir)
     checkpoint = newest_whole_checkpoint(output_dir, world, content) if config.resume else None
     return Folder(content, checkpoint, init)
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from rewards import fetched_once, first_line, text_at
 
+from .files import write_atomically
 from .options import RunError, find_place, require
 from .pictures import read_picture, save_image
 from .processes import World
@@ -178,7 +179,7 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
     first_frames.jsonl; without it the images are those in --prompts, if that is such a JSONL file. A picture that is
-    not listed is FOLDER/HASH.png; `paint_first_frames` makes it, given a --first-frame-model.
+    not listed is FOLDER/HASH-WIDTHxHEIGHT.png; `paint_first_frames` makes it, given a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
     source, listed = Path(config.first_frames or config.prompts), {}
@@ -196,9 +197,10 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     epoch = range(min(config.iterations, -(-len(prompts) // batch_size)))  # of iterations, after which all were visited
     batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in epoch)
     pictures, visited = {}, prompts[: config.num_samples] + [prompts[i] for batch in batches for i in batch]
-    for prompt in tqdm(list(dict.fromkeys(visited)), desc="first frames", delay=2.0, disable=find_place().rank > 0):
-        path = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}.png")
-        if prompt in listed or path.is_file():
+    place, size = find_place(), f"{config.width}x{config.height}"
+    for n, prompt in enumerate(tqdm(dict.fromkeys(visited), desc="first frames", delay=2.0, disable=place.rank > 0)):
+        path = listed.get(prompt, source / f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}-{size}.png")
+        if n % place.size == place.rank and (prompt in listed or path.is_file()):  # the processes share the reading
             read_picture(path)
         require(
             prompt in listed or path.is_file() or bool(painter),
@@ -219,6 +221,8 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
     if not missing:
         require_there(pictures)
         return
+    folder, size = Path(config.first_frames), f"{config.width}x{config.height}"
+    world.require_shared(folder)
     with world.in_turn():
         pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")
     pipe.to(world.device)  # also with --offload: nothing else is there yet
@@ -228,6 +232,9 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
         save_image(path, pipe(prompt, generator=generator, **options).images[0])
     del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room
+    if world.is_main:  # for eval.py --prompts
+        rows = [json.dumps({"prompt": prompt, "image": path.name}) for prompt, path in pictures.items()]
+        write_atomically(folder / f"painted-{size}.jsonl", "\n".join(rows) + "\n")
     world.barrier()
     require_there(pictures)
 

@@ -152,15 +152,19 @@ def first_frame_latents(
 
 def drop_full_masks(network) -> None:
     """HunyuanVideo's blocks get None instead of an attention mask that masks nothing: with any mask, flash attention
-    cannot be used.
+    cannot be used. Texts are padded to the longest prompt of the process; here they are cut to that of the batch.
 
     The network decides once for all its blocks, outside what --compile compiles: inside, asking the device for a value
     would break the graph of every block.
     """
     decided = {"full": False}
 
-    def decide(network: nn.Module, args: tuple, kwargs: dict) -> None:
-        decided["full"] = bool(kwargs["encoder_attention_mask"].all())
+    def decide(network: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        names = "encoder_hidden_states", "encoder_attention_mask"
+        length = max(int(kwargs[names[1]].any(0).sum()), 1)  # texts are padded at the end
+        kwargs |= {name: kwargs[name][:, :length] for name in names}
+        decided["full"] = bool(kwargs[names[1]].all())
+        return args, kwargs
 
     def drop(block: nn.Module, args: tuple) -> tuple:  # the mask is the fourth argument of a block
         return (*args[:3], None, *args[4:]) if decided["full"] else args

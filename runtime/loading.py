@@ -5,6 +5,7 @@ A hub id becomes a folder of the hub's cache, by `find_folder`; everything after
 
 import importlib
 import inspect
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -129,9 +130,9 @@ def load_config(path: str, subfolder: str | None = None, option: str = "--model"
 
 
 def default_config(network_class: type) -> dict:
-    """A class's defaults, without those of arguments that have none."""
+    """A class's defaults, as JSON stores them: lists for tuples. Without those of arguments that have none."""
     parameters = inspect.signature(network_class.__init__).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+    return json.loads(json.dumps({p.name: p.default for p in parameters if p.default is not p.empty}))
 
 
 def check_family(path: str, *expected: str) -> str:

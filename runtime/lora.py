@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .options import require
+
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
 
 
@@ -42,6 +44,8 @@ def read_lora(file: Path) -> dict[str, Tensor]:
         metadata = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
     stored = {name.rpartition(".")[2]: value for name, value in metadata.items()}  # transformer.r, …
     of_all = stored["lora_alpha"] / stored["r"] if {"lora_alpha", "r"} <= stored.keys() else 1.0
+    of_all *= stored["r"] ** 0.5 if stored.get("use_rslora") else 1.0
+    require(not stored.get("alpha_pattern"), f"{file}: every layer has an alpha of its own; take a file without")
     alphas = {
         name.removesuffix(".alpha"): weights.pop(name).item() for name in list(weights) if name.endswith(".alpha")
     }

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import secrets
 import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from rewards import first_line
 
+from .files import write_atomically
 from .options import Lazy, RunError, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
@@ -76,6 +78,17 @@ class World:
         """Wait for all processes, however long one of them loads or writes."""
         if self.size > 1:
             dist.barrier(group=self.patient)
+
+    def require_shared(self, folder: Path) -> None:
+        """Make the folder. Raises RunError if a process does not see what rank 0 writes there."""
+        mark = folder / self.from_main(f".{secrets.token_hex(8)}")
+        if self.is_main:
+            write_atomically(mark, "")
+        self.barrier()
+        seen = self.gather(torch.tensor([mark.exists()], dtype=torch.float32, device=self.device)).all()
+        if self.is_main:
+            mark.unlink()
+        require(bool(seen), f"a process does not see what another wrote into {folder}; all machines must share it")
 
     @contextlib.contextmanager
     def in_turn(self) -> Iterator[None]:

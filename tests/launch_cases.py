@@ -21,7 +21,7 @@ import small
 from evaluation import geneval
 from rewards import Reward
 from runtime import data, loading, processes
-from runtime.options import one_line_errors, parse_config
+from runtime.options import RunError, one_line_errors, parse_config
 from runtime.processes import World
 
 
@@ -100,6 +100,18 @@ def meet(sizes: list[int]) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = str(sizes[node])
     with one_line_errors():
         processes.start_world()
+
+
+def write_apart(folder: Path) -> None:
+    """A folder that all processes share, and one of each process's own disk, as it were."""
+    world = processes.start_world()
+    world.require_shared(folder / "shared")
+    message = ""
+    try:
+        world.require_shared(folder / str(world.rank) / "run")
+    except RunError as e:
+        message = str(e)
+    assert "all machines must share it" in message
 
 
 def load_frozen_models(folder: Path) -> None:

@@ -168,6 +168,12 @@ def test_nodes_of_unequal_numbers_of_processes_are_refused(sizes, code, tmp_path
 
 
 @pytest.mark.slow
+def test_a_folder_that_the_machines_do_not_share_is_refused_at_once(tmp_path):
+    launch.run("launch_cases", "write_apart", (tmp_path,), 2, tmp_path / "logs")
+    assert not list(tmp_path.rglob("[.]*"))  # nothing is left behind
+
+
+@pytest.mark.slow
 def test_at_most_one_process_of_a_node_loads_a_frozen_model_at_a_time(tmp_path):
     launch.run("launch_cases", "load_frozen_models", (tmp_path,), 4, tmp_path / "logs")
     expected = {

@@ -256,6 +256,10 @@ def test_prompts_and_metrics_come_from_the_run(run, prompts, tmp_path, monkeypat
     assert (cfg.prompts, cfg.metrics) == (str(prompts), "clip")
     monkeypatch.setattr(prompt_sets, "fetch_hps_prompts", lambda style: [f"a red circle, {style}"])
     assert planned(model="tiny/flux").prompts == "hpsv2" and planned(model="tiny/flux").metrics == "hps,clip,pickscore"
+    video = {"model": "tiny/hunyuan", "frames": 9, "height": 32, "width": 32}
+    with pytest.raises(RunError, match="no prompt file ''"):
+        planned(**video)
+    assert planned(**video, prompts=prompts).metrics == "vq,mq,ta"
     options = grpo_flux.PRESETS["tiny"] | SMALL
     (tmp_path / "own.py").write_text(OWN)
     for number, (changed, expected) in enumerate((
@@ -282,6 +286,13 @@ def test_a_runs_config_that_is_no_json_is_one_line(content, run, tmp_path):
     with pytest.raises(RunError, match=r"moved/config.json is damaged, it is not JSON; restore it") as caught:
         planned(checkpoint=moved / "checkpoint-000002")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("height, tiled", [(480, False), (1280, True)])
+def test_clips_are_decoded_as_in_training_unless_they_are_too_large(height, tiled):
+    pipe = diffusers.HunyuanVideoPipeline.from_pretrained("tiny/hunyuan")
+    evaluation.set_sampler(pipe, evaluation.Config(frames=9, height=height, width=480))
+    assert (pipe.vae.use_slicing, pipe.vae.use_tiling) == (not tiled, tiled)
 
 
 def test_one_pipeline_at_a_time_is_in_memory(run, prompts, tmp_path, monkeypatch):

@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 import grpo_flux
 import grpo_sd
 import rewards
+from evaluation.models import find_weights
 from fake_hub import COMMIT, FakeHub
 from runtime import initial, loading, lora, processes
+from runtime.files import read_json
 from runtime.lora import LORA_FILE
 from runtime.options import RunError, parse_config
 
@@ -299,9 +301,10 @@ def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
     torch.testing.assert_close(pipe.unet(z, 501, text).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["new", "metadata", "alpha keys"])
+@pytest.mark.parametrize("form", ["new", "metadata", "rslora", "alpha keys"])
 def test_init_reads_every_form_of_a_lora(form, tmp_path):
-    """One LoRA, written with alpha = rank, with alpha = 2 rank in the metadata, or with weights called alpha."""
+    """One LoRA, written with alpha = rank, with alpha = 2 rank in the metadata, as an rsLoRA, whose scale is
+    alpha / sqrt(rank), or with weights called alpha."""
     cfg = parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
     world = processes.start_world("float32")
     _, network, _ = grpo_flux.load_models(cfg, world, None)
@@ -315,6 +318,8 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
         weights = {name: weight / 2 if ".lora_B." in name else weight for name, weight in weights.items()}
     if form == "metadata":
         stored["transformer.lora_alpha"] = 4
+    if form == "rslora":
+        stored |= {"transformer.lora_alpha": 2 * 2**0.5, "transformer.use_rslora": True}
     if form == "alpha keys":
         weights |= {n.replace("lora_B.weight", "alpha"): torch.tensor(4.0) for n in list(weights) if ".lora_B." in n}
         stored = {}
@@ -326,7 +331,18 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
     grpo_flux.check(cfg)
     _, started, _ = grpo_flux.load_models(cfg, world, initial.find_init(cfg.init))
     for name, weight in network.state_dict().items():
-        torch.testing.assert_close(started.state_dict()[name], weight, rtol=0, atol=0)
+        torch.testing.assert_close(started.state_dict()[name], weight, rtol=1e-6 if form == "rslora" else 0, atol=0)
+
+
+def test_a_checkpoint_is_of_a_base_whose_config_is_older_than_a_key(tmp_path):
+    """FLUX.1-dev's own config.json has no axes_dims_rope; the default is a tuple, and a checkpoint has a list."""
+    config = read_json(HUB / "FLUX.1-dev/transformer/config.json") | {"axes_dims_rope": [16, 56, 56]}
+    for name, own in (("checkpoint", config), ("base", {k: v for k, v in config.items() if k != "axes_dims_rope"})):
+        (tmp_path / name / "transformer").mkdir(parents=True)
+        (tmp_path / name / "transformer/config.json").write_text(json.dumps(own))
+    original = loading.load_config(str(tmp_path / "base/transformer"))
+    found = find_weights(str(tmp_path / "checkpoint"), "FluxPipeline", "transformer", "base", original)
+    assert found == ("network", str(tmp_path / "checkpoint/transformer"))
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizers

@@ -3,6 +3,7 @@
 import json
 import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.prompts import load_rows
 from runtime import data, files, loading, metrics, output, pictures, processes
 from runtime.data import keyed_noise, prompt_batch
 from runtime.options import RunError, parse_config
@@ -277,6 +279,7 @@ def test_first_frames_are_painted_once_and_kept(tmp_path, monkeypatch):
         first_frames=str(folder), first_frame_model="tiny/flux", first_frame_steps=2, height=64, width=64,
         num_samples=2, iterations=2, prompts_per_iteration=1, seed=0,
     )  # fmt: skip
+    larger = SimpleNamespace(**vars(config) | {"width": 96})
     prompts = ["a red circle", "a cross", "two squares"]
     world = processes.start_world()
     first = data.first_frames(config, prompts)
@@ -285,6 +288,9 @@ def test_first_frames_are_painted_once_and_kept(tmp_path, monkeypatch):
     assert len(networks) == 4 and not any(network() for network in networks)  # the run has the room
     assert set(prompts[:2]) <= first.keys()
     assert all(path.parent == folder and Image.open(path).size == (64, 64) for path in first.values())
+    assert not any(path.exists() for path in data.first_frames(larger, prompts).values())  # of another size
+    rows = load_rows(str(folder / "painted-64x64.jsonl"), None, True)  # as eval.py reads it
+    assert {row["prompt"]: Path(row["image"]) for row in rows} == first
     made = {path: path.stat().st_mtime_ns for path in first.values()}
     config.first_frame_model, config.iterations = "", 1  # nothing is missing, so nobody has to paint
     again = data.first_frames(config, prompts)
@@ -302,7 +308,7 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
     file.write_text('{"prompt": "a red circle", "image": "one.png"}\n')
     config = SimpleNamespace(
         prompts=str(file), first_frames="", first_frame_model="", num_samples=1, iterations=1, prompts_per_iteration=1,
-        seed=0,
+        seed=0, height=8, width=8,
     )  # fmt: skip
     pictures = data.first_frames(config, data.load_prompts(str(file)))
     assert pictures == {"a red circle": tmp_path / "one.png"}

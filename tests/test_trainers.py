@@ -699,12 +699,15 @@ def test_trimmed_text_without_a_mask_gives_the_same_velocity():
     first_frame, cfg, sigma = torch.zeros(2, 0, 2, 8, 8), grpo_video.Config(), torch.tensor(0.7)
     with torch.no_grad():
         padded = grpo_video.velocity(plain, z, sigma, [tokens, mask, pooled, first_frame], cfg)
-        short = [tokens[:, :, :7], mask[:, :, :7], pooled, first_frame]
-        torch.testing.assert_close(grpo_video.velocity(lean, z, sigma, short, cfg), padded, rtol=1e-4, atol=1e-5)
+        trimmed = grpo_video.velocity(lean, z, sigma, [tokens, mask, pooled, first_frame], cfg)
+        torch.testing.assert_close(trimmed, padded, rtol=1e-4, atol=1e-5)
         assert masks == [None] * len(blocks)
         mask[1, :, 5:] = 0
-        grpo_video.velocity(lean, z, sigma, short, cfg)
-    assert all(mask is not None and not mask.all() for mask in masks[len(blocks) :])
+        mixed = grpo_video.velocity(lean, z, sigma, [tokens, mask, pooled, first_frame], cfg)
+        alone = grpo_video.velocity(lean, z[1:], sigma, [x[1:] for x in (tokens, mask, pooled, first_frame)], cfg)
+        torch.testing.assert_close(alone, mixed[1:], rtol=1e-4, atol=1e-5)
+    assert all(not mask.all() and mask.shape[-1] < 24 + 32 for mask in masks[len(blocks) : 2 * len(blocks)])
+    assert masks[2 * len(blocks) :] == [None] * len(blocks)
 
 
 def test_prompts_that_are_too_long_are_not_reported_again_and_again(monkeypatch):
