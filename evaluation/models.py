@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
 from runtime import files, loading, processes
-from runtime.lora import LORA_FILE, shapes_in
+from runtime.lora import LORA_FILE, read_lora, shapes_in
 from runtime.options import Lazy, RunError, require
 
 diffusers = Lazy("diffusers")
@@ -131,8 +131,7 @@ def load_pipeline(model: Model, family: str, base: str, network: str, world: pro
         networks[component] = loading.load_weights(network_class, place, dtype=world.dtype)
     pipe = loading.load_pipeline(getattr(diffusers, family), source, world, **networks)
     if model.kind == "lora":
-        file = Path(model.weights)
-        loading.load_pretrained(pipe.load_lora_weights, str(file.parent), "--checkpoint", weight_name=file.name)
+        loading.load_pretrained(lambda file: pipe.load_lora_weights(read_lora(file)), model.weights, "--checkpoint")
     if not world.offload or world.device.type == "cpu":
         return pipe.to(world.device)
     pipe.enable_sequential_cpu_offload(device=world.device)

@@ -1,6 +1,7 @@
 """The model card of a checkpoint, as the hub shows it."""
 
 import dataclasses
+import importlib.metadata
 import os
 import shlex
 import shutil
@@ -28,10 +29,11 @@ def model_card(folder: Path, config, checkpoints: Checkpoints, iteration: int, r
 
     kind = type(checkpoints.pipeline).__name__
     model, transformer = (  # as they are found from the checkpoint
-        os.path.relpath(path, folder) if path and Path(path).is_dir() else path
+        os.path.relpath(path, folder) if path and Path(path).is_dir() else path.replace("@", '", revision="')
         for path in (config.model, getattr(config, "transformer", ""))
     )
-    name = "/".join(Path(getattr(config, "transformer", "") or config.model).parts[-2:])  # OWNER/NAME, also of a folder
+    source = getattr(config, "transformer", "") or config.model
+    name = "/".join(Path(source).parts[-2:]).partition("@")[0]  # OWNER/NAME, also of a folder
     video = "image-to-video" if "ImageToVideo" in kind else "text-to-video"
     header = ModelCardData(
         base_model=name,
@@ -48,6 +50,7 @@ def model_card(folder: Path, config, checkpoints: Checkpoints, iteration: int, r
         model=model, transformer=transformer, network=type(checkpoints.network).__name__,
         component=checkpoints.component, dtype=checkpoints.world.dtype, is_lora=checkpoints.is_lora,
         lora_file=LORA_FILE,
+        versions=", ".join(f"{x} {importlib.metadata.version(x)}" for x in ("diffusers", "transformers", "peft")),
         scores={key: value for key, value in row.items() if key.startswith(("reward_", "sample_reward_"))},
         command=shlex.join(["python", script_of(config), *command_words(changed)]),
     )  # fmt: skip

@@ -249,9 +249,10 @@ class Checkpoints:
         Raises RunError, and writes nothing, if a weight is not finite.
         """
         final = Path(output_dir) / name_of(iteration)
-        part = final.with_name(final.name + ".part")
+        part, old = (final.with_name(final.name + suffix) for suffix in (".part", ".old"))
         if self.world.is_main:
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while saving
+            for path in (part, old):  # of a run that was killed while saving
+                shutil.rmtree(path, ignore_errors=True)
         self.world.barrier()  # rank 0 may have drawn curves until now
         self.require_finite(iteration)
         with writing(final):
@@ -273,8 +274,10 @@ class Checkpoints:
             if self.world.is_main:
                 add_card(part)
                 write_sums(part, sums)
-                shutil.rmtree(final, ignore_errors=True)
+                if final.exists():  # the run continued from an earlier one
+                    final.rename(old)
                 part.rename(final)
+                shutil.rmtree(old, ignore_errors=True)
                 self._delete_old_states(final)
             self.world.barrier()
 

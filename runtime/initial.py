@@ -53,5 +53,5 @@ def check_init(config, network_class: type, component: str, lora_targets: Sequen
         f"--init {config.init} ({f'a LoRA of rank {rank}' if rank else 'all weights'}) does not fit "
         f"{source.get('option', '--model')} {source['path']} with --lora-rank {config.lora_rank}: {len(wrong)} weights "
         f"have other names or shapes, first: {(wrong or [''])[0]}; give a checkpoint of this model and its --lora-rank "
-        "(pipe.load_lora_weights, then pipe.save_lora_weights, translates a LoRA by others' names)",
+        "(docs/full-scale.md says how to translate a LoRA by others' names)",
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .files import read_json
 from .options import require
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # in a checkpoint, diffusers' usual name
@@ -29,13 +30,15 @@ def public_lora(network: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[st
     config = lora_config(network)
     scale = config.lora_alpha / config.r
     layers = with_b_times(scale, get_peft_model_state_dict(network, weights))
-    return layers, config.to_dict() | {"lora_alpha": config.r}
+    plain = {"r": config.r, "lora_alpha": config.r, "target_modules": config.to_dict()["target_modules"]}
+    return layers, plain | {"rank_pattern": {}, "alpha_pattern": {}}  # what any version of peft knows
 
 
-def read_lora(file: Path) -> dict[str, Tensor]:
+def read_lora(file: Path | str) -> dict[str, Tensor]:
     """The weights of a LoRA file, B scaled so that W + B·A is what it means.
 
-    alpha stands in `.alpha` weights, in the metadata that diffusers writes, or is the rank.
+    alpha stands in `.alpha` weights, in the metadata that diffusers writes, in the lora_config.json that the release's
+    trainer writes beside the file, or is the rank.
     """
     from safetensors import safe_open
 
@@ -43,6 +46,8 @@ def read_lora(file: Path) -> dict[str, Tensor]:
         weights = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         metadata = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
     stored = {name.rpartition(".")[2]: value for name, value in metadata.items()}  # transformer.r, …
+    beside = read_json(Path(file).with_name("lora_config.json")).get("lora_params", {})
+    stored = stored or {"lora_alpha": beside["lora_alpha"], "r": beside["lora_rank"]} if beside else stored
     of_all = stored["lora_alpha"] / stored["r"] if {"lora_alpha", "r"} <= stored.keys() else 1.0
     of_all *= stored["r"] ** 0.5 if stored.get("use_rslora") else 1.0
     require(not stored.get("alpha_pattern"), f"{file}: every layer has an alpha of its own; take a file without")

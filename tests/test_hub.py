@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import grpo_flux
 import grpo_sd
+import grpo_video
 import rewards
-from evaluation.models import find_weights
+from evaluation.models import Model, find_weights, load_pipeline
 from fake_hub import COMMIT, FakeHub
-from runtime import initial, loading, lora, processes
+from runtime import card, initial, loading, lora, processes
 from runtime.files import read_json
 from runtime.lora import LORA_FILE
 from runtime.options import RunError, parse_config
@@ -279,6 +281,49 @@ def test_an_exported_lora_needs_no_metadata(tmp_path):
     assert effect > 0.01 and error < 0.01 * effect
 
 
+def test_the_card_gives_a_revision_as_an_argument(tmp_path):
+    made = {name: type(kind, (), {})() for name, kind in (("pipeline", "FluxPipeline"), ("network", "Network"))}
+    made |= {"is_lora": True, "component": "transformer", "world": SimpleNamespace(dtype=torch.bfloat16)}
+    config = grpo_flux.Config(model="OWNER/NAME@v1")
+    text = card.model_card(tmp_path, config, SimpleNamespace(**made), 3, {})
+    assert 'FluxPipeline.from_pretrained("OWNER/NAME", revision="v1", dtype=' in text
+    assert "base_model: OWNER/NAME\n" in text
+
+
+@torch.no_grad()
+def test_the_original_names_of_wans_lora():
+    """The model card's replacements make names that diffusers reads as the original repository's, with one effect."""
+    import diffusers
+
+    cfg = parse_config(grpo_video.Config, grpo_video.PRESETS, ["--preset", "tiny-wan", "--lora-rank", "2"])
+    _, network, _ = grpo_video.load_models(cfg, processes.start_world("float32"), None)
+    for number, parameter in enumerate(processes.trainable(network)):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+    layers, _ = lora.public_lora(network, network.state_dict())
+    names = [
+        ("attn1", "self_attn"),
+        ("attn2", "cross_attn"),
+        ("to_out.0", "o"),
+        ("to_q", "q"),
+        ("to_k", "k"),
+        ("to_v", "v"),
+    ]
+    renamed = {}
+    for name, weight in layers.items():
+        for ours, theirs in names:
+            name = name.replace(f".{ours}.", f".{theirs}.")
+        renamed[f"diffusion_model.{name}"] = weight
+    pipe = diffusers.WanPipeline.from_pretrained("tiny/wan")
+    pipe.load_lora_weights(renamed)
+    for name, module in network.named_modules():
+        if hasattr(module, "lora_B"):
+            other = pipe.transformer.get_submodule(name)
+            (adapter,) = other.active_adapters
+            torch.testing.assert_close(other.lora_A[adapter].weight, module.lora_A["default"].weight)
+            ours, theirs = (m.scaling[a] * m.lora_B[a].weight for m, a in ((module, "default"), (other, adapter)))
+            torch.testing.assert_close(theirs, ours)
+
+
 @torch.no_grad()
 def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
     """The model card's call makes a file that diffusers reads from kohya's names, with the same effect."""
@@ -301,10 +346,10 @@ def test_kohya_s_names_of_stable_diffusion_s_lora(tmp_path):
     torch.testing.assert_close(pipe.unet(z, 501, text).sample, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["new", "metadata", "rslora", "alpha keys"])
+@pytest.mark.parametrize("form", ["new", "metadata", "rslora", "release", "alpha keys"])
 def test_init_reads_every_form_of_a_lora(form, tmp_path):
     """One LoRA, written with alpha = rank, with alpha = 2 rank in the metadata, as an rsLoRA, whose scale is
-    alpha / sqrt(rank), or with weights called alpha."""
+    alpha / sqrt(rank), with a file beside it as the release's trainer does, or with weights called alpha."""
     cfg = parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--preset", "tiny", "--lora-rank", "2"])
     world = processes.start_world("float32")
     _, network, _ = grpo_flux.load_models(cfg, world, None)
@@ -318,6 +363,10 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
         weights = {name: weight / 2 if ".lora_B." in name else weight for name, weight in weights.items()}
     if form == "metadata":
         stored["transformer.lora_alpha"] = 4
+    if form == "release":  # its trainer's file has no metadata, and this beside it
+        beside = {"step": 300, "lora_params": {"lora_rank": 2, "lora_alpha": 4, "target_modules": ["to_q"]}}
+        (tmp_path / "lora_config.json").write_text(json.dumps(beside))
+        stored = {}
     if form == "rslora":
         stored |= {"transformer.lora_alpha": 2 * 2**0.5, "transformer.use_rslora": True}
     if form == "alpha keys":
@@ -328,6 +377,14 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
         grpo_flux.Config, grpo_flux.PRESETS,
         ["--preset", "tiny", "--lora-rank", "2", "--init", str(tmp_path / "lora.safetensors")],
     )  # fmt: skip
+    model = Model("lora", "lora", str(tmp_path / "lora.safetensors"), "")
+    pipe = load_pipeline(model, "FluxPipeline", "tiny/flux", "", world)  # as eval.py reads it
+    for name, module in network.named_modules():
+        if hasattr(module, "lora_B"):
+            B = pipe.transformer.get_submodule(name)
+            adapter = B.active_adapters[0]
+            ours, theirs = (m.scaling[a] * m.lora_B[a].weight for m, a in ((module, "default"), (B, adapter)))
+            torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=0)
     grpo_flux.check(cfg)
     _, started, _ = grpo_flux.load_models(cfg, world, initial.find_init(cfg.init))
     for name, weight in network.state_dict().items():
