@@ -291,9 +291,10 @@ def test_the_card_gives_a_revision_as_an_argument(tmp_path):
 
 
 @torch.no_grad()
-def test_the_original_names_of_wans_lora():
+def test_the_original_names_of_wans_lora(tmp_path):
     """The model card's replacements make names that diffusers reads as the original repository's, with one effect."""
     import diffusers
+    from peft import get_peft_model_state_dict
 
     cfg = parse_config(grpo_video.Config, grpo_video.PRESETS, ["--preset", "tiny-wan", "--lora-rank", "2"])
     _, network, _ = grpo_video.load_models(cfg, processes.start_world("float32"), None)
@@ -322,6 +323,16 @@ def test_the_original_names_of_wans_lora():
             torch.testing.assert_close(other.lora_A[adapter].weight, module.lora_A["default"].weight)
             ours, theirs = (m.scaling[a] * m.lora_B[a].weight for m, a in ((module, "default"), (other, adapter)))
             torch.testing.assert_close(theirs, ours)
+    net = pipe.transformer  # and back, as docs/full-scale.md has it
+    pipe.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(net, adapter_name=adapter),
+        transformer_lora_adapter_metadata=net.peft_config[adapter].to_dict(),
+    )
+    back = lora.read_lora(tmp_path / LORA_FILE)
+    assert back.keys() == {f"transformer.{name}" for name in layers}
+    for name, weight in layers.items():
+        torch.testing.assert_close(back[f"transformer.{name}"], weight)
 
 
 @torch.no_grad()
