@@ -230,7 +230,7 @@ def pictures_of(model: Model, batch: list[tuple[int, int]]) -> list[Path]:
 def set_sampler(pipe, cfg: Config):
     """Give the pipeline a sampler that adds no noise."""
     if hasattr(pipe, "unet"):
-        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     elif cfg.shift:
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)  # takes the sigmas as they are
         if isinstance(pipe, diffusers.WanPipeline):  # has no argument for them

@@ -34,6 +34,8 @@ MASK2FORMER, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/cli
 RELATIONS = ("left of", "right of", "above", "below")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 OTHER_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}  # COCO's: GenEval's
+OTHER_NAMES |= {"motorbike": "motorcycle", "aeroplane": "airplane", "sofa": "couch", "tvmonitor": "tv"}  # mmdet's: its
+OTHER_NAMES |= {"pottedplant": "potted plant", "diningtable": "dining table"}
 # A detected object: box (left, top, right, bottom) in pixels, y downwards; score in [0, 1]; anything `colors` needs.
 Found = tuple[Sequence[float], float, object]
 
@@ -174,12 +176,9 @@ def find_detector(name: str | None, clip: str = CLIP, device=None):
 
 
 class Mask2FormerDetector:
-    """Mask2Former, with the boxes of its masks, and CLIP for colours, as in the original.
+    """Mask2Former, with the boxes of its masks, and CLIP for colours. The original's was trained by mmdetection."""
 
-    The original runs the same network in mmdetection 2, which rounds in other places: single verdicts can differ.
-    """
-
-    NOTE = "GenEval with transformers' Mask2Former: figures can differ a little from the official detector's (mmdet)."
+    NOTE = "GenEval with transformers' Mask2Former, not the official one (mmdet): another training, so figures differ."
     SHORTEST, LONGEST = 800, 1333  # sides in pixels, of the picture that the network sees
     MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")

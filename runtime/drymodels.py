@@ -113,7 +113,7 @@ def frozen_parameters(path: str, known: dict[str, int], trained: Sequence[str] =
     for name, (library, class_name) in loading.component_names(Path(folder, "model_index.json"), "--model").items():
         if name in trained or name.startswith("tokenizer") or library not in ("diffusers", "transformers"):
             continue
-        model_class = getattr(importlib.import_module(library), class_name)
+        model_class = getattr(importlib.import_module(library), class_name, object)
         if issubclass(model_class, nn.Module):
             with torch.device("meta"):
                 if library == "diffusers":

@@ -288,6 +288,13 @@ def test_a_runs_config_that_is_no_json_is_one_line(content, run, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_clean_latents_are_not_clipped_where_a_scheduler_config_says_nothing():
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained("tiny/sd")
+    old = {k: v for k, v in pipe.scheduler.config.items() if k != "clip_sample"}
+    pipe.scheduler = diffusers.PNDMScheduler.from_config(old)
+    assert not evaluation.set_sampler(pipe, evaluation.Config()).scheduler.config.clip_sample
+
+
 @pytest.mark.parametrize("height, tiled", [(480, False), (1280, True)])
 def test_clips_are_decoded_as_in_training_unless_they_are_too_large(height, tiled):
     pipe = diffusers.HunyuanVideoPipeline.from_pretrained("tiny/hunyuan")

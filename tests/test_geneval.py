@@ -254,7 +254,7 @@ def test_the_tiny_detector_judges_all_six_tags():
 @pytest.fixture(scope="module")
 def mask2former(mask2former_folders):
     detector = find_detector(*mask2former_folders, "cpu")
-    assert detector.classes == {"person", "computer mouse", "dog"}
+    assert detector.classes == {"person", "computer mouse", "couch"}
     return detector
 
 
@@ -270,10 +270,10 @@ def mask2former_folders(tmp_path_factory):
         },
         feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, dim_feedforward=32,
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=5,
-        id2label={0: "person", 1: "mouse", 2: "dog"},
+        id2label={0: "person", 1: "mouse", 2: "sofa"},  # as the hub's file has them
     )  # fmt: skip
     Mask2FormerForUniversalSegmentation(config).save_pretrained(folder / "mask2former")
-    words = [f"a photo of a {color}-colored computer mouse, person, dog object" for color in COLORS]
+    words = [f"a photo of a {color}-colored computer mouse, person, couch object" for color in COLORS]
     tokenizer = CLIPTokenizer(model_max_length=77).train_new_from_iterator(words, 600)
     tokenizer.save_pretrained(folder / "clip")
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -293,7 +293,7 @@ def test_mask2former_finds_objects_by_their_masks(mask2former, monkeypatch):
     monkeypatch.setattr(detector, "SHORTEST", 64, raising=False)
     picture = torch.rand(3, 48, 80)
     found = detector(picture)
-    assert found and found.keys() <= {"person", "computer mouse", "dog"}
+    assert found and found.keys() <= {"person", "computer mouse", "couch"}
     for objects in found.values():
         for (left, top, right, bottom), score, inside in objects:
             ys, xs = inside.nonzero(as_tuple=True)
@@ -315,7 +315,7 @@ def test_mask2former_scores_are_class_probability_times_mean_mask_probability(ma
     out = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
     monkeypatch.setattr(detector, "model", lambda pixel_values: out)
     found = detector(torch.zeros(3, 12, 20))
-    (box, score, inside), *_ = found["dog"]
+    (box, score, inside), *_ = found["couch"]
     assert box == (5, 3, 15, 6) and inside.sum() == 30
     expected = torch.tensor([0.0, 0, 2, 0]).softmax(0)[2] * torch.tensor(1.5).sigmoid()
     assert score == pytest.approx(expected.item(), rel=1e-5)
@@ -332,7 +332,7 @@ def test_a_colour_is_read_off_the_object_alone(mask2former, monkeypatch):
     for other in (0.0, 1.0):
         picture = torch.full((3, 40, 40), other)
         picture[:, inside] = 0.5
-        detector.colors(picture, "dog", [((10, 10, 30, 30), 0.9, inside)])
+        detector.colors(picture, "couch", [((10, 10, 30, 30), 0.9, inside)])
     assert torch.equal(*seen) and seen[0].shape == (1, 3, 32, 32)
     square = torch.where(inside, 0.5, 0x99 / 255)[10:30, 10:30].expand(1, 3, 20, 20)
     square = F.interpolate(square, (32, 32), mode="bicubic", antialias=True)

@@ -262,6 +262,19 @@ def test_checkpoints_with_missing_or_unexpected_keys_are_refused(tmp_path, name,
         assert "\n" not in str(error.value)
 
 
+def test_position_ids_of_older_files_are_no_surplus():
+    """CLIP files from before transformers 4.31, PickScore's among them, hold these constants."""
+
+    class Network:
+        @staticmethod
+        def from_pretrained(path, output_loading_info):
+            return path, {"missing_keys": set(), "unexpected_keys": {path}}
+
+    assert rewards.load_whole(Network, "text_model.embeddings.position_ids") == "text_model.embeddings.position_ids"
+    with pytest.raises(ValueError, match=r"0 weights missing, 1 unexpected, first: text_model.bias"):
+        rewards.load_whole(Network, "text_model.bias")
+
+
 # ----------------------------------------------------------------------------------------------------------- one's own
 
 OWN = """import torch
