@@ -228,7 +228,7 @@ def copy_of(name, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["fp16", "bin"])
-def test_folders_with_other_copies_of_the_weights(form, tmp_path):
+def test_folders_with_other_copies_of_the_weights(form, tmp_path, capsys):
     folder = copy_of("stable-diffusion-v1-4", tmp_path)
     for file in sorted(folder.rglob("*.safetensors")):
         weights = load_file(file)
@@ -245,6 +245,7 @@ def test_folders_with_other_copies_of_the_weights(form, tmp_path):
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight, expected[name].half().float() if form == "fp16" else expected[name].float())
     assert pipe.text_encoder.dtype == torch.float32
+    assert ("/unet: the only weights here are fp16" in capsys.readouterr().out) == (form == "fp16")
 
 
 def test_a_single_file_is_answered_with_the_call_that_converts_it(tmp_path):
