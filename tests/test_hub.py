@@ -139,7 +139,7 @@ def test_a_fetch_that_broke_off_is_completed(repositories, tmp_path):
         run = python(code, tmp_path, name, HF_ENDPOINT=hub.address, HF_HUB_DOWNLOAD_TIMEOUT="1")
     assert run.returncode == 1 and run.stderr.splitlines()[-1].startswith("error: --model: cannot fetch"), run.stderr
     offline = python(code, tmp_path, name, HF_HUB_OFFLINE="1")
-    assert offline.returncode == 1 and "what was fetched stays" in offline.stderr.splitlines()[-1]
+    assert offline.returncode == 1 and "what was fetched is kept" in offline.stderr.splitlines()[-1]
     with FakeHub(repositories) as hub:
         assert python(code, tmp_path, name, HF_ENDPOINT=hub.address).returncode == 0
     assert f"{name}/transformer/{file}" in hub.fetched()
