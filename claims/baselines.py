@@ -38,33 +38,27 @@ def against(reward: str, name: str, measure: str, paper: str) -> Experiment:
     )
 
 
+def tuning(claim: str, trainer: str, loops: dict, rates: tuple) -> Experiment:
+    """Every method with every learning rate."""
+    return Experiment(
+        says=f"Not a claim: finds each method's learning rate for {claim}; --first-seed 1 --seeds 2",
+        trainer=trainer,
+        preset="tiny",
+        arms={
+            f"{method}, {rate:g}": loop | {"learning_rate": rate} for method, loop in loops.items() for rate in rates
+        },
+        measures={DEVELOPMENT: heldout("hps")},
+        compares=(Compare(DEVELOPMENT, f"GRPO, {rates[1]:g}", f"GRPO, {rates[0]:g}"),),
+        curves=(("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
+        heldout={"preset": "tiny", "prompts": "prompts/tiny_dev.txt"},
+    )
+
+
 CLAIMS = {
     "baselines-hps": against("hps", "HPS", HPS, "HPS: GRPO 0.365, ReFL 0.357, DDPO 0.297, online DPO 0.241"),
     "baselines-clip": against("clip", "CLIP", CLIP, "CLIP of GRPO: 0.421"),
-    "learning-rates": Experiment(
-        says="Not a claim: finds each method's learning rate for baselines-*; --first-seed 1 --seeds 2",
-        trainer="grpo_sd",
-        preset="tiny",
-        arms={
-            f"{method}, {rate:g}": loop | {"learning_rate": rate} for method, loop in LOOPS.items() for rate in RATES
-        },
-        measures={DEVELOPMENT: heldout("hps")},
-        compares=(Compare(DEVELOPMENT, "GRPO, 0.0002", "GRPO, 0.0001"),),
-        curves=(("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
-        heldout={"preset": "tiny", "prompts": "prompts/tiny_dev.txt"},
-    ),
-    "learning-rates-forward": Experiment(
-        says="Not a claim: finds each method's learning rate for forward; --first-seed 1 --seeds 2",
-        trainer="grpo_flux",
-        preset="tiny",
-        arms={
-            f"{method}, {rate:g}": loop | {"learning_rate": rate} for method, loop in FORWARD.items() for rate in SLOWER
-        },
-        measures={DEVELOPMENT: heldout("hps")},
-        compares=(Compare(DEVELOPMENT, "GRPO, 5e-05", "GRPO, 2.5e-05"),),
-        curves=(("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
-        heldout={"preset": "tiny", "prompts": "prompts/tiny_dev.txt"},
-    ),
+    "learning-rates": tuning("baselines-*", "grpo_sd", LOOPS, RATES),
+    "learning-rates-forward": tuning("forward", "grpo_flux", FORWARD, SLOWER),
     "forward": Experiment(
         says="Without likelihoods, on the forward process, DiffusionNFT and AWM learn as fast as GRPO at equal cost",
         trainer="grpo_flux",

@@ -175,7 +175,7 @@ def load_weights(network_class: type, folder: Path | str, option: str = "--model
     half = re.search(r"\.(fp16|bf16)\b", " ".join(file.name for file in weight_files(place)))
     variant = {"variant": half[1]} if half else {}
     if half and find_place().rank == 0:
-        print(f"{place}: the only weights here are {half[1]}; if the hub has others, delete these to have them fetched")
+        print(f"{place}: the only weights here are {half[1]}; the run takes these rounded ones")
     load = network_class.from_pretrained
     network, info = load_pretrained(load, folder, option, output_loading_info=True, **variant, **options)
     lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))

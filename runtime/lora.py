@@ -47,7 +47,8 @@ def read_lora(file: Path | str) -> dict[str, Tensor]:
         metadata = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
     stored = {name.rpartition(".")[2]: value for name, value in metadata.items()}  # transformer.r, …
     beside = read_json(Path(file).with_name("lora_config.json")).get("lora_params", {})
-    stored = stored or {"lora_alpha": beside["lora_alpha"], "r": beside["lora_rank"]} if beside else stored
+    if beside and not stored:
+        stored = {"lora_alpha": beside["lora_alpha"], "r": beside["lora_rank"]}
     of_all = stored["lora_alpha"] / stored["r"] if {"lora_alpha", "r"} <= stored.keys() else 1.0
     of_all *= stored["r"] ** 0.5 if stored.get("use_rslora") else 1.0
     require(not stored.get("alpha_pattern"), f"{file}: every layer has an alpha of its own; take a file without")
