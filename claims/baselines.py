@@ -22,7 +22,7 @@ FORWARD = {
     "AWM": FREE | {"loop": "claims.forward:awm", "iterations": 12},
 }
 SLOWER = (2.5e-5, 5e-5, 1e-4, 2e-4)
-BEST_FORWARD = dict.fromkeys(FORWARD, 2.5e-5)  # to be replaced by the outcome of learning-rates-forward
+BEST_FORWARD = {"GRPO": 5e-5, "NFT": 1e-4, "AWM": 1e-4}  # the outcome of learning-rates-forward
 
 
 def against(reward: str, name: str, measure: str, paper: str) -> Experiment:
