@@ -334,22 +334,12 @@ def load_template(file: Path, sha256: str) -> str:
 # ------------------------------------------------------------------------------------------------------- own rewards
 
 
-def own_reward(function, place: str, visuals: Visuals, prompts: Sequence[str], fps=None) -> Tensor:
-    """The function(visuals, prompts) → (B,) tensor of FILE.py:FUNCTION. If it fails, RewardError names the line."""
-    file, _, name = place.rpartition(":")
-    try:
-        return function(visuals, list(prompts))
-    except Exception as e:  # the function is not ours: it may raise anything
-        raise RewardError(f"reward {name}: {where(e, file)}") from e
-
-
 def load_object(place: str):
     """The function or class that FILE.py:NAME names; the file is executed once. Raises RewardError, one line."""
     file, _, name = place.rpartition(":")
-    path = Path(file).resolve()
-    require(file.endswith(".py") and path.is_file(), f"{place}: there is no file {file!r}; write FILE.py:NAME")
+    require(file.endswith(".py") and Path(file).is_file(), f"{place}: there is no file {file!r}; write FILE.py:NAME")
     try:
-        found = run_file(str(path)).get(name)
+        found = run_file(str(Path(file).resolve())).get(name)
     except Exception as e:  # the file is not ours: it may raise anything
         raise RewardError(f"{place}: {where(e, file)}") from e
     require(callable(found), f"{place}: {file} has no function or class {name!r}")
@@ -399,8 +389,7 @@ class HTTPReward:
                 answer.raise_for_status()
                 scores += [float(score) for score in answer.json()["scores"]]
             except FILE_ERRORS as e:  # requests raises OSErrors
-                reason = f"no scores from {self.url} ({type(e).__name__}: {first_line(e)})"
-                raise RewardError(f"reward {self.name}: {reason}; fix the server") from e
+                raise RewardError(f"no scores from {where(e, self.url)}; fix the server") from e
         return torch.tensor(scores)
 
     def check(self) -> None:
@@ -408,8 +397,7 @@ class HTTPReward:
         try:
             requests.get(self.url, timeout=60.0, stream=True).close()
         except FILE_ERRORS as e:
-            reason = f"nothing answers at {self.url} ({first_line(e)})"
-            raise RewardError(f"reward {self.name}: {reason}; start the server") from e
+            raise RewardError(f"reward {self.name}: nothing answers at {where(e, self.url)}; start the server") from e
 
 
 def png(image: Tensor) -> str:
@@ -478,8 +466,7 @@ def check_reward(spec: str, paths: str, video: bool = False, prompts: Sequence[s
     """Raise an error of one line, without loading weights, if these rewards could not score these prompts."""
     terms, places = parse_spec(spec), parse_paths(paths)
     for term in terms:
-        fine = video or term.model != "videoalign"
-        require(fine, f"reward {term.name} judges video; for images take hps, clip or pickscore")
+        require(video or term.model != "videoalign", f"reward {term.name} judges video; take hps, clip or pickscore")
         if term.model in LOADERS:
             LOADERS[term.model].check(places.get(term.model), video, prompts, metadata)
         elif "://" in term.model:
@@ -498,7 +485,7 @@ def load_reward(spec: str, paths: dict | str | None = None, device="cpu", metada
     """Load every reward that `spec` names: comma-separated NAME[@THRESHOLD][:WEIGHT].
 
     NAME      hps, clip, pickscore, vq, mq, ta, one that was given to `register` (geneval),
-              FILE.py:FUNCTION (see `own_reward`) or http://HOST:PORT/NAME (see `HTTPReward`)
+              FILE.py:FUNCTION, a function (visuals, prompts) → (B,) tensor, or http://HOST:PORT/NAME (see `HTTPReward`)
     paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
     metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
     batch     images or videos in a forward pass of a model; your own function gets all at once, a server 8 at a time
@@ -511,7 +498,7 @@ def load_reward(spec: str, paths: dict | str | None = None, device="cpu", metada
         elif "://" in model:
             scorers[model] = HTTPReward(name, model)
         else:
-            scorers[model] = partial(own_reward, load_object(model), model)
+            scorers[model] = load_object(model)
     return Reward(terms, scorers, batch)
 
 
@@ -522,7 +509,8 @@ class Reward:
         self.terms, self.scorers, self.batch = terms, scorers, batch
         self.weights = {term.name: term.weight for term in terms}
         # The networks, for moving them between devices.
-        self.models = [part for s in scorers.values() for part in vars(s).values() if isinstance(part, torch.nn.Module)]
+        ours = [scorer for name, scorer in scorers.items() if name in LOADERS]
+        self.models = [part for scorer in ours for part in vars(scorer).values() if isinstance(part, torch.nn.Module)]
 
     @torch.no_grad()
     def __call__(self, visuals: Visuals, prompts: Sequence[str], fps: float | None = None) -> dict[str, Tensor]:
@@ -536,22 +524,33 @@ class Reward:
         scores, judged = {}, []
         for term in self.terms:
             scorer = self.scorers[term.model]
-            if term.model == "videoalign":
-                judged = judged or [scorer(visuals[piece], prompts[piece], fps) for piece in pieces]
-                raw = torch.cat([part[term.name] for part in judged])
-            elif term.model in LOADERS:
-                judge = partial(mean_over_frames, scorer) if is_video else scorer
-                raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces])
-            else:
-                raw = scorer(visuals, prompts, fps)
-            wanted, shape = (len(prompts),), tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
-            require(shape == wanted, f"reward {term.name} must give a tensor of shape {wanted}, and it gave {shape}")
+            with naming(term, prompts):
+                if term.model == "videoalign":
+                    judged = judged or [scorer(visuals[piece], prompts[piece], fps) for piece in pieces]
+                    raw = torch.cat([part[term.name] for part in judged])
+                elif term.model in LOADERS:
+                    judge = partial(mean_over_frames, scorer) if is_video else scorer
+                    raw = torch.cat([judge(visuals[piece], prompts[piece]) for piece in pieces])
+                else:
+                    raw = scorer(visuals, list(prompts), *([fps] if isinstance(scorer, HTTPReward) else []))
+                wanted, shape = (len(prompts),), tuple(raw.shape) if isinstance(raw, Tensor) else type(raw).__name__
+                require(shape == wanted, f"it must give a tensor of shape {wanted}, and it gave {shape}")
             raw = raw.to(visuals[0].device, torch.float32)
             for prompt, value in zip(prompts, raw.tolist(), strict=True):
                 message = f"reward {term.name} gave {value} for the prompt {prompt!r}; the run stops here"
                 require(math.isfinite(value), message)
             scores[term.name] = raw if term.threshold is None else (raw > term.threshold).float()
         return scores
+
+
+@contextlib.contextmanager
+def naming(term: Term, prompts: Sequence[str]) -> Iterator[None]:
+    """Make any error of a scorer a RewardError of one line, which says which reward failed, where, and its prompts."""
+    try:
+        yield
+    except Exception as e:  # a scorer may raise anything
+        reason = e if isinstance(e, RewardError) else where(e, term.model.rpartition(":")[0] or term.model)
+        raise RewardError(f"reward {term.name}: {reason}; its prompts: {[*dict.fromkeys(prompts)]}") from e
 
 
 def mean_over_frames(scorer: Callable, videos: Visuals, prompts: Sequence[str]) -> Tensor:
@@ -694,14 +693,14 @@ def only_file(folder: str, *patterns: str) -> Path:
 @contextlib.contextmanager
 def reading(name: str, path: str, what: str) -> Iterator[None]:
     """Turn the errors of libraries into one line that says what to download."""
+    advice = f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
     try:
         yield
-    except RewardError:
-        raise
+    except RewardError as e:
+        raise (RewardError(f"{name}: {e}; or {advice}") if e.__cause__ else e) from e.__cause__  # the hub's, or our own
     except FILE_ERRORS as e:
         # torch's own text advises to load the pickle, which would run what is in it
         reason = "not a file of weights alone" if isinstance(e, pickle.UnpicklingError) else shorten(str(e), 200)
-        advice = f"download {what} into a folder and pass --reward-paths {name}=FOLDER"
         raise RewardError(f"{name}: could not load {path!r} ({type(e).__name__}: {reason}); {advice}") from e
 
 

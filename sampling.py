@@ -42,17 +42,18 @@ def flow_sigmas(num_steps: int, shift: float) -> torch.Tensor:
     if num_steps < 1 or shift <= 0:
         raise ValueError(f"flow_sigmas needs num_steps >= 1 and shift > 0, got {num_steps} and {shift}")
     sigma = torch.linspace(1, 0, num_steps + 1)
-    return shift * sigma / (1 + (shift - 1) * sigma)
+    return shift * sigma / (1 - sigma + shift * sigma)  # exactly 1 at sigma = 1, whatever the shift
 
 
 def gaussian_log_prob(x, mean, std) -> torch.Tensor:
     """log N(x; mean, std²), the MEAN over the d elements of each sample.
 
-    x, mean (B, ...); std > 0, a number, (B,), or what a step function returns. Returns (B,) float32.
+    x, mean (B, ...); std > 0, a number, (B,), or of as many dimensions as mean. Returns (B,) float32.
     The mean and not the sum: with d in the hundreds of thousands the true ratio would leave any clip range at once.
     With the mean, rho is the d-th root of the true ratio, so a clip range as small as 1e-4 fits.
     """
-    std = torch.as_tensor(std, dtype=torch.float32, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+    std = torch.as_tensor(std, dtype=torch.float32, device=x.device)
+    std = std.reshape(*std.shape, *[1] * (x.dim() - std.dim()))
     log_prob = -((x.float() - mean) ** 2) / (2 * std**2) - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return log_prob.flatten(1).mean(1)
 
@@ -69,7 +70,7 @@ def cps_log_prob(x, mean, std) -> torch.Tensor:
 def gaussian_kl(mean, old_mean, std) -> torch.Tensor:
     """KL(N(old_mean, std²) || N(mean, std²)) = (mean - old_mean)² / (2 std²), the MEAN over the d elements.
 
-    mean, old_mean (B, ...); std as for `gaussian_log_prob`. Returns (B,) float32.
+    mean, old_mean (B, ...); std a number, (B,), or what a step function returns. Returns (B,) float32.
     """
     std = torch.as_tensor(std, dtype=torch.float32, device=mean.device).reshape(-1, *[1] * (mean.dim() - 1))
     return ((mean - old_mean) ** 2 / (2 * std**2)).flatten(1).mean(1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import families, loading
-from .options import Lazy, check_options, require
+from .options import Lazy, check_options, check_size, require
 from .processes import compute_dtype
 
 diffusers = Lazy("diffusers")
@@ -28,6 +28,7 @@ def stable_diffusion(cfg) -> dict:
     config = config_of(kind, cfg.model, "unet", sample_size=64, cross_attention_dim=768)
     vae = config_of(diffusers.AutoencoderKL, cfg.model, "vae", **VAE)
     side, n = 2 ** (len(vae["block_out_channels"]) - 1), 1 if cfg.guidance == 1 else 2
+    check_size(cfg, side)
     return dict(
         network_class=kind, config=config, vae=(diffusers.AutoencoderKL, vae), fits_whole=True,
         shape=(config["in_channels"], cfg.height // side, cfg.width // side),
@@ -42,7 +43,9 @@ def flux(cfg) -> tuple[int, dict]:
     kind, dtype, length = diffusers.FluxTransformer2DModel, compute_dtype(cfg.dtype), cfg.max_sequence_length
     config = config_of(kind, cfg.model, "transformer", guidance_embeds=True)
     vae = config_of(diffusers.AutoencoderKL, cfg.model, "vae", **VAE, latent_channels=16, shift_factor=0.1159)
-    rows, columns = (side // 2 ** len(vae["block_out_channels"]) for side in (cfg.height, cfg.width))
+    patch = 2 ** len(vae["block_out_channels"])  # pixels along the side of a token
+    check_size(cfg, patch)
+    rows, columns = cfg.height // patch, cfg.width // patch
     known = {"vae": 83_819_683, "text_encoder": 123_060_480, "text_encoder_2": 4_762_310_656}
     return rows, dict(
         network_class=kind, config=config, vae=(diffusers.AutoencoderKL, vae), fits_whole=cfg.lora_rank > 0,
@@ -63,6 +66,7 @@ def video(cfg) -> dict:
     kind, vae_kind = getattr(diffusers, family.transformer), getattr(diffusers, family.vae)
     config = config_of(kind, **families.transformer_source(cfg), **family.full_size(cfg))
     vae, dtype = config_of(vae_kind, cfg.model, "vae"), compute_dtype(cfg.dtype)
+    families.check_sizes(cfg, dict(config) | {"_class_name": family.transformer}, vae)
     shape, n = families.latent_shape(cfg, config, *(vae[name] for name in family.strides)), 1 + (cfg.true_guidance != 1)
 
     def condition(b: int) -> list[Tensor]:  # as `encode` in grpo_video.py gives it

@@ -213,7 +213,7 @@ def load_models(
     source: where the network lies, see `load_network`. With LoRA the reference is the network without the adapter.
     """
     prepare = {"lora_rank": config.lora_rank, "lora_targets": lora_targets, "quantized": config.quantize}
-    prepare |= {"checkpointing": config.gradient_checkpointing, "compiled": config.compile}
+    prepare |= {"checkpointing": config.gradient_checkpointing, "compiled": config.compile, "seed": config.seed}
     network = reference = load_network(network_class, world=world, init=init, **source, **prepare)
     if config.kl_weight and not config.lora_rank:
         reference = load_network(network_class, world=world, frozen=True, **source)
@@ -302,10 +302,12 @@ def prepare_network(
     compiled: bool = False,
     frozen: bool = False,
     quantized: str = "",
+    seed: int = 0,
 ) -> nn.Module:
     """Make a diffusers network ready to train, in place: LoRA, --quantize, gradient checkpointing, compilation.
 
-    dtype: of the network itself, float32 if all of it is trained. LoRA's weights are float32, alpha = 2 rank (release).
+    dtype: of the network itself, float32 if all of it is trained. LoRA's weights are float32, alpha = 2 rank (release);
+    seed: of their initial values.
     """
     for parameter in network.parameters():  # Wan's norms would stay in float32, and FSDP wants one type
         parameter.data = parameter.data.to(dtype)
@@ -313,9 +315,10 @@ def prepare_network(
     if lora_rank:
         from peft import LoraConfig
 
-        torch.manual_seed(0)  # LoRA's own initialisation is the one draw that a library makes from the global state
         options = {"init_lora_weights": "gaussian", "target_modules": list(lora_targets)}
-        network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, **options))
+        with torch.random.fork_rng(devices=[]):  # the one draw that a library makes from the global state
+            torch.manual_seed(seed)
+            network.add_adapter(LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, **options))
         for parameter in trainable(network):
             parameter.data = parameter.data.float()
     if quantized:

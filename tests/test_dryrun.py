@@ -16,6 +16,7 @@ from diffusers import (
 from torch._subclasses import FakeTensorMode
 
 import grpo_flux
+import grpo_sd
 import grpo_video
 from rewards import CLIPReward, HPSReward, PickScoreReward, RewardError, VideoAlignReward
 from runtime import drymodels, dryreward, dryrun, families, loading, processes
@@ -160,6 +161,20 @@ def test_processes_that_do_not_divide_the_prompts_are_refused(tmp_path):
         grpo_flux.dry_run(options(tmp_path, processes=3))
     with pytest.raises(RunError, match="--shard-size must divide the 4 processes, got 3"):
         grpo_flux.dry_run(options(tmp_path, processes=4, shard_size=3))
+
+
+@pytest.mark.parametrize(
+    "trainer, wrong, message",
+    [
+        (grpo_sd, {"width": 508}, "--width must be a multiple of 8"),
+        (grpo_flux, {"height": 712}, "--height must be a multiple of 16"),
+        (grpo_video, {"frames": 50}, "--frames must be one more than a multiple of 4"),
+        (grpo_video, {"height": 488}, "--height must be a multiple of 16"),
+    ],
+)
+def test_sizes_that_training_would_refuse_are_refused(trainer, wrong, message, tmp_path):
+    with pytest.raises(RunError, match=message):
+        trainer.dry_run(trainer.Config(output_dir=str(tmp_path), **wrong))
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,27 @@ def test_a_score_that_is_not_a_number_names_prompt_and_reward(monkeypatch):
         reward(torch.zeros(2, 3, 64, 64), ["the first", "the second"])
 
 
+def test_a_reward_that_fails_names_itself_and_its_prompts():
+    reward = load_reward("clip", TINY)
+
+    def broken(images, prompts):
+        raise RuntimeError("kernel failed\nmore")
+
+    reward.scorers["clip"] = broken
+    with pytest.raises(RewardError, match=r"^reward clip: .*RuntimeError: kernel failed; its prompts: \['a', 'b'\]$"):
+        reward(torch.zeros(3, 3, 64, 64), ["a", "b", "a"])
+
+
+def test_a_hub_that_cannot_be_reached_ends_in_one_line_that_says_what_to_download(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    message = r"^hps: cannot fetch xswu/HPSv2 .*no route to host.*HPS_v2.1_compressed.pt .* --reward-paths hps=FOLDER$"
+    with pytest.raises(RewardError, match=message):
+        rewards.HPSReward()
+
+
 def test_folders_that_are_not_as_they_should_be(tmp_path):
     with pytest.raises(RewardError, match="no folder"):
         load_reward("hps", {"hps": str(tmp_path / "nowhere" / "at" / "all")})
@@ -355,12 +376,12 @@ def test_a_file_is_executed_once(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("fails", r"reward fails: .*own\.py, line 14: KeyError: 'no such thing"),
+        ("fails", r"reward fails: .*own\.py, line 14: KeyError: 'no such thing.*; its prompts: \['a', 'b'\]$"),
         (
             "column",
-            r"reward column must give a tensor of shape \(2,\), and it gave \(2, 1\)",
+            r"reward column: it must give a tensor of shape \(2,\), and it gave \(2, 1\); its prompts: \['a'",
         ),
-        ("number", r"reward number must give a tensor of shape \(2,\), and it gave float"),
+        ("number", r"reward number: it must give a tensor of shape \(2,\), and it gave float"),
         ("nan", "reward nan gave nan for the prompt 'b'; the run stops here"),
         (
             "one_argument",
@@ -524,9 +545,9 @@ def test_a_server_that_is_down_is_named_before_anything_is_loaded(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/judge"
-    with pytest.raises(RewardError, match=rf"reward judge: nothing answers at {url} \(.*refused.*\); start the server"):
+    with pytest.raises(RewardError, match=rf"reward judge: nothing answers at {url}: .*refused.*; start the server"):
         check_reward(f"hps,{url}", "hps=tiny/hps")
-    with pytest.raises(RewardError, match=rf"reward judge: no scores from {url} \(.*refused.*\); fix the server"):
+    with pytest.raises(RewardError, match=rf"reward judge: no scores from {url}: .*refused.*; fix the server"):
         load_reward(url)(torch.rand(1, 3, 8, 8), ["a"])
 
 

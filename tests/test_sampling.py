@@ -48,6 +48,21 @@ def test_flow_sigmas_match_the_official_schedule(key):
     close(flow_sigmas(steps, shift), GOLDEN["sd3_time_shift"][key])
 
 
+def test_flow_sigmas_begin_at_1_and_end_at_0_whatever_the_shift():
+    """At 0.99999994 Flow-GRPO's noise would be infinite, or nearly."""
+    for shift in range(1, 3000):
+        assert flow_sigmas(16, shift / 100)[[0, -1]].tolist() == [1.0, 0.0], shift
+
+
+def test_the_log_probability_takes_a_std_for_each_element():
+    x, mean = torch.randn(2, 2, 3, 4, generator=torch.Generator().manual_seed(0))
+    std = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(1)) + 0.1
+    for given in (std, std[:, :1], std[:, 0, 0], 0.3):
+        whole = given[:, None, None] if torch.is_tensor(given) and given.dim() == 1 else given
+        expected = torch.distributions.Normal(mean, whole).log_prob(x).flatten(1).mean(1)
+        close(gaussian_log_prob(x, mean, given), expected)
+
+
 @pytest.mark.parametrize("case", GOLDEN["flux_step"]["cases"], ids=lambda c: f"shift{c['shift']}-{c['index']}")
 def test_flow_sde_step_matches_the_official_step(case):
     z, v, z_next = tensors("flux_step", "z", "v", "z_next")

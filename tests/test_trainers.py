@@ -45,7 +45,7 @@ import grpo_video
 import launch
 import small
 from rewards import RewardError
-from runtime import checkpoints, data, families, initial, lora, output, processes
+from runtime import checkpoints, data, families, initial, loading, lora, output, processes
 from runtime.options import RunError, parse_config
 from sampling import flow_sigmas, rollout, sample_ode
 from small import COMPONENTS, TRAINERS, train
@@ -344,6 +344,20 @@ def test_a_wrong_number_of_processes_is_refused(two_processes):
 
 
 # ------------------------------------------------------------------------------------------------- options that count
+
+
+def test_a_loras_initial_values_follow_from_the_seed_and_from_nothing_else():
+    def layers(seed):
+        network = FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
+        network = loading.prepare_network(network, lora_rank=2, lora_targets=grpo_flux.LORA_TARGETS, seed=seed)
+        return torch.cat([weight.detach().flatten() for weight in processes.trainable(network)])
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = layers(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(layers(1), first) and not torch.equal(layers(2), first)
 
 
 @EACH
@@ -879,8 +893,8 @@ def test_a_reward_of_ones_own_that_fails_later_names_its_line_and_nothing_is_los
     train("flux", tmp_path / "out", iterations=1, **options)
     before = {path: path.read_bytes() for path in (tmp_path / "out/checkpoint-000001").rglob("*") if path.is_file()}
     for kind, expected in {
-        "fails": r"^reward judge: .*own\.py, line 6: KeyError: 'b'$",
-        "column": r"^reward judge must give a tensor of shape \(8,\), and it gave \(8, 1\)$",
+        "fails": r"^reward judge: .*own\.py, line 6: KeyError: 'b'; its prompts: \['.*'\]$",
+        "column": r"^reward judge: it must give a tensor of shape \(8,\), and it gave \(8, 1\); its prompts: ",
         "nan": r"^reward judge gave nan for the prompt '.*'; the run stops here$",
     }.items():
         monkeypatch.setenv("JUDGE", kind)
