@@ -10,7 +10,7 @@ CLAIMS = {
         preset="tiny",
         arms={f"8 of {n}": SD_EARLY | {"group_size": n, "keep_best_worst": 4} for n in (8, 32)},
         measures={SPEED: speed("sample_reward_hps"), "HPS on held-out prompts (cosine)": heldout("hps")},
-        compares=(Compare(SPEED, "8 of 32", "8 of 8", margin=0.02),),
+        compares=(Compare(SPEED, "8 of 32", "8 of 8"),),
         curves=(
             ("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)"),
             ("evaluations", "sample_reward_hps", "HPS of sample pictures (cosine)"),

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 import grpo_flux
@@ -9,7 +10,7 @@ import grpo_flux
 from .experiment import EARLY, SPEED, Compare, Experiment, Run, mean, speed
 from .policy import flux_with
 
-OFF = "ratio before the first update, largest distance from 1"
+OFF = "ratio before the first update, largest distance from 1, median of the iterations"
 CLIP_RANGE = grpo_flux.PRESETS["tiny"]["clip_range"]
 
 
@@ -40,27 +41,39 @@ integer_time = flux_with(velocity=at_integer_time)
 
 
 def off(run: Run) -> float:
-    return max(row["ratio_max_deviation_first_update"] for row in run.rows)
+    """In the median iteration: the largest of so few elements grows with the number of samples and steps."""
+    return float(np.median([row["ratio_max_deviation_first_update"] for row in run.rows]))
+
+
+ARMS = {
+    "exact": EARLY,
+    "latents in bf16": EARLY | {"loop": "claims.faults:bf16_latents"},
+    "int(1000 sigma)": EARLY | {"loop": "claims.faults:integer_time"},
+    "bf16, other batch": EARLY | {"dtype": "bfloat16", "loop": "claims.faults:other_batch"},
+}
+
+
+def fault(says: str, arms: tuple[str, ...], *compares: Compare) -> Experiment:
+    return Experiment(
+        says=says,
+        trainer="grpo_flux",
+        preset="tiny",
+        arms={arm: ARMS[arm] for arm in arms},
+        measures={OFF: off, SPEED: speed("sample_reward_hps"), "share of ratios clipped": mean("clip_fraction")},
+        compares=compares,
+        curves=(("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
+    )
 
 
 CLAIMS = {
-    "ratio": Experiment(
-        says="A trajectory stored in bfloat16 moves the ratio by more than the clip range, and teaches less",
-        trainer="grpo_flux",
-        preset="tiny",
-        arms={
-            "exact": EARLY,
-            "latents in bf16": EARLY | {"loop": "claims.faults:bf16_latents"},
-            "int(1000 sigma)": EARLY | {"loop": "claims.faults:integer_time"},
-            "bf16, other batch": EARLY | {"dtype": "bfloat16", "loop": "claims.faults:other_batch"},
-        },
-        measures={OFF: off, SPEED: speed("sample_reward_hps"), "share of ratios clipped": mean("clip_fraction")},
-        compares=(
-            Compare(OFF, "latents in bf16", by=CLIP_RANGE),
-            Compare(SPEED, "exact", "latents in bf16", margin=0.02),
-            Compare(OFF, "int(1000 sigma)", by=CLIP_RANGE),
-            Compare(OFF, "bf16, other batch", by=CLIP_RANGE),
-        ),
-        curves=(("iteration", "sample_reward_hps", "HPS of sample pictures (cosine)"),),
-    )
+    "ratio": fault(
+        "A trajectory stored in bfloat16 moves ratios by more than the clip range, before anything is learned",
+        tuple(ARMS),
+        *(Compare(OFF, arm, by=CLIP_RANGE) for arm in ARMS if arm != "exact"),
+    ),
+    "bf16-trajectory": fault(
+        "A trajectory stored in bfloat16 teaches less",
+        ("exact", "latents in bf16"),
+        Compare(SPEED, "exact", "latents in bf16", margin=0.02),
+    ),
 }

@@ -45,6 +45,7 @@ def both(trainer: str, paper: str) -> Experiment:
         compares=(
             Compare(JUDGED, "quality and CLIP", "quality"),
             Compare(FORGOTTEN, "quality"),
+            Compare(CLIP, "quality"),
             Compare(JUDGED, "quality and CLIP"),
             Compare(CLIP, "quality and CLIP", "quality"),
             Compare(QUALITY, "quality", "quality and CLIP", margin=0.02),

@@ -69,7 +69,7 @@ CLAIMS = {
         arms={"shared": {"shared_noise": True}, "own": {"shared_noise": False}},
         measures={"checker accuracy, held-out": heldout("right"), VQ: gain("vq"), MQ: gain("mq")},
         compares=(
-            Compare(VQ, "shared", "own", margin=0.2),
+            Compare(VQ, "shared", "own", margin=0.5),
             Compare("checker accuracy, held-out", "shared", "own", margin=0.05),
         ),
         curves=(("iteration", "sample_reward_vq", "VQ of sample videos (deviations)"),),
