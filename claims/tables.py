@@ -23,6 +23,7 @@ KINDS |= {"position": "position", "color_attr": "two coloured objects"}
 TITLES = {"hps": "HPS", "clip": "CLIP", "vq": "VQ", "mq": "MQ", "ta": "TA"}
 TITLES |= {"judged": "accuracy by the second judge", "geneval": "accuracy by the checker"}
 TITLES |= {f"geneval, {kind}": f"... {title}" for kind, title in KINDS.items()}
+LOWER = ("roughness", "uncleanness")  # is better
 VERDICTS = (experiment.HOLDS, experiment.FAILS, experiment.EQUAL, experiment.OPEN)
 TITLES |= {"right": "accuracy by the checker", "roughness": "roughness", "uncleanness": "uncleanness"}
 
@@ -44,11 +45,16 @@ def load(name: str) -> dict | None:
 
 
 def verdicts(names) -> str:
-    """A row for each claim that has a result: its primary part, and whether it outlasts Holm's correction."""
-    found = {name: result for name in names if (result := load(name)) and "parts" in result}
-    adjusted = experiment.holm([result["parts"][0]["p"] for result in found.values()])
+    """A row for each claim that has a result: its primary part, and whether it outlasts Holm's correction.
+
+    A claim without a result counts in the correction, with p = 1.
+    """
+    results = {name: load(name) for name in names}
+    found = {name: result for name, result in results.items() if result and "parts" in result}
+    lacking = [1.0 for result in results.values() if result is None]
+    adjusted = experiment.holm([result["parts"][0]["p"] for result in found.values()] + lacking)
     rows = []
-    for (name, result), p in zip(found.items(), adjusted, strict=True):
+    for (name, result), p in zip(found.items(), adjusted, strict=False):
         part = result["parts"][0]
         holm = "-" if part["constant"] else f"{p:.2g}" if p >= 0.001 else "< 0.001"
         claim = f"[{name}](claims/results/{name}.png)"
@@ -88,11 +94,11 @@ def heldout(name: str) -> str:
         if metric in figures:
             base, gains, errors = (figures[metric][key] for key in ("base", "gains", "errors"))
             gain = sum(gains) / len(gains)
-            worst = min((g / e if e else 0.0 for g, e in zip(gains, errors, strict=True)), key=abs)
+            worst = (max if metric in LOWER else min)(g / e if e else 0.0 for g, e in zip(gains, errors, strict=True))
             title += ", trained on" if metric in result["rewards"][arm] else ""
             spread = f"{gain:+.3f} ({min(gains):+.3f} to {max(gains):+.3f})"
             rows.append([title, f"{base:.3f}", f"{base + gain:.3f}", spread, f"{worst:+.1f}"])
-    head = " | base | trained | gain: mean (lowest to highest seed) | gain / its standard error, smallest of the seeds"
+    head = " | base | trained | gain: mean (lowest to highest seed) | gain / its standard error, worst seed"
     said = f"`{command['trainer']}.py --preset {command['preset']}`, {result['iterations'][arm]} iterations, seeds "
     first, n = result["seeds"][0], len(result["seeds"])
     usual = "" if (first, n) == (11, 10) else f" --first-seed {first} --seeds {n}"
