@@ -187,7 +187,7 @@ def test_options(trainer, words, expected):
     ("BROKEN:f", "broken.py, line 2: ZeroDivisionError: division by zero"),
     ("BROKEN:f@high", "threshold and weight must be numbers"),
     ("http://127.0.0.1:9", "unknown reward 'http://127.0.0.1:9'; write NAME[@THRESHOLD][:WEIGHT], "),
-    ("hps,http://127.0.0.1:9/judge", "reward judge: nothing answers at http://127.0.0.1:9/judge ("),
+    ("hps,http://127.0.0.1:9/judge", "reward judge: nothing answers at http://127.0.0.1:9/judge: "),
     ("http://127.0.0.1:9/mean", "the function must not be called mean; rename it"),
 ])  # fmt: skip
 def test_rewards_of_ones_own(trainer, reward, expected, tmp_path, monkeypatch):
