@@ -56,7 +56,7 @@ class Config:
     steps: Several = 16  # T, sampling steps in the rollout (release)
     eta: Positive = 0.3  # noise of the SDE, eq. 8 (paper, release); flow: a = 0.7, cps: 0.8 are usual
     shift: Positive = 3.0  # of the sigmas towards noise (release)
-    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release), not of a window
+    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release); windows: all
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means
@@ -118,7 +118,7 @@ PRESETS = {
     "lora-48gb": ONE_GPU | dict(height=512, width=512, gpu_memory=46.0),
     "lora-24gb": ONE_GPU | dict(quantize="int8", gpu_memory=23.0),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 18 forward passes a sample, not 52
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: costs 18 forward passes a sample, not 52
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic
         iterations=36, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5, clip_range=1e-4,
@@ -139,7 +139,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.cpu().double().view(-1, group_size)  # (P, G); in float64 the mean of equal rewards is exact; MPS has none
+        r = r.cpu().double().view(-1, group_size)  # (P, G); float64: the mean of equal rewards is exact; not on MPS
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
     return advantages.flatten().clamp(-clip, clip).float().to(rewards[name].device)
@@ -341,7 +341,7 @@ def main(cfg: Config) -> None:
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
-            pairs.sort(key=lambda pair: pair[1])  # a group's first step: once in a micro-batch
+            pairs.sort(key=lambda pair: pair[1])  # by step: see `distinct`
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
                 processes.sync_gradients(network, now=part[-1] == pairs[-1])  # all-reduced in the last pass only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)

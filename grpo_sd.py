@@ -56,7 +56,7 @@ class Config:
     group_size: Several = 16  # G, images of one prompt that are compared (release)
     steps: Several = 50  # T, sampling steps in the rollout (paper, release)
     eta: Share = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
-    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train (release; paper 0.6), not of a window
+    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train (release; paper 0.6); windows: all
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means
@@ -109,7 +109,7 @@ PRESETS = {
     "release": {},
     "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6 but eta 1; guided: one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
-    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: 32 forward passes a sample, not 197
+    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: costs 32 forward passes a sample, not 197
     "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True, gpu_memory=23.0),
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic
@@ -130,7 +130,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.cpu().double().view(-1, group_size)  # (P, G); in float64 the mean of equal rewards is exact; MPS has none
+        r = r.cpu().double().view(-1, group_size)  # (P, G); float64: the mean of equal rewards is exact; not on MPS
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
     return advantages.flatten().clamp(-clip, clip).float().to(rewards[name].device)
@@ -330,7 +330,7 @@ def main(cfg: Config) -> None:
         # Lines 11 and 12: gradient ascent on the clipped objective.
         losses, grad_norms, ratios, kls = [], [], [[] for _ in updates], [[] for _ in updates]
         for u, pairs in enumerate(updates):
-            pairs.sort(key=lambda pair: pair[1])  # a group's first step: once in a micro-batch
+            pairs.sort(key=lambda pair: pair[1])  # by step: see `distinct`
             for part in world.chunks(pairs, cfg.micro_batch, f"update {u + 1}"):
                 processes.sync_gradients(network, now=part[-1] == pairs[-1])  # all-reduced in the last pass only
                 b, t = torch.tensor(part, device=world.device).T  # sample and step of each pair (M,)

@@ -150,13 +150,13 @@ def cps_step(v, z, sigma, sigma_next, eta):
 
 
 def ddim_sde_step(eps, z, alpha_bar, alpha_bar_next, eta, prediction="epsilon"):
-    """The reverse SDE of diffusion (DanceGRPO, eq. 7) in its DDIM form (2010.02502, eq. 12 and 16), one step.
+    """The reverse SDE of diffusion (DanceGRPO, eq. 7, if steps are small) in DDIM's form (2010.02502, eq. 12 and 16).
 
     eps, z (B, ...): the network's output at z, and z itself. alpha_bar, alpha_bar_next: the scheduler's cumulative
-    product at the timestep of z and at the less noisy next one, floats or (B,). eta in [0, 1]: 1 gives the variance of
-    DDPM, 0 deterministic DDIM. prediction: what the network predicts, "epsilon" or "v_prediction" (2202.00512; Stable
-    Diffusion 2). Returns the named tuple `Step`: mean (B, ...), std, z0_hat (B, ...), float32. Needs `column`.
-    Raises ValueError for any other prediction.
+    product at the timestep of z and at the less noisy next one, floats or (B,). eta in [0, 1], eps_t in eq. 7, whose
+    score is -eps / sqrt(1 - alpha_bar): 1 gives the variance of DDPM, 0 deterministic DDIM. prediction: the network's,
+    "epsilon" or "v_prediction" (2202.00512; Stable Diffusion 2); ValueError for any other. Returns the named tuple
+    `Step`: mean (B, ...), std, z0_hat (B, ...), float32. Needs `column`.
     """
     alpha_bar, alpha_bar_next = column(alpha_bar, z), column(alpha_bar_next, z)
     eps, z = eps.float(), z.float()
@@ -183,9 +183,9 @@ def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
 
 
 def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:
-    """The indices of the pairs (sample, step) that the network evaluates; for each pair, which prediction is its own.
+    """Which of the pairs (sample, step) the network evaluates; for each pair, where its prediction is among theirs.
 
-    With shared noise a group starts from one latent: at step 0 one evaluation serves all samples, and is exact.
+    With shared noise all samples of a group have the same z at step 0: one evaluation serves those that are together.
     """
     states = [(i - i % group_size if shared_noise and t == 0 else i, t) for i, t in pairs]
     once = list(dict.fromkeys(states))
