@@ -96,8 +96,8 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     """
     options.check_ranges(cfg)
     runs = [run for run in map(run_options, cfg.checkpoint) if run]
-    base = cfg.model or next((run["model"] for run in runs), "")
-    network = cfg.transformer or next((run.get("transformer", "") for run in runs if not cfg.model), "")
+    base = cfg.model or agreed("model", [run["model"] for run in runs], "")
+    network = cfg.transformer or agreed("transformer", [r.get("transformer", "") for r in runs if not cfg.model], "")
     require(bool(base), "--model is needed: no --checkpoint is in a run's folder, whose config.json would name it")
     index = loading.pipeline_index(base)
     family = index["_class_name"]
@@ -186,14 +186,14 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
             require(stored.get(name) == new[name], different)
         sources = {m.folder.name: m.weights for m in models} | {"model": cfg.model} | parse_paths(cfg.reward_paths)
         sources |= {name: spec.rpartition(":")[0] for name, spec in metric_specs(cfg.metrics).items() if spec != name}
-        weights = {name: fingerprint(source) for name, source in sources.items()}
-        known = stored.get("weights", {})
-        changed = [sources[name] for name in weights if known.get(name, weights[name]) != weights[name]]
+        sources |= {row["image"]: row["image"] for row in rows if "image" in row} | {"prompts": cfg.prompts}
+        known, weights = stored.get("weights", {}), {name: fingerprint(of) or of for name, of in sources.items()}
+        changed = [sources[name] for name in weights if (known.get(name) or weights[name]) != weights[name]]
         require(not changed, f"{', '.join(changed)} changed after the results in {folder} were made; {advice}")
         new["weights"] = known | weights
         new["versions"] = {name: importlib.metadata.version(name) for name in checkpoints.PACKAGES}
         write_atomically(folder / "config.json", json.dumps(new, indent=2) + "\n")
-    world.barrier()
+    world.require_shared(folder)
 
 
 # --------------------------------------------------------------------------------------------------- drawing pictures

@@ -338,7 +338,7 @@ def main(cfg: Config) -> None:
 
         # Line 6: the rewards of each sample.
         with world.on_device(*reward.models):
-            rewards = reward(videos, [caption for caption in captions for _ in range(G)], cfg.fps)  # {name: (B,)}
+            rewards = reward(videos.squeeze(1), [text for text in captions for _ in range(G)], cfg.fps)  # {name: (B,)}
         run.lap("reward")
 
         # Lines 7 to 9: the advantage of each sample over its prompt's group.

@@ -13,8 +13,7 @@ from runtime.options import Lazy, RunError, require
 
 diffusers = Lazy("diffusers")
 
-# Class in model_index.json → the model's usual settings. Shift 0 leaves the noise levels to the model's own scheduler,
-# max_sequence_length 0 the length of the text to the pipeline.
+# Class in model_index.json → usual settings; shift 0: the scheduler's own; max_sequence_length 0: the pipeline's.
 USUAL = {"shift": 0.0, "max_sequence_length": 0, "frames": 1, "fps": 24.0}
 FAMILIES = {
     "StableDiffusionPipeline": USUAL | dict(steps=50, guidance=7.5, height=512, width=512),
@@ -69,10 +68,13 @@ def from_directory(directory: str, path: str) -> str:
 
 def find_settings(cfg, family: str, runs: list[dict]):
     """Steps, sizes, prompts, …: as on the command line, else as in the checkpoints' runs, else the usual ones."""
-    settings = {}
+    settings, names = {}, ["guidance", "true_guidance"]  # embedded, classifier-free
+    guided, other = names[::-1] if "Wan" in family or "ImageToVideo" in family else names
     for name, value in FAMILIES[family].items():
-        key = "true_guidance" if name == "guidance" and ("Wan" in family or "ImageToVideo" in family) else name
+        key = guided if name == "guidance" else name
         settings[name] = getattr(cfg, name) or agreed(name, [run[key] for run in runs if key in run], value)
+    for value in (run.get(other, 1.0) for run in runs):
+        require(value == 1, f"a --checkpoint was trained with {other} {value}, which eval.py cannot give a {family}")
     files = [run["prompts"] for run in runs if Path(run["prompts"]).expanduser().is_file()]
     usual = "hpsv2" if settings["frames"] == 1 else ""  # HPS-v2's prompts are for pictures
     return replace(cfg, **settings, prompts=cfg.prompts or agreed("prompts", files, usual))

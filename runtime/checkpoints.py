@@ -20,7 +20,7 @@ from rewards import parse_paths, parse_spec
 
 from .files import FINGERPRINTED, fingerprint, lock_folder, read_json, write_atomically, writing
 from .initial import find_init
-from .lora import public_lora
+from .lora import LORA_FILE, public_lora
 from .options import FREE_ON_RESUME, Lazy, complete_checkpoints, latest_checkpoint, require
 from .processes import EMA, World, local, trainable
 
@@ -65,7 +65,8 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
         stored = check_folder(config) or content
         content["tracker_id"] = stored.get("tracker_id") or secrets.token_hex(4)
         if config.resume:
-            changed = [path for path, sha256 in content["files"].items() if stored.get("files", {}).get(path) != sha256]
+            known = stored.get("files", {})
+            changed = [path for path, sha256 in content["files"].items() if known.get(path, sha256) != sha256]
             changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
             message = f"{', '.join(changed)} changed after the run in {output_dir} was started"
             require(not changed, f"{message}; restore it, or start a new run in another --output-dir, with --init")
@@ -94,8 +95,8 @@ def files_of(model: str = "", transformer: str = "", reward: str = "", reward_pa
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     given = parse_paths(reward_paths).values()
     paths = [model, transformer, *own, *given, *(place.rpartition(":")[0] for place in given)]  # FILE.py:CLASS
-    sums = [folder / SUMS for folder in (Path(init), Path(init).parent) if init]
-    paths += [str(file) for file in sums if file.exists()] or [init]
+    saved = init and (Path(init) / SUMS).exists()  # a checkpoint, whose state/ is deleted when its run goes on
+    paths += [f"{init}/{part}" for part in ("transformer", "unet", LORA_FILE)] if saved else [init]
     return [path for path in paths if path and Path(path).exists()]
 
 

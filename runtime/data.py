@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -182,7 +183,7 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     not listed is FOLDER/HASH-WIDTHxHEIGHT.png; `paint_first_frames` makes it, given a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
-    source, listed = Path(config.first_frames or config.prompts), {}
+    source = Path(config.first_frames or config.prompts)
     index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
     painter = "" if index == source else config.first_frame_model  # a JSONL file is no folder to paint into
     require(
@@ -190,6 +191,8 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
         "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
         'JSONL file of {"prompt", "image"}',
     )
+    rows = load_metadata(config.prompts)
+    listed = {p: Path(config.prompts).parent / row["image"] for p, row in rows.items() if "image" in row}
     for number, line in enumerate(read_lines(index) if index.is_file() else [], 1):
         prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
         listed[prompt.strip()] = index.parent / image
@@ -233,7 +236,8 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
     del pipe
     gc.collect()  # its parts refer to each other, and the run needs the room
     if world.is_main:  # for eval.py --prompts
-        rows = [json.dumps({"prompt": prompt, "image": path.name}) for prompt, path in pictures.items()]
+        places = {prompt: os.path.relpath(path, folder) for prompt, path in pictures.items()}
+        rows = [json.dumps({"prompt": prompt, "image": place}) for prompt, place in places.items()]
         write_atomically(folder / f"painted-{size}.jsonl", "\n".join(rows) + "\n")
     world.barrier()
     require_there(pictures)

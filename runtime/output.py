@@ -232,8 +232,8 @@ class Samples:
             images.append(self.draw([self.prompts[i] for i in part], z))
         images = torch.cat(images)
         with self.world.on_device(*self.reward.models):
-            scores = self.reward(images, [self.prompts[i] for i in mine], self.fps)
-        shown = self.world.collect(images[: self.SHOWN], min(count, self.SHOWN))
+            scores = self.reward(images.squeeze(1), [self.prompts[i] for i in mine], self.fps)
+        shown = self.world.collect(images[: -(-self.SHOWN // self.world.size)], min(count, self.SHOWN))
         if self.world.is_main:
             save = save_pictures if self.fps is None else partial(save_videos, fps=self.fps)
             save(self.sheet(iteration), shown, self.prompts[: len(shown)])

@@ -106,12 +106,15 @@ def write_apart(folder: Path) -> None:
     """A folder that all processes share, and one of each process's own disk, as it were."""
     world = processes.start_world()
     world.require_shared(folder / "shared")
-    message = ""
-    try:
-        world.require_shared(folder / str(world.rank) / "run")
-    except RunError as e:
-        message = str(e)
-    assert "all machines must share it" in message
+    apart = folder / str(world.rank) / "run"
+    cfg = evaluation.Config(output_dir=str(apart), metrics="hps", model="owner/name", prompts="hpsv2")
+    for refuse in (lambda: world.require_shared(apart), lambda: evaluation.open_output(cfg, [], [], world)):
+        message = ""
+        try:
+            refuse()
+        except RunError as e:
+            message = str(e)
+        assert "all machines must share it" in message
 
 
 def load_frozen_models(folder: Path) -> None:

@@ -719,6 +719,57 @@ def test_weights_that_changed_since_are_refused(run, prompts, tmp_path):
         evaluate(tmp_path / "out", **options)
 
 
+def test_another_base_on_the_hub_is_refused_as_long_as_the_lora_is_the_same(run, prompts, tmp_path):
+    cfg = parse_config(evaluation.Config, evaluation.PRESETS, words({"output_dir": tmp_path / "out", "metrics": "hps"}))
+    lora = run / "checkpoint-000003/pytorch_lora_weights.safetensors"
+    models, world = [evaluation.Model("lora", "lora", str(lora), cfg.output_dir)], processes.start_world()
+    for model in ("owner/one", "owner/one"):
+        evaluation.open_output(dataclasses.replace(cfg, model=model), models, [{"prompt": "a"}], world)
+    with pytest.raises(RunError, match=r"owner/two changed after the results in .*out were made"):
+        evaluation.open_output(dataclasses.replace(cfg, model="owner/two"), models, [{"prompt": "a"}], world)
+
+
+@pytest.mark.parametrize("name, values", [("model", ("tiny/flux", "COPY")), ("transformer", ("", "COPY/transformer"))])
+def test_runs_from_different_bases_are_not_compared(name, values, run, prompts, tmp_path):
+    shutil.copytree("tiny/flux", tmp_path / "copy")
+    checkpoints = []
+    for number, value in enumerate(values):
+        folder, value = tmp_path / f"run-{number}", value.replace("COPY", str(tmp_path / "copy"))
+        shutil.copytree(run / "checkpoint-000003", folder / "checkpoint-000003")
+        stored = json.loads((run / "config.json").read_text()) | {name: value}
+        (folder / "config.json").write_text(json.dumps(stored))
+        checkpoints.append(folder / "checkpoint-000003")
+    with pytest.raises(RunError, match=f"the checkpoints' runs differ in {name}: .*; give --{name}"):
+        evaluate(tmp_path / "out", checkpoint=checkpoints, prompts=prompts)
+
+
+@pytest.mark.parametrize(
+    "task, changed, given",
+    [("t2v", {"true_guidance": 3.0}, "true_guidance 3.0"), ("i2v", {"guidance": 6.0}, "guidance 6.0")],
+)
+def test_guidance_that_an_evaluation_cannot_give_is_refused(task, changed, given, tmp_path):
+    checkpoint = tmp_path / "checkpoint-000001"
+    model = "tiny/skyreels" if task == "i2v" else "tiny/hunyuan/transformer"
+    shutil.copytree(model, checkpoint / "transformer")
+    config = grpo_video.Config(**grpo_video.PRESETS[f"tiny-{task}"] | changed)
+    write_config(tmp_path, "grpo_video.py", config)
+    with pytest.raises(RunError, match=f"was trained with {given}, which eval.py cannot give"):
+        evaluate(tmp_path / "out", preset="tiny-video", checkpoint=checkpoint)
+
+
+def test_other_metadata_of_the_same_prompts_are_refused(tmp_path):
+    row = {"prompt": "two squares", "tag": "counting", "include": [{"class": "square", "count": 2}]}
+    file = tmp_path / "prompts.jsonl"
+    options = dict(model="tiny/flux", prompts=file, images_per_prompt=1, **SMALL)
+    file.write_text(json.dumps(row) + "\n")
+    evaluate(tmp_path / "out", metrics="hps", **options)
+    evaluate(tmp_path / "out", metrics="hps,geneval", **options)  # the same file, judged by one more
+    row["include"][0]["count"] = 3
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(RunError, match=r"prompts\.jsonl changed after the results"):
+        evaluate(tmp_path / "out", metrics="hps,geneval", **options)
+
+
 def test_a_function_that_changed_since_is_refused(prompts, tmp_path):
     (tmp_path / "own.py").write_text(
         "def size(images, prompts): return images.flatten(1).shape[1] + images[:, 0, 0, 0] * 0"

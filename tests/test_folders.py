@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runtime import data, loading, processes
-from runtime.checkpoints import Checkpoints, open_folder
+from runtime.checkpoints import Checkpoints, open_folder, write_sums
 from runtime.files import lock_folder
 from runtime.options import (
     Count,
@@ -201,6 +201,24 @@ def test_a_resumed_run_needs_what_it_was_started_from_until_it_has_a_checkpoint(
     assert folder.init is None and folder.checkpoint == run / "checkpoint-000002"
     folder.checkpoint.rename(tmp_path / "taken-away")
     with pytest.raises(RunError, match=r"--init: there is no .*gone/checkpoint-000001; give RUN/checkpoint-NNNNNN"):
+        open_folder(cfg, world, ["one", "two"])
+
+
+def test_resume_after_the_run_that_it_started_from_went_on(tmp_path, world):
+    """That run deletes the states of its older checkpoints; the weights stay."""
+    init, run = tmp_path / "other" / "checkpoint-000001", tmp_path / "run"
+    contents = {"transformer/config.json": '{"_class_name": "FluxTransformer2DModel"}', "state/config.json": "{}"}
+    for name, content in contents.items():
+        (init / name).parent.mkdir(parents=True)
+        (init / name).write_text(content)
+    write_sums(init, {name: hashlib.sha256(content.encode()).hexdigest() for name, content in contents.items()})
+    cfg = replace(a_run(run, world, init=str(init)), resume=True)
+    (init.parent / "checkpoint-000002").mkdir()
+    Checkpoints._delete_old_states(SimpleNamespace(keep_states=1), init.parent / "checkpoint-000002")
+    assert not (init / "state").exists()
+    assert open_folder(cfg, world, ["one", "two"]).checkpoint == run / "checkpoint-000002"
+    (init / "transformer/config.json").write_text("{}")
+    with pytest.raises(RunError, match="checkpoint-000001/transformer changed after the run"):
         open_folder(cfg, world, ["one", "two"])
 
 

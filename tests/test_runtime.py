@@ -125,6 +125,17 @@ def sampler(tmp_path):
     return output.Samples(config, processes.start_world(), prompts, draw, (2, 3), reward), drawn
 
 
+def test_of_several_processes_each_sends_only_what_is_shown(sampler, monkeypatch):
+    samples, _ = sampler
+    sent = []
+    own = SimpleNamespace(share=lambda n: list(range(n))[::8], size=8, is_main=False, device="cpu")
+    own.chunks, own.on_device = samples.world.chunks, samples.world.on_device
+    own.collect = lambda x, count: sent.append(len(x)) or x
+    samples.world = own
+    samples.save(0)
+    assert sent == [1, 2, 2]  # pictures, then the scores of both rewards
+
+
 def test_all_sample_pictures_are_scored_and_eight_are_shown(sampler, monkeypatch):
     samples, drawn = sampler
     shown = []
@@ -277,7 +288,7 @@ def test_first_frames_are_painted_once_and_kept(tmp_path, monkeypatch):
     folder = tmp_path / "frames"
     config = SimpleNamespace(
         first_frames=str(folder), first_frame_model="tiny/flux", first_frame_steps=2, height=64, width=64,
-        num_samples=2, iterations=2, prompts_per_iteration=1, seed=0,
+        num_samples=2, iterations=2, prompts_per_iteration=1, seed=0, prompts="",
     )  # fmt: skip
     larger = SimpleNamespace(**vars(config) | {"width": 96})
     prompts = ["a red circle", "a cross", "two squares"]
@@ -312,6 +323,27 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
     )  # fmt: skip
     pictures = data.first_frames(config, data.load_prompts(str(file)))
     assert pictures == {"a red circle": tmp_path / "one.png"}
+    config.first_frames, config.first_frame_model = str(tmp_path / "frames"), "tiny/flux"  # as a preset has them
+    assert data.first_frames(config, data.load_prompts(str(file))) == pictures
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames/first_frames.jsonl").write_text('{"prompt": "a red circle", "image": "../one.png"}\n')
+    (chosen,) = data.first_frames(config, data.load_prompts(str(file))).values()
+    assert chosen == tmp_path / "frames/../one.png"  # --first-frames comes first
+
+
+def test_the_list_of_painted_frames_has_those_from_elsewhere_too(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    (folder / "first_frames.jsonl").write_text('{"prompt": "a red circle", "image": "../one.png"}\n')
+    config = SimpleNamespace(
+        first_frames=str(folder), first_frame_model="tiny/flux", first_frame_steps=1, height=64, width=64,
+        num_samples=2, iterations=1, prompts_per_iteration=1, seed=0, prompts="",
+    )  # fmt: skip
+    pictures = data.first_frames(config, ["a red circle", "a cross"])
+    data.paint_first_frames(config, pictures, processes.start_world())
+    rows = load_rows(str(folder / "painted-64x64.jsonl"), None, True)
+    assert {row["prompt"]: Path(row["image"]) for row in rows} == pictures
 
 
 def test_signals_are_noted_during_a_run_only():

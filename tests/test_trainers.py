@@ -588,6 +588,14 @@ def test_a_rollout_is_freed_before_the_next_one(case, tmp_path, monkeypatch):
     assert alive == [0, 0, 0]
 
 
+def test_a_video_of_one_frame_is_a_picture_to_a_reward(tmp_path):
+    code = "def red(images, prompts):\n    assert images.shape[1:] == (3, 32, 48)\n    return images.mean((1, 2, 3))\n"
+    (tmp_path / "own.py").write_text(code)
+    train("t2i", tmp_path / "run", reward=f"{tmp_path}/own.py:red", iterations=1, steps=3, num_samples=1)
+    (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert 0 < row["reward_red"] < 1 and 0 < row["sample_reward_red"] < 1
+
+
 @pytest.fixture(scope="module")
 def sd_pipeline():
     return stock_pipeline("sd")
