@@ -127,14 +127,14 @@ class HPSReward(CosineReward):
     def load(self, folder: str) -> None:
         import open_clip
 
-        config = open_clip.get_model_config("ViT-H-14")
+        c = open_clip.get_model_config("ViT-H-14")
         if any(Path(folder).glob("*.json")):
-            config = json.loads(only_file(folder, "*.json").read_text())
-        self.model = open_clip.CLIP(**{key: config[key] for key in ("embed_dim", "vision_cfg", "text_cfg")})
+            c = json.loads(only_file(folder, "*.json").read_text())
+        self.model = open_clip.CLIP(c["embed_dim"], c["vision_cfg"], c["text_cfg"], c.get("quick_gelu", False))
         weights = only_file(folder, self.FILES, "*.pt")
         self.model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True)["state_dict"])
         self.tokenizer = open_clip.SimpleTokenizer(context_length=self.model.context_length)
-        self.size = config["vision_cfg"]["image_size"]
+        self.size = c["vision_cfg"]["image_size"]
 
 
 class CLIPReward(CosineReward):

@@ -62,17 +62,27 @@ def load_prompts(source: str) -> list[str]:
         if path.suffix.lower() == ".jsonl" and line.strip():
             line = _json_field(line, "prompt", f"{source} line {number}")
         require(bool(line.strip()), f"{source} line {number} is blank; remove it, every line is a prompt")
+        whole = line.encode("utf-8", "ignore").decode() == line
+        require(whole, f"{source} line {number} holds half a character (a lone surrogate); correct it")
         prompts.append(line.strip())
     require(bool(prompts), f"the prompt file {source} is empty; write one prompt a line")
     return prompts
 
 
 def load_metadata(source: str) -> dict[str, dict]:
-    """{prompt: its row} of a JSONL file, for rewards that read more than prompts (GenEval); {} of any other source."""
-    path = Path(source).expanduser()
+    """{prompt: its row} of a JSONL file, for first frames and for GenEval; {} of any other source.
+
+    Raises RunError if a prompt has two rows that differ in what it is to show.
+    """
+    path, rows = Path(source).expanduser(), {}
     if source in PROMPT_SETS or path.suffix.lower() != ".jsonl":
         return {}
-    return {row["prompt"].strip(): row for row in map(json.loads, read_lines(path))}
+    for number, row in enumerate(map(json.loads, read_lines(path)), 1):
+        first = rows.setdefault(row["prompt"].strip(), row)
+        other = [key for key in ("image", "tag", "include", "exclude") if first.get(key) != row.get(key)]
+        same = f"{source} line {number}: its prompt stands above with another {' and '.join(other)}"
+        require(not other, f"{same}; write the difference into the prompt, or remove one of them")
+    return rows
 
 
 def read_lines(path: Path) -> list[str]:
@@ -82,7 +92,7 @@ def read_lines(path: Path) -> list[str]:
     Raises RunError if it cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # read_text would split at carriage returns, too
     except (OSError, UnicodeDecodeError) as e:
         raise RunError(f"cannot read {path}: {e}; it must be UTF-8 text") from e
     while lines and not lines[-1].strip():
@@ -183,7 +193,7 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     not listed is FOLDER/HASH-WIDTHxHEIGHT.png; `paint_first_frames` makes it, given a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
-    source = Path(config.first_frames or config.prompts)
+    source, listed = Path(config.first_frames or config.prompts), {}
     index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
     painter = "" if index == source else config.first_frame_model  # a JSONL file is no folder to paint into
     require(
@@ -191,11 +201,12 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
         "image to video needs first frames: name a folder or a JSONL file with --first-frames, or give --prompts a "
         'JSONL file of {"prompt", "image"}',
     )
-    rows = load_metadata(config.prompts)
-    listed = {p: Path(config.prompts).parent / row["image"] for p, row in rows.items() if "image" in row}
     for number, line in enumerate(read_lines(index) if index.is_file() else [], 1):
-        prompt, image = (_json_field(line, name, f"{index} line {number}") for name in ("prompt", "image"))
-        listed[prompt.strip()] = index.parent / image
+        for name in ("prompt", "image"):
+            _json_field(line, name, f"{index} line {number}")
+    for file in (Path(config.prompts), index) if index.is_file() else (Path(config.prompts),):
+        images = {prompt: row.get("image") for prompt, row in load_metadata(str(file)).items()}
+        listed |= {prompt: file.parent / str(image) for prompt, image in images.items() if image}
     batch_size = config.prompts_per_iteration
     epoch = range(min(config.iterations, -(-len(prompts) // batch_size)))  # of iterations, after which all were visited
     batches = (prompt_batch(len(prompts), batch_size, i, config.seed) for i in epoch)

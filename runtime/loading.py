@@ -77,7 +77,7 @@ def choose_files(files: Iterable[str], parts: Sequence[str], weights=True, index
     wanted, lacking = [index] * bool(index), "" if index in ("", *files) else index
     for part in parts:
         here = [name for folder, _, name in (file.rpartition("/") for file in files) if folder == part]
-        small = [name for name in here if name.endswith((".json", ".txt", ".model"))]
+        small = [name for name in here if name.endswith((".json", ".jinja", ".txt", ".model"))]
         copies = ([name for name in here if kind.fullmatch(name)] for kind in WEIGHTS if weights)
         shards = next(filter(None, copies), [])
         wanted += [f"{part}/{name}".lstrip("/") for name in small + shards]
@@ -126,7 +126,13 @@ def load_config(path: str, subfolder: str | None = None, option: str = "--model"
     kind = getattr(diffusers, str(config.get("_class_name")), object)
     what = f"{option} {path}: the config of its {subfolder or 'network'}"
     require(issubclass(kind, diffusers.ModelMixin), f"{what} is damaged, or not of diffusers")
+    refuse_quantized(path, option, [config])
     return default_config(kind) | config
+
+
+def refuse_quantized(what: Path | str, option: str, configs: Sequence[dict]) -> None:
+    advice = f"give {option} the model in full precision, and --quantize if it is too large"
+    require(not any("quantization_config" in config for config in configs), f"{what} is quantized already; {advice}")
 
 
 def default_config(network_class: type) -> dict:
@@ -154,6 +160,7 @@ def pipeline_index(path: str, option: str = "--model") -> dict:
         here, configs = folder / name, [read_json(file) for file in folder.glob(f"{name}/*config.json")]
         whole = not here.is_dir() or (bool(configs) and all(configs))
         require(whole, f"{here} has no config, or a damaged one; give {option} a whole folder")
+        refuse_quantized(here, option, configs)
         if name.startswith("tokenizer"):
             try:
                 rewards.load_tokenizer(here, kind)
@@ -175,7 +182,7 @@ def load_weights(network_class: type, folder: Path | str, option: str = "--model
     half = re.search(r"\.(fp16|bf16)\b", " ".join(file.name for file in weight_files(place)))
     variant = {"variant": half[1]} if half else {}
     if half and find_place().rank == 0:
-        print(f"{place}: the only weights here are {half[1]}; the run takes these rounded ones")
+        print(f"{place}: the only weights here are {half[1]}; the run takes these rounded ones; `hf download` gets all")
     load = network_class.from_pretrained
     network, info = load_pretrained(load, folder, option, output_loading_info=True, **variant, **options)
     lacking = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))

@@ -48,16 +48,15 @@ def read_lora(file: Path | str) -> dict[str, Tensor]:
     stored = {name.rpartition(".")[2]: value for name, value in metadata.items()}  # transformer.r, …
     beside = read_json(Path(file).with_name("lora_config.json")).get("lora_params", {})
     if beside and not stored:
-        stored = {"lora_alpha": beside["lora_alpha"], "r": beside["lora_rank"]}
-    of_all = stored["lora_alpha"] / stored["r"] if {"lora_alpha", "r"} <= stored.keys() else 1.0
-    of_all *= stored["r"] ** 0.5 if stored.get("use_rslora") else 1.0
+        stored = {"lora_alpha": beside["lora_alpha"]}
     require(not stored.get("alpha_pattern"), f"{file}: every layer has an alpha of its own; take a file without")
     alphas = {
         name.removesuffix(".alpha"): weights.pop(name).item() for name in list(weights) if name.endswith(".alpha")
     }
     for name in [name for name in weights if ".lora_B." in name]:
-        layer, rank = name.partition(".lora_B.")[0], weights[name].shape[1]
-        weights[name] = weights[name] * (alphas[layer] / rank if layer in alphas else of_all)
+        layer, rank = name.partition(".lora_B.")[0], weights[f"{name.rpartition('.')[0]}.weight"].shape[1]  # its own
+        alpha = alphas.get(layer, stored.get("lora_alpha", rank))
+        weights[name] = weights[name] * alpha / (rank**0.5 if stored.get("use_rslora") else rank)
     return weights
 
 

@@ -123,6 +123,36 @@ def test_prompts_are_split_at_line_feeds_only(tmp_path):
     assert data.load_prompts(str(tmp_path / "b.JSONL")) == prompts
 
 
+def test_a_carriage_return_ends_no_line_but_windows_ends_do(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a red\rcircle\na cross\n")
+    assert data.load_prompts(str(tmp_path / "a.txt")) == ["a red\rcircle", "a cross"]
+    for name, lines in {
+        "b.txt": ["a red circle", "a cross"],
+        "c.jsonl": ['{"prompt": "a red circle"}', '{"prompt": "a cross"}'],
+    }.items():
+        (tmp_path / name).write_bytes("\ufeff".encode() + "\r\n".join([*lines, ""]).encode())
+        assert data.load_prompts(str(tmp_path / name)) == ["a red circle", "a cross"]
+
+
+def test_half_an_emoji_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a cross"}\n{"prompt": "a cat \\ud83d"}\n')
+    with pytest.raises(RunError, match=r"a\.jsonl line 2 holds half a character"):
+        data.load_prompts(str(tmp_path / "a.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "other", [{"image": "two.png"}, {"include": [{"class": "square", "count": 3}]}, {"tag": "counting"}], ids=str
+)
+def test_a_prompt_that_stands_twice_must_mean_the_same(other, tmp_path):
+    row = {"prompt": "she smiles", "image": "one.png", "include": [{"class": "square", "count": 2}], "tag": "colors"}
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, (row, row | {"number": 2}))))
+    assert data.load_metadata(str(file)) == {"she smiles": row}
+    file.write_text("\n".join(map(json.dumps, (row, row | other))))
+    with pytest.raises(RunError, match=rf"a\.jsonl line 2: its prompt stands above with another {next(iter(other))}"):
+        data.load_metadata(str(file))
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.csv", "a.CSV"])
 def test_files_that_are_neither_text_nor_jsonl_are_refused(name, tmp_path):
     (tmp_path / name).write_text('["a red circle"]')

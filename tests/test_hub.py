@@ -210,6 +210,11 @@ def test_the_copy_that_is_chosen(files, expected):
     assert found == [f"unet/{file}" for file in expected]
 
 
+def test_a_tokenizer_comes_with_its_chat_template():
+    files = [f"tokenizer/{name}" for name in ("tokenizer_config.json", "tokenizer.json", "chat_template.jinja")]
+    assert loading.choose_files(files, ["tokenizer"]) == (files, "")
+
+
 def test_a_pipeline_without_its_index_is_not_whole():
     files, parts = ["unet/config.json", "unet/model.safetensors"], ["unet"]
     assert loading.choose_files(files, parts) == (files, "")
@@ -401,6 +406,40 @@ def test_init_reads_every_form_of_a_lora(form, tmp_path):
     _, started, _ = grpo_flux.load_models(cfg, world, initial.find_init(cfg.init))
     for name, weight in network.state_dict().items():
         torch.testing.assert_close(started.state_dict()[name], weight, rtol=1e-6 if form == "rslora" else 0, atol=0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_strength_of_a_layer_follows_its_own_rank_as_in_peft(rslora, tmp_path):
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(5, 6), "b": torch.nn.Linear(6, 7)})
+    options = {"r": 4, "lora_alpha": 8, "rank_pattern": {"b": 2}, "lora_bias": True, "use_rslora": rslora}
+    model = get_peft_model(layers, LoraConfig(target_modules=["a", "b"], init_lora_weights=False, **options))
+    prefix = "base_model.model."
+    weights = {n.replace(prefix, "transformer."): w for n, w in get_peft_model_state_dict(model).items()}
+    assert any(name.endswith("lora_B.bias") for name in weights)
+    metadata = {f"transformer.{name}": value for name, value in model.peft_config["default"].to_dict().items()}
+    file = tmp_path / "lora.safetensors"
+    save_file(weights, file, {"lora_adapter_metadata": json.dumps(metadata, default=sorted)})
+    found = lora.read_lora(file)
+    for name in ("a", "b"):
+        A, B, bias = (found[f"transformer.{name}.{part}"] for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
+        layer = model.base_model.model[name]
+        torch.testing.assert_close(B @ A, layer.get_delta_weight("default"))
+        torch.testing.assert_close(bias, layer.lora_B["default"].bias * layer.scaling["default"])
+
+
+def test_a_base_that_is_quantized_already_is_refused_before_it_is_loaded(tmp_path):
+    for part in ("transformer", "text_encoder_2"):
+        model = Path(shutil.copytree("tiny/flux", tmp_path / part))
+        config = json.loads((model / part / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (model / part / "config.json").write_text(json.dumps(config))
+        cfg = parse_config(grpo_flux.Config, grpo_flux.PRESETS, ["--preset", "tiny", "--model", str(model)])
+        with pytest.raises(RunError, match=rf"{part} is quantized already; give --model .* and --quantize"):
+            grpo_flux.check(cfg)
+    with pytest.raises(RunError, match=r"is quantized already; give --transformer"):
+        loading.load_config(str(tmp_path / "transformer/transformer"), None, "--transformer")
 
 
 def test_a_checkpoint_is_of_a_base_whose_config_is_older_than_a_key(tmp_path):

@@ -62,6 +62,22 @@ def test_hps_matches_the_reference_scores():
         assert abs(ours.item() - score) < 1e-5
 
 
+def test_hps_has_the_activation_that_its_config_names(tmp_path):
+    """Many of open_clip's configs have "quick_gelu", which no weight shows."""
+    config = json.loads(Path("tiny/hps/ViT-tiny-hps.json").read_text())
+    model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"], quick_gelu=True).eval()
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "HPS.pt")
+    (tmp_path / "ViT.json").write_text(json.dumps(config | {"quick_gelu": True}))
+    reward = HPSReward(str(tmp_path))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    found = reward(images, ["a red circle", "a cross"])
+    reward.model = model
+    assert torch.equal(found, reward(images, ["a red circle", "a cross"]))
+    reward.model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"]).eval()
+    reward.model.load_state_dict(model.state_dict())
+    assert not torch.allclose(found, reward(images, ["a red circle", "a cross"]), atol=1e-5)
+
+
 @pytest.mark.parametrize("height, width", [(64, 64), (100, 160), (300, 200), (40, 40)])
 def test_hps_equals_the_hpsv2_package(height, width, monkeypatch):
     """hpsv2's own scoring, on our small model: its preprocessing, its tokenizer, its way from features to score."""

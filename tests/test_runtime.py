@@ -331,6 +331,29 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
     assert chosen == tmp_path / "frames/../one.png"  # --first-frames comes first
 
 
+def test_a_prompt_with_two_first_frames_and_one_with_none_are_refused(tmp_path):
+    for name in ("one.png", "two.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    config = SimpleNamespace(
+        prompts=str(tmp_path / "prompts.jsonl"), first_frames="", first_frame_model="", num_samples=1, iterations=1,
+        prompts_per_iteration=1, seed=0, height=8, width=8,
+    )  # fmt: skip
+    two = "".join(f'{{"prompt": "she smiles", "image": "{name}.png"}}\n' for name in ("one", "two"))
+    (tmp_path / "frames.jsonl").write_text(two)
+    (tmp_path / "prompts.jsonl").write_text(two)
+    for given in ("", str(tmp_path / "frames.jsonl")):
+        config.first_frames = given
+        with pytest.raises(RunError, match="line 2: its prompt stands above with another image"):
+            data.first_frames(config, ["she smiles", "she smiles"])
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "she smiles", "image": null}\n')
+    config.first_frames = ""
+    with pytest.raises(RunError, match="the image must be a string"):
+        data.first_frames(config, ["she smiles"])
+    config.first_frames = str(tmp_path / "frames")
+    with pytest.raises(RunError, match="no first frame for 'she smiles'"):
+        data.first_frames(config, ["she smiles"])
+
+
 def test_the_list_of_painted_frames_has_those_from_elsewhere_too(tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
     folder = tmp_path / "frames"
