@@ -257,7 +257,8 @@ class Checkpoints:
         self.world.barrier()  # rank 0 may have drawn curves until now
         self.require_finite(iteration)
         with writing(final):
-            dcp.save(self._state(), checkpoint_id=part / "state", **self.group)
+            writer = dcp.FileSystemWriter(part / "state", per_thread_copy_ahead=0)  # ahead it would fill pinned memory
+            dcp.save(self._state(), storage_writer=writer, **self.group)
             self._save_public(part, "")
             if self.ema.average:
                 self.world.barrier()  # rank 0 may write for long

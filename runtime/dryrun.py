@@ -201,7 +201,8 @@ def run(
     public, state = checkpoint_bytes(cfg, whole, measured["trainable"], dtype)
     # What a process of a node reads into host memory at a time: of a reward its file and its model.
     read = whole * master, parts["frozen"], 2 * max(reward_bytes, default=0), painting
-    host = max(*read, public // (2 if cfg.ema_decay else 1))
+    # A save holds what the processes of the node write of the state, then the first one's public weights.
+    host = max(*read, public // (2 if cfg.ema_decay else 1), state * node // cfg.processes)
     if cfg.offload:  # each process of the node: the frozen models, and its own network while prompts are encoded
         away = parts["parameters"] if shard_size == 1 else 0
         host = max(host + node * waiting, node * (waiting + away))

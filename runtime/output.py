@@ -47,6 +47,8 @@ def start(
     fetch_model(config.model, getattr(config, "transformer", ""))
     fetch_rewards(config.reward, parse_paths(config.reward_paths))
     world = start_world(config.dtype, config.shard_size, config.offload, fits_whole)
+    # On an H100 cuDNN takes the UNet's heads of 160 only without gradients; rollout and update must round alike.
+    torch.backends.cuda.enable_cudnn_sdp(component != "unet")
     require_fit(config, world, component, lora_targets)
     folder = open_folder(config, world, prompts)
     tracker = Tracker(config.track if world.is_main else "", folder.config, folder.checkpoint)

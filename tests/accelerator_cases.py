@@ -18,6 +18,7 @@ import numpy as np
 import open_clip
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import filesystem
 
 import conftest  # noqa: F401  finds the repository
 import eval as evaluation
@@ -46,6 +47,7 @@ def train(name: str, folder: Path, device, **changes) -> dict:
     """The metrics of the last iteration."""
     case, own = TRAININGS[name]
     out = small.train(case, folder / name, **QUICK | own | changes)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == (case != "sd")  # rollout and update with one kernel
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     return {key: value for key, value in row.items() if "second" not in key}
 
@@ -75,7 +77,7 @@ def paint(folder: Path, device) -> dict:
     """The mean of a first frame that a text-to-image model paints."""
     config = SimpleNamespace(
         first_frames=str(folder / "frames"), first_frame_model="tiny/sd", first_frame_steps=1, height=64, width=64,
-        num_samples=1, iterations=1, prompts_per_iteration=1, seed=0,
+        num_samples=1, iterations=1, prompts_per_iteration=1, seed=0, prompts="",
     )  # fmt: skip
     pictures = data.first_frames(config, ["a red circle"])
     data.paint_first_frames(config, pictures, processes.start_world("float32"))
@@ -128,6 +130,7 @@ def main(folder: Path) -> None:
     open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
     gc.disable()  # and see gc.freeze() below
     torch.nn.modules.module.register_module_forward_pre_hook(require_device)
+    filesystem._OverlappingCpuLoader = None  # it would keep the state in pinned memory
     pretend.start()
     results = {"cpu": {}, "pretend": {}}
     for place, numbers in list(results.items()):

@@ -305,10 +305,16 @@ def test_host_memory_holds_what_one_process_reads_at_a_time(tmp_path, monkeypatc
     painter = {"first_frames": str(tmp_path / "frames"), "first_frame_model": "somebody/not-here"}
     assert host(**painter) == 4 * 16_870_599_139 + of_process  # of FLUX.1-dev, here in float32
     monkeypatch.setattr(dryreward, "measure", lambda *_: ([], 0))
+    with monkeypatch.context() as patch:
+        patch.setattr(dryrun, "checkpoint_bytes", lambda *_: (dryrun.GIB, 600 * dryrun.GIB))
+        assert (
+            host(processes=16, prompts_per_iteration=16) == 300 * dryrun.GIB + 8 * of_process
+        )  # what a node of eight saves of the state
     away = dict(processes=4, offload=True, lora_rank=4)  # four frozen models, and networks while prompts are encoded
     gpu = run(**away)["gpu_gib"]
     assert host(**away) == pytest.approx(4 * of_process + 4 * (gpu["frozen"] + gpu["parameters"]) * dryrun.GIB)
     pipe = FluxPipeline.from_pretrained("tiny/flux")
     networks = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
     exact = sum(p.nbytes for network in networks for p in network.parameters())
+    monkeypatch.setattr(dryrun, "checkpoint_bytes", lambda *_: (0, 0))
     assert host(**painter | {"first_frame_model": "tiny/flux"}) == exact + of_process
