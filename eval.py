@@ -1,4 +1,4 @@
-"""Base model beside trained checkpoints: same prompts, same noise, scored also by rewards that were not trained on.
+"""Compares checkpoints with the base model: same prompts, same noise, also by rewards that were not trained on.
 
     python eval.py --preset tiny --checkpoint runs/tiny-flux/checkpoint-000035      on a laptop, no download
     torchrun --nproc_per_node=8 eval.py --checkpoint runs/flux/checkpoint-000300    HPS-v2.1's four-style benchmark

@@ -78,7 +78,7 @@ class Config:
     lora_rank: Rank = 0  # 0: all weights are trained; else rank of LoRA, with alpha = 2 rank
     ema_decay: Decay = 0.0  # moving average of the weights, once an iteration, saved beside them; 0: off
     # memory and speed
-    micro_batch: Count = 4  # samples in a forward pass of the rollout, pairs (sample, step) in one of the update (ours)
+    micro_batch: Count = 4  # samples per pass of the rollout, pairs (sample, step) per pass of the update (ours)
     reward_batch: Count = 32  # samples in a forward pass of a reward (ours)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass: slower, far less memory
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # of networks; auto: bfloat16 on CUDA
@@ -98,7 +98,7 @@ class Config:
     save_every: Count = 50  # iterations between checkpoints; one more at the end
     keep_states: Count = 2  # newest checkpoints that keep what --resume needs
     sample_every: Count = 10  # iterations between sample pictures; also before the first, after 2, 5, and the last
-    num_samples: Count = 8  # sample pictures: the first prompts of the file, always from the same noise; 8 are saved
+    num_samples: Count = 8  # sample pictures: the file's first prompts, always from the same noise; at most 8 saved
     track: Literal["", "tensorboard", "wandb"] = ""  # metrics and samples go there too, beside metrics.jsonl
 
 
@@ -139,7 +139,7 @@ def group_advantages(rewards: dict, weights: dict, group_size: int, clip: float)
     """
     advantages = 0.0
     for name, r in rewards.items():
-        r = r.cpu().double().view(-1, group_size)  # (P, G); float64: the mean of equal rewards is exact; not on MPS
+        r = r.cpu().double().view(-1, group_size)  # (P, G); float64 (MPS lacks it): equal rewards get an exact mean
         A = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-8)
         advantages = advantages + weights[name] * A
     return advantages.flatten().clamp(-clip, clip).float().to(rewards[name].device)

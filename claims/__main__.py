@@ -48,7 +48,7 @@ class Config:
     preset: str = "full"  # full is the only one
     output_dir: str = "runs/claims"  # runs, evaluations, and the results of trials
     seeds: Natural = 10  # runs of each arm
-    first_seed: Natural = 11  # the following seeds are the next ones; options were chosen with 1 to 10
+    first_seed: Natural = 11  # the first of consecutive seeds; options were chosen with 1 to 10
     iterations: Natural = 0  # of each run; 0: those of the preset
 
 

@@ -1,7 +1,7 @@
 """The machinery of `python -m claims`: train every arm with every seed, evaluate, compare, judge, plot.
 
-An arm is a trainer with some of its options changed, or with a loop of its own. Its runs stand in OUTPUT_DIR/runs, in
-folders named by everything that a run follows from: options, seed, the files of models, rewards and prompts, and the
+An arm is a trainer with some of its options changed, or with a loop of its own. Its runs are in OUTPUT_DIR/runs, in
+folders named by a hash of all that determines a run: options, seed, files of models, rewards and prompts, and the
 loop's code. A finished run is used again, by other claims too; an interrupted one is resumed. Held-out figures are
 eval.py's.
 
@@ -98,7 +98,7 @@ def gain(metric: str) -> Callable[[Run], float]:
 
 
 def speed(key: str) -> Callable[[Run], float]:
-    """By how much a curve lies above its beginning, on average over the training: at equal ends the faster one more.
+    """A curve's mean height above its start, over training: of two curves with equal ends, the faster has more.
 
     The beginning is the untrained model's, which differs from seed to seed with the noise of the sample pictures.
     """
@@ -277,7 +277,7 @@ def welch(a: np.ndarray, b: np.ndarray, by: float, alternative: str = "two-sided
 
 
 def holm(p: list[float]) -> list[float]:
-    """Holm's adjusted p-values: those below 0.05 are false, any of them, with a probability of at most 5 %."""
+    """Holm's adjusted p-values: the chance of any false positive among those below 0.05 is at most 5 %."""
     adjusted, highest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
         adjusted[i] = highest = max(highest, min(1.0, (len(p) - rank) * p[i]))

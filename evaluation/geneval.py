@@ -155,7 +155,7 @@ def find_metadata(prompt: str, row: dict, detector) -> dict:
 
 
 def find_detector(name: str | None, clip: str = CLIP, device=None):
-    """The detector of this name, with its weights on the device, or not loaded yet where there is none.
+    """The detector of this name, with its weights on `device`, or not loaded yet if that is None.
 
     name     hub id or folder of a Mask2Former, or FILE.py:CLASS; None: the usual Mask2Former
     clip     hub id or folder of the CLIPModel that names colours for Mask2Former
@@ -176,7 +176,7 @@ def find_detector(name: str | None, clip: str = CLIP, device=None):
 
 
 class Mask2FormerDetector:
-    """Mask2Former, with the boxes of its masks, and CLIP for colours. The original's was trained by mmdetection."""
+    """Mask2Former, with the boxes of its masks, and CLIP for colours. GenEval's was trained with mmdetection."""
 
     NOTE = "GenEval with transformers' Mask2Former, not the official one (mmdet): another training, so figures differ."
     SHORTEST, LONGEST = 800, 1333  # sides in pixels, of the picture that the network sees

@@ -61,7 +61,7 @@ def run_options(checkpoint: str) -> dict:
 
 
 def from_directory(directory: str, path: str) -> str:
-    """The path, or where it leads from the directory, if it leads nowhere from here."""
+    """The path, or, if it exists only relative to the directory, its place there."""
     place = Path(directory, path)
     return str(place) if path and place.exists() and not Path(path).exists() else path
 

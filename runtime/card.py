@@ -17,7 +17,7 @@ def write_card(folder: Path, config, checkpoints: Checkpoints, iteration: int, r
     newest sample pictures. row: the iteration's metrics."""
     (folder / CARD[0]).write_text(model_card(folder, config, checkpoints, iteration, row), encoding="utf-8")
     sheets = [path for path in sorted(folder.parent.glob("samples/*.png")) if path.stem.isdigit()]
-    sheets = [path for path in sheets if int(path.stem) <= iteration]  # later ones: of a run that continued earlier
+    sheets = [path for path in sheets if int(path.stem) <= iteration]  # later ones are left from before a resume
     for file, name in zip([folder.parent / "reward.png", *sheets[-1:]], CARD[1:], strict=False):
         if file.is_file():
             shutil.copy(file, folder / name)

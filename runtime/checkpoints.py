@@ -91,7 +91,7 @@ def script_of(config) -> str:
 
 
 def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):
-    """The files and folders here from which these options make a run: models, reward models, the reader's rewards."""
+    """The local files and folders that a run with these options uses: models, reward models, custom rewards."""
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     given = parse_paths(reward_paths).values()
     paths = [model, transformer, *own, *given, *(place.rpartition(":")[0] for place in given)]  # FILE.py:CLASS
@@ -111,7 +111,7 @@ def refuse_foreign(folder: Path) -> dict:
     stored, suffixes = read_json(folder / "config.json"), FINGERPRINTED - {".txt"}
     names = [path.name for path in sorted(folder.glob("*")) if path.name not in OWN and "script" not in stored]
     foreign = [name for name in names if name == SUMS or Path(name).suffix in suffixes]
-    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, no run's or damaged; take another --output-dir")
+    require(not foreign, f"{folder} holds {', '.join(foreign[:3])}, not of a run or damaged; take another --output-dir")
     return stored
 
 
@@ -208,7 +208,7 @@ def checkpoint_bytes(config, whole: int, trained: int, dtype: torch.dtype) -> tu
 
 
 def disk_needed(config, public: int, state: int, done: int = 0, states: int = 0) -> tuple[int, str]:
-    """Bytes that a run will still save after `done` iterations, and a line that says so beside the disk's room.
+    """Bytes that a run will still save after `done` iterations, and a line with that and the free disk space.
 
     public, state: bytes of one checkpoint's; states: how many are there. An old one is deleted when a new one is whole.
     """

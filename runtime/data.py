@@ -80,7 +80,7 @@ def load_metadata(source: str) -> dict[str, dict]:
     for number, row in enumerate(map(json.loads, read_lines(path)), 1):
         first = rows.setdefault(row["prompt"].strip(), row)
         other = [key for key in ("image", "tag", "include", "exclude") if first.get(key) != row.get(key)]
-        same = f"{source} line {number}: its prompt stands above with another {' and '.join(other)}"
+        same = f"{source} line {number}: its prompt appears above with another {' and '.join(other)}"
         require(not other, f"{same}; write the difference into the prompt, or remove one of them")
     return rows
 
@@ -226,7 +226,7 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
 
 
 def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
-    """Make each of the pictures that is not there yet, once, from noise that is its prompt's own."""
+    """Paint each missing picture once, from noise that depends on its prompt alone."""
     from diffusers import AutoPipelineForText2Image
 
     from .loading import load_pipeline

@@ -100,7 +100,7 @@ def config_of(network_class: type, path: str, subfolder: str | None = None, opti
 
 
 def here(path: str, file: str) -> str:
-    """The folder, or that in the hub's cache, if there is such a file in it or the path is a folder; else ""."""
+    """The path if it is a folder, else its folder in the hub's cache if that has the file; else ""."""
     if Path(path).is_dir():
         return path
     repo, _, revision = path.partition("@")

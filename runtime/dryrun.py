@@ -193,7 +193,7 @@ def run(
     at_rest = sum(count for name, count in parts.items() if name not in ("gradients", "activations", "buffers"))
     waiting = parts["frozen"] + parts["reward"]  # with --offload in host memory while the network is trained
     peak = max(sum(parts.values()), at_rest + decoding, at_rest + scoring)
-    if cfg.offload:  # at any time only one of these is there: the encoders, instead of a network that is whole
+    if cfg.offload:  # one of these is on the GPU at a time; the encoders replace an unsharded network
         vae_bytes = frozen.get("vae", 0) * dtype.itemsize
         encoders = parts["frozen"] - vae_bytes - (parts["parameters"] if shard_size == 1 else 0)
         waits = max(encoders, vae_bytes + decoding, parts["reward"] + scoring)

@@ -136,7 +136,7 @@ def refuse_quantized(what: Path | str, option: str, configs: Sequence[dict]) -> 
 
 
 def default_config(network_class: type) -> dict:
-    """A class's defaults, as JSON stores them: lists for tuples. Without those of arguments that have none."""
+    """A class's defaults, as JSON stores them: lists for tuples. Arguments without a default are left out."""
     parameters = inspect.signature(network_class.__init__).parameters.values()
     return json.loads(json.dumps({p.name: p.default for p in parameters if p.default is not p.empty}))
 
@@ -290,7 +290,7 @@ def load_pipeline(pipeline_class: type, path: str, world: World, option: str = "
 
 
 def is_worth_saying(record: logging.LogRecord) -> bool:
-    """Not that a prompt is longer than an encoder takes, in every iteration."""
+    """False for the truncation warning, which every iteration would repeat."""
     return "input was truncated" not in str(record.msg)
 
 

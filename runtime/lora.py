@@ -37,8 +37,8 @@ def public_lora(network: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[st
 def read_lora(file: Path | str) -> dict[str, Tensor]:
     """The weights of a LoRA file, B scaled so that W + B·A is what it means.
 
-    alpha stands in `.alpha` weights, in the metadata that diffusers writes, in the lora_config.json that the release's
-    trainer writes beside the file, or is the rank.
+    alpha comes from `.alpha` weights, from diffusers' metadata, or from the lora_config.json that the release's
+    trainer writes beside the file; else it is the rank.
     """
     from safetensors import safe_open
 

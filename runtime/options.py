@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 
 class RunError(Exception):
-    """Something the user can mend. Its message is one line: what is wrong, and what to change."""
+    """Something the user can fix. Its message is one line: what is wrong, and what to change."""
 
 
 class Lazy(types.ModuleType):
@@ -62,7 +62,7 @@ GLOO = "gloo/transport"  # in every error of a collective that another process d
 
 
 def lost_process(error: str) -> str:
-    """Which process made a collective fail with this error of gloo's: one that does not have an error, too."""
+    """Which process made a collective fail with this gloo error: the one that reports no error itself."""
     limit, silent = re.search(r"Timed out waiting (\d+)ms", error), []
     try:
         store = dist.distributed_c10d._get_default_store()

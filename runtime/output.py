@@ -80,7 +80,7 @@ class Run:
             write_atomically(Path(config.output_dir, "config.json"), json.dumps(folder.config, indent=2) + "\n")
         self.metrics = Metrics(config.output_dir, world, folder.checkpoint)
         self.preempted, self.flat = Preemption(world), 0
-        # The weights are those after `done` iterations until the next one's first optimizer step: till then it may end.
+        # Before an iteration's first optimizer step, the weights are those after `done` iterations: the run may end.
         self.saved, self.row, self.intact = self.done, {}, True
         self.optimizer.register_step_pre_hook(self._before_step)
         self.world = dataclasses.replace(world, poll=self.poll)

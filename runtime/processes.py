@@ -25,7 +25,7 @@ from .options import Lazy, RunError, find_place, require
 
 fsdp = Lazy("torch.distributed.fsdp")
 
-LIMIT = timedelta(minutes=30)  # of a collective in training, after which a process hangs
+LIMIT = timedelta(minutes=30)  # of a collective in training: a slower process has hung
 FOREVER = timedelta(days=30)  # loading, painting first frames, saving: as long as they take
 
 
@@ -60,7 +60,7 @@ class World:
         return self.gather(torch.as_tensor(x).view(1)).mean().item()
 
     def share(self, count: int) -> list[int]:
-        """This process's part of 0 … count - 1. All parts are equally long, so the last indices may be repeated."""
+        """This process's part of 0 … count - 1. All parts are equally long, so the first ones may be repeated."""
         return [(self.rank + k * self.size) % count for k in range(-(-count // self.size))]
 
     def collect(self, x: Tensor, count: int) -> Tensor:
@@ -260,8 +260,8 @@ def trainable(network: nn.Module) -> list[nn.Parameter]:
 def sync_gradients(network: nn.Module, now: bool) -> None:
     """Say whether the next backward pass is the last of an update: only then do the copies all-reduce their gradients.
 
-    Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole. Of a network
-    that is not sharded `average_gradients` takes care.
+    Inside a sharded copy every pass reduces and scatters gradients, so that they never have to fit whole. For a network
+    that is not sharded, see `average_gradients`.
     """
     if isinstance(network, fsdp.FSDPModule):
         network.set_requires_all_reduce(now)

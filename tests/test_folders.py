@@ -149,7 +149,7 @@ def test_a_prompt_that_stands_twice_must_mean_the_same(other, tmp_path):
     file.write_text("\n".join(map(json.dumps, (row, row | {"number": 2}))))
     assert data.load_metadata(str(file)) == {"she smiles": row}
     file.write_text("\n".join(map(json.dumps, (row, row | other))))
-    with pytest.raises(RunError, match=rf"a\.jsonl line 2: its prompt stands above with another {next(iter(other))}"):
+    with pytest.raises(RunError, match=rf"a\.jsonl line 2: its prompt appears above with another {next(iter(other))}"):
         data.load_metadata(str(file))
 
 
@@ -171,9 +171,9 @@ def test_home_is_expanded_and_an_empty_folder_name_refused(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("content, expected", [
-    ({"model_index.json": "{}"}, "holds model_index.json, no run's or damaged"),
-    ({"config.json": '{"metrics": "hps"}'}, "holds config.json, no run's or damaged"),
-    ({"config.json": '{"metrics": '}, "holds config.json, no run's or damaged"),
+    ({"model_index.json": "{}"}, "holds model_index.json, not of a run or damaged"),
+    ({"config.json": '{"metrics": "hps"}'}, "holds config.json, not of a run or damaged"),
+    ({"config.json": '{"metrics": '}, "holds config.json, not of a run or damaged"),
     ({"metrics.jsonl": "{}\n"}, "already holds a run"),
     ({"checkpoint-000005/unet/config.json": "{}"}, "already holds a run"),
 ], ids=lambda x: x if isinstance(x, str) else "")  # fmt: skip

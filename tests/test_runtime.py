@@ -343,7 +343,7 @@ def test_a_prompt_with_two_first_frames_and_one_with_none_are_refused(tmp_path):
     (tmp_path / "prompts.jsonl").write_text(two)
     for given in ("", str(tmp_path / "frames.jsonl")):
         config.first_frames = given
-        with pytest.raises(RunError, match="line 2: its prompt stands above with another image"):
+        with pytest.raises(RunError, match="line 2: its prompt appears above with another image"):
             data.first_frames(config, ["she smiles", "she smiles"])
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "she smiles", "image": null}\n')
     config.first_frames = ""

@@ -159,7 +159,7 @@ def train_clip(seed=0, iterations=3000, scenes=96):
     Linear heads, dropped afterwards, make it learn in minutes: what each patch shows, where each shape lies, which
     facts are true of the image, and which the caption states. The position embedding starts as a ramp as strong as the
     patches: with open_clip's own, ten times weaker, the model stays blind to left and right, above and below.
-    (The shipped weights had ramp and places only in a second leg, 800 steps after 3000; `refine` came after that.)
+    (The shipped weights: 3000 steps without the ramp and the places, 800 with them, then `refine`.)
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -401,7 +401,7 @@ def make_clip():
 
 def make_hps():
     """Trains tiny/hps, starting from tiny/clip, and saves it: once to train policies with, and again with what these
-    draw, where they exploit it. (Of the shipped one the policies had been trained with its predecessor.)"""
+    draw, where they exploit it. (For the shipped one, the policies were trained with its predecessor.)"""
     vae, labeller, gallery = load_vae(), load_judge(LABELLER), []
     for seed, pipes in enumerate((bases(), policies())):
         gallery += draw_gallery(pipes, labeller, seed=10 * seed)

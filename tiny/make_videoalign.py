@@ -312,7 +312,7 @@ def judge_figures(reward, scenes, seed=1):
 
     {"vq": clean preferred to degraded, "mq": smooth to spoilt, "ta": the right caption to one with a wrong motion,
     "empty": by all three scores to a clip without its shape, "vq indifferent", "mq indifferent": faults of motion that
-    move the score by less than half of what the faults it is meant for move it by (median)}. Half of the clips went
+    move the score less than half as far as the faults it is meant to see do (median)}. Half of the clips went
     through tiny/hunyuan's autoencoder.
     """
     vae = generator_vae()
