@@ -189,8 +189,8 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     """{prompt: picture} for all prompts that an image-to-video run will visit; checked before any model is loaded.
 
     --first-frames is a JSONL file of {"prompt": …, "image": …}, images relative to it, or a folder with such a
-    first_frames.jsonl; without it the images are those in --prompts, if that is such a JSONL file. A picture that is
-    not listed is FOLDER/HASH-WIDTHxHEIGHT.png; `paint_first_frames` makes it, given a --first-frame-model.
+    first_frames.jsonl. --prompts may be such a JSONL file, too; --first-frames comes first. A picture that neither
+    lists is FOLDER/HASH-WIDTHxHEIGHT.png; `paint_first_frames` makes it, given a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
     source, listed = Path(config.first_frames or config.prompts), {}

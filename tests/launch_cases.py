@@ -135,6 +135,7 @@ def load_frozen_models(folder: Path) -> None:
     for reward in (rewards.VideoAlignReward, rewards.HPSReward):
         reward.load = noted(reward.name, reward.load)
     changes = {"reward": "mq,hps", "first_frames": folder / "frames", "first_frame_model": "tiny/flux"}
+    changes |= {"prompts": "prompts/tiny.txt"}  # without pictures
     cfg = small.config("i2v", output_dir=folder / "run", prompts_per_iteration=4, first_frame_steps=1, **changes)
     prompts = grpo_video.check(cfg)
     paint = partial(data.paint_first_frames, cfg, data.first_frames(cfg, prompts))
