@@ -56,7 +56,7 @@ class Config:
     steps: Several = 16  # T, sampling steps in the rollout (release)
     eta: Positive = 0.3  # noise of the SDE, eq. 8 (paper, release); flow: a = 0.7, cps: 0.8 are usual
     shift: Positive = 3.0  # of the sigmas towards noise (release)
-    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release); windows: all
+    timestep_fraction: Share = 0.6  # tau, share of the first T - 1 steps to train (paper, release); of a window all
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 3  # optimizer steps, each on its own part of the samples (release, 16 GPUs)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means

@@ -56,7 +56,7 @@ class Config:
     group_size: Several = 16  # G, images of one prompt that are compared (release)
     steps: Several = 50  # T, sampling steps in the rollout (paper, release)
     eta: Share = 1.0  # noise of the DDIM SDE, in (0, 1]; 1 is the variance of DDPM (release)
-    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train (release; paper 0.6); windows: all
+    timestep_fraction: Share = 1.0  # tau, share of the first T - 1 steps to train (release; paper 0.6); of a window all
     shared_noise: bool = True  # one initial noise for a prompt's whole group (paper)
     updates_per_rollout: Count = 2  # optimizer steps, each on its own part of the samples (release)
     clip_range: Open01 = 1e-4  # of the ratio (paper, release), small since log-probs are means

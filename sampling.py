@@ -185,7 +185,7 @@ def sde_window(iteration: int, num_steps: int, size: int, every: int) -> range:
 def distinct(pairs, group_size: int, shared_noise: bool) -> tuple[list[int], list[int]]:
     """Which of the pairs (sample, step) the network evaluates; for each pair, where its prediction is among theirs.
 
-    With shared noise all samples of a group have the same z at step 0: one evaluation serves those that are together.
+    With shared noise all samples of a group have the same z at step 0: one evaluation serves all that are in `pairs`.
     """
     states = [(i - i % group_size if shared_noise and t == 0 else i, t) for i, t in pairs]
     once = list(dict.fromkeys(states))

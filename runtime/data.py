@@ -193,7 +193,8 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     lists is FOLDER/HASH-WIDTHxHEIGHT.png; `paint_first_frames` makes it, given a --first-frame-model.
     Raises RunError if one is missing or broken.
     """
-    source, listed = Path(config.first_frames or config.prompts), {}
+    asked, listed = Path(config.prompts).expanduser(), {}
+    source = Path(config.first_frames) if config.first_frames else asked
     index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
     painter = "" if index == source else config.first_frame_model  # a JSONL file is no folder to paint into
     require(
@@ -204,7 +205,7 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     for number, line in enumerate(read_lines(index) if index.is_file() else [], 1):
         for name in ("prompt", "image"):
             _json_field(line, name, f"{index} line {number}")
-    for file in (Path(config.prompts), index) if index.is_file() else (Path(config.prompts),):
+    for file in dict.fromkeys([asked, index] if index.is_file() else [asked]):
         images = {prompt: row.get("image") for prompt, row in load_metadata(str(file)).items()}
         listed |= {prompt: file.parent / str(image) for prompt, image in images.items() if image}
     batch_size = config.prompts_per_iteration

@@ -313,7 +313,7 @@ def test_first_frames_are_painted_once_and_kept(tmp_path, monkeypatch):
         data.require_there(again | elsewhere)  # what a machine sees that has another folder
 
 
-def test_first_frames_may_stand_beside_their_prompts(tmp_path):
+def test_first_frames_may_stand_beside_their_prompts(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a red circle", "image": "one.png"}\n')
@@ -323,6 +323,9 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path):
     )  # fmt: skip
     pictures = data.first_frames(config, data.load_prompts(str(file)))
     assert pictures == {"a red circle": tmp_path / "one.png"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.prompts = "~/prompts.jsonl"
+    assert data.first_frames(config, data.load_prompts(config.prompts)) == pictures
     config.first_frames, config.first_frame_model = str(tmp_path / "frames"), "tiny/flux"  # as a preset has them
     assert data.first_frames(config, data.load_prompts(str(file))) == pictures
     (tmp_path / "frames").mkdir()
