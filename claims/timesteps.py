@@ -96,8 +96,8 @@ CLAIMS = {
         trainer="grpo_sd",
         preset="tiny",
         arms={
-            "1": UNCLIPPED | {"updates_per_rollout": 1, "learning_rate": 4e-4},
-            "4": UNCLIPPED | {"updates_per_rollout": 4, "learning_rate": 1e-4},
+            "1": UNCLIPPED | {"updates_per_rollout": 1, "learning_rate": 1e-4},
+            "4": UNCLIPPED | {"updates_per_rollout": 4, "learning_rate": 2.5e-5},
         },
         measures={SPEED: speed("sample_reward_hps"), HPS: heldout("hps")},
         compares=(Compare(SPEED, "4", "1", margin=0.02),),

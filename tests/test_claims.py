@@ -430,15 +430,18 @@ def test_a_win_rate_is_the_share_of_the_others_that_a_sample_beats(monkeypatch):
 
 
 def test_arms_that_are_compared_at_equal_cost_cost_the_same():
-    """Evaluations of an iteration, as the loops report them; see test_a_baseline_trains… for these formulas."""
+    """Evaluations of an iteration, as the loops report them; see test_a_baseline_trains… for these formulas.
+
+    The baselines may cost a little more than GRPO, never less.
+    """
     of_preset = grpo_sd.Config(**grpo_sd.PRESETS["tiny"])
     B, T, grpo = 64, of_preset.steps, experiment.evaluations(vars(of_preset))
     assert of_preset.prompts_per_iteration * of_preset.group_size == B
     cost = {"GRPO": grpo, "DDPO": B * T + 3 * B * 3, "ReFL": B * (T - 1.5 + 3)}
     cost["online DPO"] = B * T - 8 * 7 + 8 * dpo.DRAWS * 4
-    for name, arm in command.EXPERIMENTS["baselines-hps"].arms.items():
-        total = arm.get("iterations", of_preset.iterations) * cost[name]
-        assert total == pytest.approx(of_preset.iterations * grpo, rel=0.01)
+    arms = command.EXPERIMENTS["baselines-hps"].arms
+    for name, arm in arms.items():
+        assert 1 <= arm["iterations"] * cost[name] / (arms["GRPO"]["iterations"] * grpo) <= 1.03
     arms = command.EXPERIMENTS["forward"].arms
     of_preset = grpo_flux.Config(**grpo_flux.PRESETS["tiny"])
     total = arms["GRPO"]["iterations"] * experiment.evaluations(vars(of_preset))
