@@ -112,7 +112,7 @@ I2V = dict(
     first_frame_model="black-forest-labs/FLUX.1-dev", height=400, width=640, eta=0.3, shift=7.0, updates_per_rollout=1,
     keep_best_worst=0, guidance=1.0, true_guidance=5.0, shard_size=16,  # 65 GiB a GPU with 8
 )  # fmt: skip
-# The release's finetune_wan_2_1_grpo.sh, but for max_sequence_length, which is WanPipeline's default.
+# The release's finetune_wan_2_1_grpo.sh, but with averaged gradients and WanPipeline's max_sequence_length.
 WAN = dict(
     model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", updates_per_rollout=1, keep_best_worst=0, guidance=1.0, true_guidance=5.0,
     max_sequence_length=512, shift=3.0, eta=0.3, steps=20, group_size=12,
@@ -131,7 +131,7 @@ PRESETS = {
     "paper-i2v": I2V | dict(group_size=12, save_every=3),  # Table 6, but the release's steps; guided, so one update
     "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 13 forward passes a video, not 28
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1, save_every=50),  # ours: in the paper, not in the release
-    "wan": WAN | dict(  # text to image, 8 GPUs (release; micro-batch: ours)
+    "wan": WAN | dict(  # text to image, 8 GPUs (release; prompts, micro-batch: ours)
         reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,
         micro_batch=4, save_every=50,
     ),

@@ -489,7 +489,7 @@ def load_reward(spec: str, paths: dict | str | None = None, device="cpu", metada
     paths     {name: folder or hub id}, where not the default; vq, mq and ta share one model, "videoalign"
     metadata  for registered rewards; geneval's: {prompt: GenEval's metadata}, where its detector cannot read the prompt
     batch     images or videos in a forward pass of a model; your own function gets all at once, a server 8 at a time
-    hps@0.28 is the paper's binary reward (section 3.2). Raises RewardError.
+    hps@0.28 is one of the paper's binary rewards (section 3.2). Raises RewardError.
     """
     terms, paths, scorers = parse_spec(spec), parse_paths(paths or {}), {}
     for model, name in {term.model: term.name for term in terms}.items():

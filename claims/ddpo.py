@@ -1,4 +1,4 @@
-"""DDPO (2305.13301, with importance sampling) on the trainers' rollout; also in rectified flow, as the paper tried it.
+"""DDPO (2305.13301, with importance sampling) on the trainers' rollout; also in rectified flow (the paper's Fig. 5).
 
 What differs from GRPO: every sample has a prompt and an initial noise of its own, and advantages are normalised over
 the whole batch, since no two samples share a prompt. The objective and the cost are the same.

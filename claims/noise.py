@@ -10,7 +10,7 @@ NO_SPREAD = "groups of 8 without spread, in an iteration"
 
 CLAIMS = {
     "shared-noise": Experiment(
-        says="One initial noise for a prompt's group teaches better than a noise for each sample (Fig. 8)",
+        says="One initial noise for a prompt's group teaches better than a noise for each sample (Fig. 8, of video)",
         trainer="grpo_flux",
         preset="tiny",
         arms={"shared": EARLY, "own": EARLY | {"shared_noise": False}},
@@ -19,7 +19,7 @@ CLAIMS = {
         curves=(CURVE,),
     ),
     "noise-level": Experiment(
-        says="With little noise in the SDE a binary reward finds no difference within most groups (Fig. 4c)",
+        says="With little noise in the SDE a binary reward finds no difference within most groups (ours; see Fig. 4c)",
         trainer="grpo_flux",
         preset="tiny",
         arms={f"eta {eta:g}": EARLY | {"eta": eta, "reward": f"hps@{THRESHOLD}"} for eta in (0.1, 1.0)},

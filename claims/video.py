@@ -33,7 +33,7 @@ GAINS = (  # of text to video: what is measured, what must come out, and the cur
 CLAIMS = {
     "t2v": video(
         "t2v",
-        "VQ 4.51 to 7.03, MQ 1.37 to 3.85",
+        "each trained alone: VQ 4.51 to 7.03, MQ 1.37 to 3.85",
         "Text to video gains visual and motion quality, and keeps showing what was asked (Fig. 2, Table 5)",
         *GAINS,
     ),
@@ -63,14 +63,14 @@ CLAIMS = {
         heldout={"preset": "tiny", "prompts": "prompts/tiny_single_heldout.txt"},
     ),
     "shared-noise-video": Experiment(
-        says="In video too, one initial noise for a prompt's group teaches better than one for each sample (Fig. 8)",
+        says="In video, a noise of its own for each sample lets the policy hack the reward: fewer clips are right (Fig. 8)",
         trainer="grpo_video",
         preset="tiny-t2v",
         arms={"shared": {"shared_noise": True}, "own": {"shared_noise": False}},
         measures={"checker accuracy, held-out": heldout("right"), VQ: gain("vq"), MQ: gain("mq")},
         compares=(
-            Compare(VQ, "shared", "own", margin=0.5),
             Compare("checker accuracy, held-out", "shared", "own", margin=0.05),
+            Compare(VQ, "shared", "own", margin=0.5),
         ),
         curves=(("iteration", "sample_reward_vq", "VQ of sample videos (deviations)"),),
         heldout={"preset": "tiny-video", "images_per_prompt": 8},

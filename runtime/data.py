@@ -23,11 +23,12 @@ from .options import RunError, find_place, require
 from .pictures import read_picture, save_image
 from .processes import World
 
+RELEASE = "https://raw.githubusercontent.com/XueZeyue/DanceGRPO/15cc71d53cc2e6e18a68ee607d5fb6ba9a99e344/assets"
 # name: (data set on the hub, its JSON file with a "prompt" in each row), or (address, text file of one prompt a line)
 PROMPT_SETS = {
     "hpdv2": ("ymhao/HPDv2", "train.json"),
-    "vidprom": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "video_prompts.txt"),  # filtered
-    "consisid": ("https://raw.githubusercontent.com/XueZeyue/DanceGRPO/main/assets", "consist-id.txt"),
+    "vidprom": (RELEASE, "video_prompts.txt"),  # filtered
+    "consisid": (RELEASE, "consist-id.txt"),
 }
 
 
