@@ -86,9 +86,7 @@ def text_of(pipe, cfg):
 def test_hunyuan_video(world):
     words = ["--guidance", "6", "--max-sequence-length", "400"]
     cfg, pipe, transformer = load(grpo_video, world, "--model", str(HUB / "HunyuanVideo"), *words)
-    assert [i[-len(own) :] for i, own in zip(ids(pipe.tokenizer), CASES["ids"]["llama"], strict=True)] == CASES["ids"][
-        "llama"
-    ]
+    assert ids(pipe.tokenizer) == CASES["ids"]["llama"]
     assert ids(pipe.tokenizer_2) == CASES["ids"]["clip"]
     tokens, mask, pooled, _ = condition = text_of(pipe, cfg)
     length = tokens.shape[2]
