@@ -63,7 +63,7 @@ CLAIMS = {
         heldout={"preset": "tiny", "prompts": "prompts/tiny_single_heldout.txt"},
     ),
     "shared-noise-video": Experiment(
-        says="In video, a noise of its own for each sample lets the policy hack the reward: fewer clips are right (Fig. 8)",
+        says="In video, a noise for each sample lets the policy hack the reward: fewer clips are right (Fig. 8)",
         trainer="grpo_video",
         preset="tiny-t2v",
         arms={"shared": {"shared_noise": True}, "own": {"shared_noise": False}},
