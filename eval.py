@@ -83,7 +83,8 @@ PRESETS = {
     ),
 }  # fmt: skip
 # Options that may change when an evaluation resumes: existing pictures and scores do not depend on them.
-FREE = "preset", "model", "checkpoint", "metrics", "prompts", "images_per_prompt", "output_dir", "batch_size", "offload"
+FREE = "preset", "model", "checkpoint", "metrics", "reward_paths", "prompts", "images_per_prompt", "output_dir"
+FREE += "batch_size", "offload"
 
 
 # ---------------------------------------------------------------------------------------------- what is to be compared
@@ -121,8 +122,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
     if rewards := reward_spec(cfg, metric_specs(cfg.metrics)):
         check_reward(rewards, cfg.reward_paths, cfg.frames > 1)
     names = ["/".join(Path(checkpoint).parts[-2:]) for checkpoint in cfg.checkpoint]
-    kind, weights = ("network", network) if network else ("base", base)
-    models = [Model("base", kind, weights, cfg.output_dir)]
+    models = [Model("base", *(("network", network) if network else ("base", base)), cfg.output_dir)]
     for checkpoint, name in zip(cfg.checkpoint, names, strict=True):
         name = name if names.count(name) == 1 else checkpoint
         models.append(Model(name, *find_weights(checkpoint, family, component, base, original), cfg.output_dir))
@@ -132,7 +132,7 @@ def plan(cfg: Config) -> tuple[Config, str, list[Model], list[dict]]:
 
 def metric_specs(metrics: str) -> dict[str, str]:
     """{name of a metric: how --metrics has it}; they differ for FILE.py:FUNCTION."""
-    return dict(zip((term.name for term in parse_spec(metrics)), metrics.split(","), strict=True))
+    return dict(zip((term.name for term in parse_spec(metrics)), map(str.strip, metrics.split(",")), strict=True))
 
 
 def reward_spec(cfg: Config, names: Iterable[str]) -> str:
@@ -184,9 +184,9 @@ def open_output(cfg: Config, models: list[Model], rows: list[dict], world: proce
         for name in new.keys() - FREE:
             different = f"{folder} has results of {name} = {stored.get(name)!r}, not {new[name]!r}; {advice}"
             require(stored.get(name) == new[name], different)
-        sources = {m.folder.name: m.weights for m in models} | {"model": cfg.model} | parse_paths(cfg.reward_paths)
-        sources |= {name: spec.rpartition(":")[0] for name, spec in metric_specs(cfg.metrics).items() if spec != name}
-        sources |= {row["image"]: row["image"] for row in rows if "image" in row} | {"prompts": cfg.prompts}
+        sources = {m.folder.name: m.weights for m in models} | {"model": cfg.model, "prompts": cfg.prompts}
+        sources |= {t.model: t.model.rpartition(":")[0] or "its default" for t in parse_spec(cfg.metrics)}
+        sources |= parse_paths(cfg.reward_paths) | {row["image"]: row["image"] for row in rows if "image" in row}
         known, weights = stored.get("weights", {}), {name: fingerprint(of) or of for name, of in sources.items()}
         changed = [sources[name] for name in weights if (known.get(name) or weights[name]) != weights[name]]
         require(not changed, f"{', '.join(changed)} changed after the results in {folder} were made; {advice}")

@@ -229,11 +229,11 @@ class VideoAlignReward(Scorer):
 
     @classmethod
     def fetch(cls, path: str | None = None) -> list[str]:
-        template = Path(path or "-", "prompt_template.txt")
+        folders, template = super().fetch(path), Path(path or "-", "prompt_template.txt")
         if not template.is_file():
             with reading(cls.name, path or cls.HUB[0][0], cls.FILES):
                 template = fetched_once("videoalign_prompt_template.py", partial(text_at, TEMPLATE_URL))
-        return [*super().fetch(path), str(template)]
+        return [*folders, str(template)]
 
     def load(self, folder: str, base: str, template: str) -> None:
         from transformers import Qwen2VLConfig, Qwen2VLModel
@@ -697,7 +697,7 @@ def reading(name: str, path: str, what: str) -> Iterator[None]:
     try:
         yield
     except RewardError as e:
-        raise (RewardError(f"{name}: {e}; or {advice}") if e.__cause__ else e) from e.__cause__  # the hub's, or our own
+        raise (RewardError(f"{name}: {e}; or {advice}") if e.__cause__ and advice not in str(e) else e) from e.__cause__
     except FILE_ERRORS as e:
         # torch's own text advises to load the pickle, which would run what is in it
         reason = "not a file of weights alone" if isinstance(e, pickle.UnpicklingError) else shorten(str(e), 200)

@@ -84,4 +84,4 @@ if __name__ == "__main__":
             main(asked, cfg)
         else:
             for name in NAMES:
-                print(f"{name:<20}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")
+                print(f"{name:<24}{one_form.SAYS if name == 'one-form' else EXPERIMENTS[name].says}")

@@ -4,6 +4,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rewards import FILE_ERRORS, first_line, split_paths
@@ -44,19 +45,18 @@ class Model:
 def run_options(checkpoint: str) -> dict:
     """config.json of the training run in whose folder a checkpoint is, or {}; reward_paths as {name: path}.
 
-    Models, rewards and prompts are found from the directory where the run was started, too. Raises RunError if there is
-    no such checkpoint, or if the file is damaged.
+    Models, rewards and prompts are found from the directory where the run was started, too. Raises RunError.
     """
     require(Path(checkpoint).exists(), f"--checkpoint: there is no {checkpoint}; give RUN/checkpoint-NNNNNN")
     for file in [folder / "config.json" for folder in list(Path(checkpoint).parents)[:3]]:
         stored = files.read_json(file)
         require(bool(stored) or not file.is_file(), f"{file} is damaged, it is not JSON; restore it")
         if {"model", "reward", "prompts", "reward_paths", "directory"} <= stored.keys():
-            directory, paths = stored["directory"], split_paths(stored["reward_paths"])
+            find, paths = partial(from_directory, stored["directory"]), split_paths(stored["reward_paths"])
             paths.pop("geneval", None)  # an evaluation has --detector
-            for name in {"model", "transformer", "prompts"} & stored.keys():
-                stored[name] = from_directory(directory, stored[name])
-            return stored | {"reward_paths": {name: from_directory(directory, path) for name, path in paths.items()}}
+            stored |= {name: find(stored[name]) for name in {"model", "transformer", "prompts"} & stored.keys()}
+            stored["reward"] = re.sub(r"[^,]+\.py(?=:)", lambda file, find=find: find(file[0]), stored["reward"])
+            return stored | {"reward_paths": {name: find(path) for name, path in paths.items()}}
     return {}
 
 

@@ -68,7 +68,7 @@ def open_folder(config, world: World, prompts: list[str]) -> Folder:
             known = stored.get("files", {})
             changed = [path for path, sha256 in content["files"].items() if known.get(path, sha256) != sha256]
             changed += [config.prompts] if stored.get("prompts_sha256") != content["prompts_sha256"] else []
-            message = f"{', '.join(changed)} changed after the run in {output_dir} was started"
+            message = f"{', '.join(dict.fromkeys(changed))} changed after the run in {output_dir} was started"
             require(not changed, f"{message}; restore it, or start a new run in another --output-dir, with --init")
     world.require_shared(output_dir)
     checkpoint = newest_whole_checkpoint(output_dir, world, content) if config.resume else None
@@ -90,13 +90,14 @@ def script_of(config) -> str:
     return Path(inspect.getfile(type(config))).name
 
 
-def files_of(model: str = "", transformer: str = "", reward: str = "", reward_paths: str = "", init: str = "", **_):
-    """The local files and folders that a run with these options uses: models, reward models, custom rewards."""
+def files_of(model="", transformer="", reward="", reward_paths="", init="", prompts="", first_frames="", **_):
+    """The local files that a run with these options uses: models, rewards, JSONL files of prompts and first frames."""
     own = [term.model.rpartition(":")[0] for term in parse_spec(reward)] if reward else []
     given = parse_paths(reward_paths).values()
     paths = [model, transformer, *own, *given, *(place.rpartition(":")[0] for place in given)]  # FILE.py:CLASS
     saved = init and (Path(init) / SUMS).exists()  # a checkpoint, whose state/ is deleted when its run goes on
     paths += [f"{init}/{part}" for part in ("transformer", "unet", LORA_FILE)] if saved else [init]
+    paths += [path for path in (prompts, first_frames) if path.lower().endswith(".jsonl")]
     return [path for path in paths if path and Path(path).exists()]
 
 
@@ -130,8 +131,7 @@ def newest_whole_checkpoint(output_dir: Path, world: World, run: dict) -> Path |
             return checkpoint
         if world.is_main:
             print(f"{checkpoint} is skipped: {fault}", file=sys.stderr)
-    advice = "start a new run in another --output-dir"
-    require(not checkpoints, f"nothing to resume: {output_dir} has no whole checkpoint; {advice}")
+    require(not checkpoints, f"nothing to resume: {output_dir} has no whole checkpoint; take another --output-dir")
     return None
 
 

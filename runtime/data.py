@@ -195,8 +195,8 @@ def first_frames(config, prompts: list[str]) -> dict[str, Path]:
     Raises RunError if one is missing or broken.
     """
     asked, listed = Path(config.prompts).expanduser(), {}
-    source = Path(config.first_frames) if config.first_frames else asked
-    index = source if source.suffix == ".jsonl" else source / "first_frames.jsonl"
+    source = Path(config.first_frames).expanduser() if config.first_frames else asked
+    index = source if source.suffix.lower() == ".jsonl" else source / "first_frames.jsonl"
     painter = "" if index == source else config.first_frame_model  # a JSONL file is no folder to paint into
     require(
         index == source or bool(config.first_frames),
@@ -237,7 +237,7 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
     if not missing:
         require_there(pictures)
         return
-    folder, size = Path(config.first_frames), f"{config.width}x{config.height}"
+    folder, size = Path(config.first_frames).expanduser(), f"{config.width}x{config.height}"
     world.require_shared(folder)
     with world.in_turn():
         pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")

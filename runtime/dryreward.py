@@ -37,6 +37,7 @@ def measure(spec: str, paths: dict[str, str], visual: Tensor, fps: float | None,
     sizes, most, is_video = [], 0, visual.dim() == 5
     models = dict.fromkeys(term.model for term in rewards.parse_spec(spec))
     for name in [model for model in models if issubclass(rewards.LOADERS.get(model, object), rewards.Scorer)]:
+        rewards.require(is_video or name != "videoalign", "videoalign judges video; take hps, clip or pickscore")
         # Fake tensors of indices keep their values, for what depends on these: how a video is cut into patches.
         with mock.patch.object(fake_tensor, "CONSTANT_NUMEL_LIMIT", 10**6), mock.patch.object(rewards, "check_visuals"):
             scorer = scorer_of(name, paths.get(name, ""))

@@ -67,7 +67,8 @@ class Metrics:
         last = self.rows[-1] if self.rows else {}
         names = [key for key in last if key.startswith("sample_reward_") and not key.endswith("_before")]
         scores = [f"{key} {y[0]:.3f} → {y[-1]:.3f}" for key in names for _, y in [curve(self.rows, key)]]
-        return f"{', '.join(scores)}; see {self.path.with_name('samples')} and {self.path.with_name('reward.png')}"
+        places = f"see {self.path.with_name('samples')} and {self.path.with_name('reward.png')}"
+        return "; ".join(filter(None, (", ".join(scores), places)))
 
     def draw(self) -> None:
         """Redraw reward.png."""

@@ -212,7 +212,7 @@ def check_options(config) -> None:
     trained = 2 * k or G  # samples of each group that are trained on
     for ok, message in (
         (P % processes == 0, f"--prompts-per-iteration {P} must be a multiple of the {processes} processes"),
-        (int((T - 1) * tau) >= 1, f"--timestep-fraction {tau} of {T - 1} steps trains none; raise it or --steps"),
+        (window or int((T - 1) * tau), f"--timestep-fraction {tau} of {T - 1} steps trains none; raise it or --steps"),
         (not c.quantize or c.lora_rank, f"--quantize {c.quantize} is for the frozen base of a LoRA; give --lora-rank"),
         (not c.quantize or c.shard_size <= 1, "--quantize keeps a whole base on every GPU; give --shard-size 1"),
         (not window or c.timesteps == "random", f"--timesteps {c.timesteps} does not go with --sde-window {window}"),

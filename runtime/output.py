@@ -107,7 +107,8 @@ class Run:
                 print(self.metrics.gain())
                 checkpoint = str(Path(self.config.output_dir, name_of(max(self.done, self.config.iterations))))
                 command = shlex.join(["python", "eval.py", "--checkpoint", checkpoint])
-                if getattr(self.config, "frames", 1) > 1 and not Path(self.config.prompts).is_file():
+                is_local = Path(self.config.prompts).expanduser().is_file()
+                if getattr(self.config, "frames", 1) > 1 and (self.config.first_frames or not is_local):
                     command += " --prompts FILE"
                 print(
                     f"{checkpoint} is saved; its README.md says how to load it; evaluate it with {command}", flush=True

@@ -24,7 +24,7 @@ import grpo_video
 import small
 from rewards import RewardError
 from runtime import data, loading, output
-from runtime.options import RunError, command_words, one_line_errors, parse_config
+from runtime.options import RunError, check_options, command_words, one_line_errors, parse_config
 
 EVERY = pytest.mark.parametrize("trainer", [grpo_flux, grpo_sd, grpo_video], ids=lambda trainer: trainer.__name__)
 
@@ -59,6 +59,14 @@ def complaint(trainer, *words):
     message = caught.value.code
     assert message.startswith("error: ") and "\n" not in message
     return message.removeprefix("error: ")
+
+
+@EVERY
+def test_tau_is_of_no_account_with_a_window(trainer):
+    for steps, tau in ((2, 0.6), (6, 0.1)):
+        words = f"--preset tiny-t2v --steps {steps}" if trainer is grpo_video else f"--preset tiny --steps {steps}"
+        words += f" --sde-window 1 --timestep-fraction {tau}"
+        check_options(parse_config(trainer.Config, trainer.PRESETS, words.split()))
 
 
 @EVERY

@@ -250,6 +250,8 @@ def test_of_several_rewards_the_largest_counts_and_ones_own_function_is_not_know
     assert sizes == measured("hps", (3, 64, 64))[0] + measured("clip", (3, 64, 64))[0]
     assert most == max(measured(name, (3, 64, 64))[1] for name in ("hps", "clip"))
     assert measured("geneval,my_rewards.py:red", (3, 64, 64)) == ([], 0)
+    with pytest.raises(RewardError, match="videoalign judges video"):
+        measured("vq", (3, 64, 64))
 
 
 def test_a_reward_whose_config_is_damaged_ends_in_one_line(tmp_path):

@@ -20,8 +20,8 @@ from PIL import Image
 import eval as evaluation
 import grpo_flux
 import grpo_video
+from evaluation import models, report
 from evaluation import prompts as prompt_sets
-from evaluation import report
 from rewards import RewardError, load_reward
 from runtime import data, loading, processes
 from runtime.options import RunError, parse_config
@@ -353,6 +353,18 @@ def test_reward_paths_of_a_run_are_found_from_its_directory_or_named(run, prompt
         evaluation.plan(cfg)
 
 
+def test_a_runs_own_reward_is_found_from_its_directory(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "hps").mkdir()  # has the name of a reward, but is none
+    checkpoint = tmp_path / "run" / "checkpoint-000002"
+    checkpoint.mkdir(parents=True)
+    stored = {"model": "a/b", "prompts": "hpdv2", "reward_paths": "", "directory": str(tmp_path)}
+    stored["reward"] = "hps:0.5,own.py:red@0.5:2,gone.py:red"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    reward = models.run_options(str(checkpoint))["reward"]
+    assert reward == f"hps:0.5,{tmp_path}/own.py:red@0.5:2,gone.py:red"
+
+
 def test_the_report_needs_results_only(tmp_path):
     """Made-up results of two models, without any evaluation."""
     noise = np.random.default_rng(0).integers(0, 256, (2, 3 * 20, 30, 3), dtype=np.uint8)  # 3 frames of 20 x 30
@@ -428,10 +440,12 @@ def test_stopped_and_started_again_it_redoes_nothing_and_ends_the_same(finished,
 
 def test_a_checkpoint_and_a_metric_can_be_added_later(run, prompts, tmp_path, monkeypatch):
     options = dict(model="tiny/flux", prompts=prompts, images_per_prompt=1, **SMALL)
-    first = evaluate(tmp_path, metrics="hps", **options)
-    second = evaluate(tmp_path, metrics="hps,geneval", checkpoint=run / "checkpoint-000002", **options)
+    first = evaluate(tmp_path, metrics="hps", reward_paths="hps=tiny/hps", **options)
+    paths, both = "hps=tiny/hps,clip=tiny/clip", "hps, clip,geneval"
+    checkpoint = run / "checkpoint-000002"
+    second = evaluate(tmp_path, metrics=both, reward_paths=paths, checkpoint=checkpoint, **options)
     assert first["summary"]["hps"]["base"] == second["summary"]["hps"]["base"]
-    assert set(second["summary"]) == {"hps", "geneval"} and len(second["models"]) == 2
+    assert set(second["summary"]) == {"hps", "clip", "geneval"} and len(second["models"]) == 2
 
 
 @pytest.mark.slow
@@ -694,11 +708,14 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
 def test_an_output_folder_with_other_settings_is_refused(prompts, tmp_path):
     options = dict(model="tiny/flux", prompts=prompts, metrics="hps", images_per_prompt=1, **SMALL)
     evaluate(tmp_path, **options)
+    other_hps = shutil.copytree("tiny/hps", tmp_path / "hps")
+    config = next(other_hps.glob("*.json"))
+    config.write_text(config.read_text() + "\n")
     for other, expected in (
         ({"steps": 3}, "has results of steps = 2, not 3"),
         ({"seed": 1}, "seed = 42"),
         ({"prompts": "prompts/tiny.txt"}, "prompts_sha256"),
-        ({"reward_paths": "hps=tiny/hps"}, "reward_paths"),
+        ({"reward_paths": f"hps={other_hps}"}, f"{other_hps} changed after the results"),
     ):
         with pytest.raises(RunError, match=expected):
             evaluate(tmp_path, **options | other)

@@ -266,6 +266,16 @@ def test_resume_from_a_folder_that_was_moved(tmp_path, world):
     assert parse("--output-dir", str(tmp_path / "new"), "--resume").output_dir == str(tmp_path / "new")
 
 
+def test_resume_with_other_metadata_of_the_same_prompts_is_refused(tmp_path, world):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "two squares", "tag": "counting"}\n')
+    cfg = replace(a_run(tmp_path / "run", world, prompts=str(file)), resume=True)
+    open_folder(cfg, world, ["one", "two"])
+    file.write_text('{"prompt": "two squares", "tag": "position"}\n')
+    with pytest.raises(RunError, match=r"prompts\.jsonl changed after the run in"):
+        open_folder(cfg, world, ["one", "two"])
+
+
 def test_resume_with_other_prompts_is_refused(tmp_path, world):
     a_run(tmp_path, world)
     before = tree(tmp_path)

@@ -180,6 +180,7 @@ def test_a_resumed_run_has_the_lines_of_its_checkpoint(tmp_path):
     (state / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines[1:]) + '\n{"iteration": 4, "rew')
     writer = metrics.Metrics(tmp_path, processes.start_world(), state.parent)
+    assert writer.gain().startswith("see ")  # no sample pictures, no scores
     writer.write({"iteration": 3, "again": 1} | ROW)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3] and "again" in rows[-1]
@@ -332,6 +333,11 @@ def test_first_frames_may_stand_beside_their_prompts(tmp_path, monkeypatch):
     (tmp_path / "frames/first_frames.jsonl").write_text('{"prompt": "a red circle", "image": "../one.png"}\n')
     (chosen,) = data.first_frames(config, data.load_prompts(str(file))).values()
     assert chosen == tmp_path / "frames/../one.png"  # --first-frames comes first
+    config.first_frames = "~/frames"
+    assert list(data.first_frames(config, data.load_prompts(str(file))).values()) == [chosen]
+    (tmp_path / "frames/first_frames.jsonl").rename(tmp_path / "frames/LIST.JSONL")
+    config.first_frames = "~/frames/LIST.JSONL"
+    assert list(data.first_frames(config, data.load_prompts(str(file))).values()) == [chosen]
 
 
 def test_a_prompt_with_two_first_frames_and_one_with_none_are_refused(tmp_path):
