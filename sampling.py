@@ -107,7 +107,7 @@ def column(level, z) -> torch.Tensor:
 def flow_sde_step(v, z, sigma, sigma_next, eta):
     """The reverse SDE of rectified flow, dz = (v - ½ eta² score) dsigma + eta dw (DanceGRPO, eq. 8), one Euler step.
 
-    v, z (B, ...): the velocity that is predicted at z, and z. sigma in (0, 1]: the level of z; sigma_next in [0, 1]: the
+    v, z (B, ...): the velocity predicted at z, and z. sigma in (0, 1]: the level of z; sigma_next in [0, 1]: the
     lower one to reach; floats or (B,). eta >= 0: the noise; 0 gives the Euler step of the ODE.
     Returns the named tuple `Step`: mean (B, ...), std, z0_hat (B, ...), float32. Needs `column`.
     """
