@@ -17,7 +17,7 @@ LOOPS = {
     "online DPO": {"loop": "claims.dpo", "iterations": 15},
 }
 RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
-BEST = {"GRPO": 2e-4, "DDPO": 2e-4, "online DPO": 2e-4, "ReFL": 2e-4}  # to be replaced by the outcome of learning-rates
+BEST = {"GRPO": 2e-4, "DDPO": 4e-4, "online DPO": 2e-4, "ReFL": 1e-4}  # the outcome of learning-rates
 FORWARD = {
     "GRPO": FREE,
     "NFT": FREE | {"loop": "claims.forward:nft", "iterations": 12},
