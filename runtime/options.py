@@ -40,7 +40,8 @@ def one_line_errors(*errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (RunError, *errors) as e:
-        sys.exit(f"error: {e}")
+        of_memory = re.search("out of memory|allocate memory", str(e.__cause__))  # in a reward
+        sys.exit(f"error: {e}{'; lower --reward-batch (in eval.py --batch-size)' if of_memory else ''}")
     except (MemoryError, RuntimeError) as e:  # torch's errors of this kind are RuntimeErrors
         if GLOO in str(e):
             sys.exit(

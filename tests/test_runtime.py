@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from evaluation.prompts import load_rows
+from rewards import RewardError, load_reward
 from runtime import data, files, loading, metrics, output, pictures, processes
 from runtime.data import keyed_noise, prompt_batch
-from runtime.options import RunError, parse_config
+from runtime.options import RunError, one_line_errors, parse_config
 from runtime.processes import EMA
 
 
@@ -389,6 +390,15 @@ def test_signals_are_noted_during_a_run_only():
     assert preempted() and preempted.received == signal.SIGTERM
     preempted.restore()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reward_that_runs_out_of_memory_says_what_to_lower(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\ndef f(images, prompts): raise torch.OutOfMemoryError('out of memory')"
+    )
+    reward, advice = load_reward(f"{tmp_path}/own.py:f"), r"^error: reward f: .*out of memory.*; lower --reward-batch"
+    with pytest.raises(SystemExit, match=advice), one_line_errors(RewardError):
+        reward(torch.rand(1, 3, 8, 8), ["a cat"])
 
 
 def test_only_a_failed_write_is_reported_as_one(tmp_path):
