@@ -149,7 +149,8 @@ class Page:
         where = f"lines {first} to {first + len(rows) - 1}"
         return (
             f'<figure class="code"{anchor}><figcaption><b>{name}</b> <a href="../{file}">{file}</a>, {where}{twin}'
-            f'</figcaption><pre tabindex="0" aria-label="{name} of {file}"><code>{marked}</code></pre></figure>'
+            f'</figcaption><pre tabindex="0" role="region" aria-label="{name} of {file}"><code>{marked}</code></pre>'
+            "</figure>"
         )
 
     def _line(self, file: str, number: int, row: str) -> str:

@@ -178,7 +178,7 @@ def group() -> list[str]:
         plot("Advantages", sample, ("advantage (standard deviations)", -2, 2, [-2, 0, 2]), zero, dots(A)),
         plot(
             "First step: draws and gradients of the mean",
-            ("next latent z′ (dots); gradient (arrows)", -3, 7, [-2, 0, 2, 4, 6]),
+            ("next latent z′ (dots); gradient (arrows)", -3, 8, [-2, 0, 2, 4, 6, 8]),
             ("sample of the group", -0.5, size + 0.5, {0: "mean", **{i: str(i) for i in numbers}}),
             ("rules faint", [(mean[0].item(), -0.5), (mean[0].item(), size + 0.5)]),
             ("arrows b", arrows), ("dots a", draws),
@@ -237,7 +237,7 @@ def kl() -> list[str]:
             old, new = step(v, v, sigma, sigma_next, eta), step(v + 1, v, sigma, sigma_next, eta)
             points.append((sigma.item(), math.log10(gaussian_kl(new.mean, old.mean, new.std).item())))
         lines += [(f"line {name}", points), (f"dots {name}", points)]
-    axis = ("KL of the step, per element", -3, 1, {-3: "0.001", -2: "0.01", -1: "0.1", 0: "1", 1: "10"})
+    axis = ("KL of the step, per element", -4, 1, {-4: "10⁻⁴", -3: "10⁻³", -2: "0.01", -1: "0.1", 0: "1", 1: "10"})
     panels = [plot("KL if v changes by 1", ("noise level σ (no unit)", 0, 1, [0, 0.5, 1]), axis, *lines)]
     for d in (16, 1024):
         mean = math.sqrt(2 * 0.01) * torch.ones(4000, d)  # std is 1, so that the KL per element is 0.01

@@ -41,7 +41,8 @@ const logProb = (kind, x, { mean, std }) => // without constants
   kind === "cps" ? -((x - mean) ** 2) : -((x - mean) ** 2) / (2 * std ** 2) - Math.log(std);
 function rollout(kind, l, eta, theta, noise) { // noise[0] is the first z, noise[t + 1] step t's; the last has none
   for (let t = 0, z = noise[0], draws = []; ; t++) {
-    const last = t + 2 === l.length, g = STEP[kind](predict(kind, z, l[t], theta).p, z, l[t], l[t + 1], last ? 0 : eta);
+    const last = t + 2 === l.length, { p } = predict(kind, z, l[t], last ? theta.map(() => 0) : theta);
+    const g = STEP[kind](p, z, l[t], l[t + 1], last ? 0 : eta);
     if (last) return { draws, z0: g.x0 };
     const next = g.mean + g.std * noise[t + 1];
     draws.push({ z, next, t, old: logProb(kind, next, g) });
@@ -95,11 +96,12 @@ if (typeof document !== "undefined") { // the page: sliders, curves, training
     for (const x of z0) if (Math.abs(x) < 4) bins[Math.floor(10 * (x + 4))] += 10 / z0.length;
     shape("histogram", [[0, 230], ...bins.flatMap((b, i) => [[8 * i, height(b)], [8 * i + 8, height(b)]]), [640, 230]]);
     curve("exact", exact);
-    curve("hill", (x) => 0.9 * reward(x));
+    curve("hill", reward);
     shape("rewards", rewards.map((r, i) => [3.2 * i, 100 - 100 * r]));
     for (const id of ["eta", "T", "shift", "bump"]) $(id + "-value").value = $(id).value;
     const error = 100 * (variance(z0) / (SPREAD ** 2 + between) - 1);
     $("errors").value = `mean ${(mean(z0) - M).toFixed(3)}, variance ${error.toFixed(1)} %`;
+    $("train").disabled = !eta;
     $("score").value = `${mean(z0.map(reward)).toFixed(3)}`;
   }
   function train(on) {
@@ -120,7 +122,7 @@ if (typeof document !== "undefined") { // the page: sliders, curves, training
     if (event.buttons) $("bump").value = (8 * (event.clientX - box.left)) / box.width - 4;
     if (event.buttons) draw();
   }
-  $("laboratory").hidden = false;
+  $("laboratory").hidden = $("laboratory-link").hidden = false;
   for (const id of ["kind", "eta", "T", "shift"]) $(id).addEventListener("input", reset);
   for (const name of ["pointerdown", "pointermove"]) $("plot").addEventListener(name, drag);
   $("bump").addEventListener("input", draw);
