@@ -229,11 +229,11 @@ class VideoAlignReward(Scorer):
 
     @classmethod
     def fetch(cls, path: str | None = None) -> list[str]:
-        folders, template = super().fetch(path), Path(path or "-", "prompt_template.txt")
+        template = Path(path or "-", "prompt_template.txt")
         if not template.is_file():
             with reading(cls.name, path or cls.HUB[0][0], cls.FILES):
                 template = fetched_once("videoalign_prompt_template.py", partial(text_at, TEMPLATE_URL))
-        return [*folders, str(template)]
+        return [*super().fetch(path), str(template)]
 
     def load(self, folder: str, base: str, template: str) -> None:
         from transformers import Qwen2VLConfig, Qwen2VLModel

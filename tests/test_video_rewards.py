@@ -317,12 +317,9 @@ def test_a_template_that_cannot_be_fetched(tmp_path, monkeypatch):
     with pytest.raises(RewardError, match=r"no route to host.*download .*prompt_template\.txt"):
         rewards.fetch_rewards("vq", {"videoalign": "OWNER/NAME"})
 
-
-def test_a_folder_that_is_not_there_is_said_before_the_template_is_fetched(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RewardError) as caught:
-        VideoAlignReward("runs/no such folder")
-    assert "no such folder" in str(caught.value) and str(caught.value).count("download") == 1
+        VideoAlignReward("OWNER/NAME")
+    assert str(caught.value).count("videoalign: ") == str(caught.value).count("download ") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- pickscore
