@@ -463,19 +463,24 @@ def test_training_reaches_the_optimum_under_a_kl_term(term):
 
 
 def equation_9(case, drawn, arguments, rewards, pairs, epsilon):
-    """1/|pairs| Σ min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A) of an update's pairs, and their rho.
+    """1/|pairs| Σ min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A) of an update's pairs, and which rho are outside.
 
     drawn: the rollout's latents (B, T+1, ...) and log-probabilities (B, T); arguments: those of `sample_groups`.
+    GRPO-Guard's and Flow-DPPO's objective where `--ratio` says so; outside: its rho, or its KL.
     """
-    cfg, _, network, _, text, _, _, schedule, shape, *more = arguments
-    r = rewards.double().view(-1, cfg.group_size)
-    A = ((r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True)).flatten()  # eq. 10
+    cfg, _, network, _, text, keys, _, schedule, shape, *more = arguments
+    groups = [r.double().view(-1, cfg.group_size) for r in rewards.values()]
+    A = sum(((r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True)).flatten() for r in groups)  # eq. 10
     i, t = torch.tensor(pairs).T
     z, z_next, log_pi_old, A = drawn[0][i, t], drawn[0][i, t + 1], drawn[1][i, t], A[i]
-    levels = schedule if case == "flux" else schedule[1]
+    levels = schedule[1] if case == "sd" else schedule
     level, level_ = (x.view(-1, *[1] * len(shape)) for x in (levels[t], levels[t + 1]))
-    if case == "flux":  # eq. 8
-        v = grpo_flux.velocity(network, z, levels[t], [x[i // cfg.group_size] for x in text], cfg.guidance, *more)
+    if case != "sd":  # eq. 8
+        condition = [x[i // cfg.group_size] for x in text]
+        if case == "flux":
+            v = grpo_flux.velocity(network, z, levels[t], condition, cfg.guidance, *more)
+        else:
+            v = grpo_video.velocity(network, z, levels[t], condition, cfg)
         score = -(z - (1 - level) * (z - level * v)) / level**2
         mu, s = z + (v - cfg.eta**2 / 2 * score) * (level_ - level), cfg.eta * (level - level_).sqrt()
     else:  # eq. 7 as DDIM
@@ -484,16 +489,28 @@ def equation_9(case, drawn, arguments, rewards, pairs, epsilon):
         z0 = (z - (1 - level).sqrt() * noise) / level.sqrt()
         mu = level_.sqrt() * z0 + (1 - level_ - s**2).sqrt() * noise
     log_pi = Normal(mu, s).log_prob(z_next).flatten(1).mean(1)  # over the d elements, as the release has it
+    mu_old = z_next - s * data.keyed_noise(shape, [(*keys[b], step) for b, step in pairs], "step noise", "cpu")
+    kl, ratio = ((mu - mu_old) ** 2 / (2 * s**2)).flatten(1).mean(1), getattr(cfg, "ratio", "plain")
     rho = torch.exp(log_pi - log_pi_old)
-    return torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A).mean(), rho.detach()
+    if ratio == "dppo":
+        return (rho * A * ((kl <= epsilon) | ((rho - 1) * A <= 0))).mean(), kl > epsilon
+    if ratio == "guard":
+        rho, A = torch.exp(s.flatten() * (log_pi - log_pi_old + kl)), A / (level - level_).flatten()
+    return torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A).mean(), (rho - 1).abs() > epsilon
 
 
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("case, tolerance", [("flux", 1e-5), pytest.param("sd", 5e-5, marks=pytest.mark.slow)])
-def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, tolerance, tmp_path, monkeypatch):
+@pytest.mark.parametrize("case, options, tolerance", [
+    ("flux", dict(clip_range=2e-4), 1e-5),
+    ("flux", dict(clip_range=2.8e-5, ratio="guard"), 1e-5),
+    ("flux", dict(clip_range=8e-6, ratio="dppo"), 1e-5),
+    ("t2v", dict(clip_range=2.5e-5), 1e-5),
+    pytest.param("sd", dict(clip_range=2e-4), 5e-5, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, options, tolerance, tmp_path, monkeypatch):
     """`main` adds up the gradients of micro-batches; here all pairs (sample, step) of an update make one autograd pass.
 
     2 prompts, groups of 4, shared noise, 2 updates of 4 samples, 2 of 3 steps of each: 8 pairs, by 3, 3 and 2. In the
@@ -502,10 +519,8 @@ def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, tolerance, 
     """
     trainer, P, G, kept, errors = small.TRAINERS[case], 2, 4, {}, []
     small_run = dict(output_dir=tmp_path, prompts_per_iteration=P, group_size=G, updates_per_rollout=2, num_samples=1)
-    algorithm = dict(
-        steps=4, timestep_fraction=0.8, micro_batch=3, learning_rate=1e-5, clip_range=2e-4, max_grad_norm=1e9
-    )
-    cfg = small.config(case, **small_run, **algorithm)
+    algorithm = dict(steps=4, timestep_fraction=0.8, micro_batch=3, learning_rate=1e-5, max_grad_norm=1e9)
+    cfg = small.config(case, **small_run, **algorithm | options)
 
     def keep(name, function, *arguments):
         kept[name] = arguments, function(*arguments)
@@ -524,8 +539,8 @@ def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, tolerance, 
                 rng = data.keyed_rng("timesteps", cfg.seed, 0, p, i % G)
                 pairs += [(i, t) for t in choose_steps(range(cfg.steps - 1), 0.8, "random", rng)]
         assert len(pairs) == 8
-        J, rho = equation_9(case, drawn, arguments, rewards["hps"], pairs, cfg.clip_range)
-        outside = ((rho - 1).abs() > cfg.clip_range).double().mean()
+        J, outside = equation_9(case, drawn, arguments, rewards, pairs, cfg.clip_range)
+        outside = outside.double().mean()
         assert outside == 0 if u == 0 else 0.1 < outside < 0.9
         exact = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(J, weights)])
         ours = torch.cat([-weight.grad.flatten() for weight in weights])
