@@ -213,6 +213,8 @@ def test_a_group_without_spread_gives_no_gradient_and_outliers_are_clipped():
     assert (A[:40] == 0).all()
     assert A.max() == 5.0  # 6.2 before clipping
     assert torch.isfinite(A).all()
+    both = group_advantages({"a": r[40:], "b": -r[40:]}, {"a": 1.0, "b": 0.9}, 40, 5.0)
+    assert both.max().item() == pytest.approx(0.1 * 39 / 40**0.5, abs=1e-4)  # clipped after the sum, not each before
 
 
 # --------------------------------------------------------------------------------------------------------------- loss

@@ -19,6 +19,7 @@ from PIL import Image
 
 import rewards
 from docs import reward_server
+from evaluation import geneval  # noqa: F401, it registers itself as a reward
 from rewards import (
     CLIPReward,
     HPSReward,
@@ -166,6 +167,8 @@ def test_specs_weights_and_thresholds(tiny_reward):
     assert reward.weights == {"hps": 0.7, "clip": 1.4}
     assert scores["hps"].tolist() == (raw > threshold).float().tolist()
     assert scores["hps"].sum() == 3
+    largest = load_reward(f"hps@{raw.max().item()!r}", TINY)(images, prompts)["hps"]
+    assert largest.sum() == 0  # above the threshold, not at it
     assert parse_paths("hps=a/b, clip=tiny/clip") == {"hps": "a/b", "clip": "tiny/clip"}
 
 

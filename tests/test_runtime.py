@@ -392,6 +392,11 @@ def test_signals_are_noted_during_a_run_only():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_the_optimizer_is_the_releases():
+    (group,) = processes.adamw(torch.nn.Linear(2, 2), 1e-5).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-5, (0.9, 0.999), 1e-4)
+
+
 def test_a_reward_that_runs_out_of_memory_says_what_to_lower(tmp_path):
     (tmp_path / "own.py").write_text(
         "import torch\ndef f(images, prompts): raise torch.OutOfMemoryError('out of memory')"
