@@ -95,7 +95,7 @@ def test_a_lora_learns_over_a_quantized_base_and_loads_in_stock_diffusers(case, 
     options = dict(lora_rank=4, iterations=1, num_samples=1, learning_rate=0.01, kl_weight=0.1)
     out = train(case, tmp_path / "out", **options, quantize=kind)
     (row,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert row["ratio_max_deviation_first_update"] == 0 and row["grad_norm"] > 0
+    assert row["ratio_max_deviation_first_update"] <= 1e-6 and row["grad_norm"] > 0
     layers = [module for module in found[0].modules() if isinstance(module, QuantizedLinear)]
     plain = {"flux": FluxTransformer2DModel, "sd": UNet2DConditionModel}[case]
     plain = plain.from_pretrained(f"tiny/{case}", subfolder="unet" if case == "sd" else "transformer")
