@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -47,7 +48,7 @@ import small
 from rewards import RewardError
 from runtime import checkpoints, data, families, initial, loading, lora, output, processes
 from runtime.options import RunError, parse_config
-from sampling import flow_sigmas, rollout, sample_ode
+from sampling import flow_sde_step, flow_sigmas, rollout
 from small import COMPONENTS, TRAINERS, train
 from tiny import training
 
@@ -596,112 +597,101 @@ def test_a_video_of_one_frame_is_a_picture_to_a_reward(tmp_path):
     assert 0 < row["reward_red"] < 1 and 0 < row["sample_reward_red"] < 1
 
 
-@pytest.fixture(scope="module")
-def sd_pipeline():
-    return stock_pipeline("sd")
+class Stopped(Exception):
+    pass
+
+
+def arguments_of(place, name, monkeypatch, case, output_dir, **changes):
+    """Train until the function `name` of `place` would be called for the first time. Returns its arguments."""
+    given = []
+
+    def stop(*arguments):
+        given.extend(arguments)
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(place, name, stop)
+        train(case, output_dir, num_samples=1, **changes)
+    return given
 
 
 @pytest.mark.parametrize("window", [range(5), range(1, 3)], ids=str)
-def test_the_loop_of_stable_diffusion_is_the_rollout_of_sampling(window, sd_pipeline):
-    """grpo_sd.py writes the rollout out, to be read; the result is exactly that of `sampling.rollout`."""
-    cfg = small.config("sd", steps=6, shared_noise=False, height=32, width=32)
-    world, pipe = processes.start_world(), sd_pipeline
-    text = grpo_sd.encode_prompts(pipe, ["a red circle", "two blue squares"], cfg.guidance, "cpu")
-    timesteps, alpha_bars, step = schedule = grpo_sd.ddim_schedule(pipe.scheduler.config, cfg.steps, "cpu")
-    keys = [(0, 3, p, g) for p in range(2) for g in range(cfg.group_size)]
-    shape = pipe.unet.config.in_channels, 8, 8
-    ours = grpo_sd.sample_groups(cfg, world, pipe.unet, pipe.vae, text, keys, window, schedule, shape)
-
+@pytest.mark.parametrize("case", cases("flux", "sd", "t2v"))
+def test_the_loop_of_a_trainer_is_the_rollout_of_sampling(case, window, tmp_path, monkeypatch):
+    """The trainers write the rollout out, to be read; the result is exactly that of `sampling.rollout`."""
+    trainer, options = TRAINERS[case], dict(steps=6, shared_noise=False)
+    given = arguments_of(trainer, "sample_groups", monkeypatch, case, tmp_path / "out", **options)
+    cfg, _, network, vae, text, keys, _, schedule, shape, *rows = given
+    ours = trainer.sample_groups(*given[:6], window, *given[7:])
+    levels, step = schedule[1:] if case == "sd" else (schedule, flow_sde_step)
     rolled = []
-    for start in range(0, 8, cfg.micro_batch):
-        of_sample = text[[b // cfg.group_size for b in range(start, start + cfg.micro_batch)]]
+    for p in range(2):  # prompts, each of 4 samples, a micro-batch
+        own, condition = keys[4 * p : 4 * p + 4], text[[p] * 4] if case == "sd" else [x[[p] * 4] for x in text]
 
-        def model(z, i, of_sample=of_sample):
-            return grpo_sd.predict(pipe.unet, z, timesteps[i], of_sample, cfg.guidance)
-
-        own = keys[start : start + cfg.micro_batch]
-        z = data.keyed_noise(shape, own, "initial noise", "cpu")
+        def model(z, t, condition=condition):
+            if case == "sd":
+                return grpo_sd.predict(network, z, schedule[0][t], condition, cfg.guidance)
+            return trainer.velocity(network, z, levels[t], condition, *((cfg.guidance, *rows) if rows else (cfg,)))
 
         def noise(t, own=own):
             return data.keyed_noise(shape, [(*key, t) for key in own], "step noise", "cpu")
 
         with torch.no_grad():
-            trajectory, log_probs, z0 = rollout(model, z, alpha_bars, cfg.eta, step, noise, window)
-        rolled.append((trajectory, log_probs, grpo_sd.decode(pipe.vae, z0)))
+            start = data.keyed_noise(shape, own, "initial noise", "cpu")
+            trajectory, log_probs, z0 = rollout(model, start, levels, cfg.eta, step, noise, window)
+        rolled.append((trajectory, log_probs, trainer.decode(vae, z0, *rows)))
     for a, b in zip(ours, map(torch.cat, zip(*rolled, strict=True)), strict=True):
         assert torch.equal(a, b)
     assert ((ours[1] != 0).sum(0) == torch.tensor([8 if i in window else 0 for i in range(6)])).all()
 
 
-def test_our_ode_sampler_draws_what_the_stock_flux_pipeline_draws():
-    cfg, pipe = small.config("flux"), stock_pipeline("flux")
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
-    prompts = ["a red circle", "two blue squares"]
-    z = torch.randn(2, 64, pipe.transformer.config.in_channels, generator=torch.Generator().manual_seed(0))
-    sigmas, rows = flow_sigmas(6, cfg.shift), 64 // (2 * pipe.vae_scale_factor)
-    text = grpo_flux.encode_prompts(pipe, prompts, cfg.max_sequence_length, "cpu")
+def sample_pictures(case, prompts, tmp_path, monkeypatch, **changes):
+    """What the trainer's own `draw` makes of the prompts, in its 6 steps, and from which latents."""
+    _, draw, shape, *_ = arguments_of(output.Run, "iterations", monkeypatch, case, tmp_path, steps=6, **changes)
+    z = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        z0 = sample_ode(
-            lambda z, i: grpo_flux.velocity(pipe.transformer, z, sigmas[i], text, cfg.guidance, rows), z, sigmas
-        )
+        return draw(prompts, z), z
+
+
+def test_sample_pictures_are_those_of_the_stock_flux_pipeline(tmp_path, monkeypatch):
+    cfg, pipe, prompts = small.config("flux"), stock_pipeline("flux"), ["a red circle", "two blue squares"]
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
+    ours, z = sample_pictures("flux", prompts, tmp_path, monkeypatch)
     theirs = pipe(
-        prompts, height=64, width=64, latents=z, sigmas=sigmas[:-1].tolist(), num_inference_steps=6,
+        prompts, height=64, width=64, latents=z, sigmas=flow_sigmas(6, cfg.shift)[:-1].tolist(), num_inference_steps=6,
         guidance_scale=cfg.guidance, max_sequence_length=cfg.max_sequence_length, output_type="pt",
     ).images  # fmt: skip
-    torch.testing.assert_close(grpo_flux.decode(pipe.vae, z0, rows), theirs, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_our_ddim_sampler_draws_what_the_stock_sd_pipeline_draws(sd_pipeline):
-    pipe, guidance = sd_pipeline, 2.0
-    prompts = ["a red circle", "two blue squares"]
-    side = 64 // pipe.vae_scale_factor
-    z = torch.randn(2, pipe.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
-    timesteps, alpha_bars, step = grpo_sd.ddim_schedule(pipe.scheduler.config, 6, "cpu")
-    text = grpo_sd.encode_prompts(pipe, prompts, guidance, "cpu")
-    last = []
-
-    def model(z, i):
-        last[:] = [z, grpo_sd.predict(pipe.unet, z, timesteps[i], text, guidance)]
-        return last[1]
-
-    with torch.no_grad():
-        z0 = sample_ode(model, z, alpha_bars, step)
-        theirs = pipe(
-            prompts, height=64, width=64, latents=z, num_inference_steps=6, guidance_scale=guidance,
-            output_type="latent",
-        ).images  # fmt: skip
-    # The stock pipeline returns the last step's latent, which keeps a little noise; ours is the clean prediction.
-    stock_last, _, _ = step(last[1], last[0], alpha_bars[-2], alpha_bars[-1], 0.0)
-    torch.testing.assert_close(stock_last, theirs, rtol=1e-3, atol=1e-3)
-    assert (z0 - theirs).abs().max() < 0.2
+def test_sample_pictures_are_those_of_the_stock_sd_pipeline(tmp_path, monkeypatch):
+    pipe, prompts = stock_pipeline("sd"), ["a red circle", "two blue squares"]
+    # So its last latent is the clean prediction, as ours is; else it would keep a little noise.
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+    ours, z = sample_pictures("sd", prompts, tmp_path, monkeypatch, guidance=2.0)
+    options = dict(height=64, width=64, latents=z, num_inference_steps=6, guidance_scale=2.0, output_type="pt")
+    torch.testing.assert_close(ours, pipe(prompts, **options).images, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case, guidance", [
     ("t2v", 1.0), pytest.param("t2i", 1.0, marks=pytest.mark.slow), pytest.param("i2v", 1.0, marks=pytest.mark.slow),
     ("i2v", 3.0), pytest.param("wan", 1.0, marks=pytest.mark.slow), ("wan", 3.0),
 ])  # fmt: skip
-def test_our_ode_sampler_draws_what_the_stock_video_pipelines_draw(case, guidance):
+def test_sample_videos_are_those_of_the_stock_pipelines(case, guidance, tmp_path, monkeypatch):
     cfg, pipe = small.config(case, true_guidance=guidance), stock_pipeline(case)
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)  # so that it takes our sigmas as they are
-    side = pipe.vae_scale_factor_spatial
-    prompt, shape = data.load_prompts(cfg.prompts)[0], (16, 1 if case == "t2i" else 2, 32 // side, 48 // side)
-    pictures = data.first_frames(cfg, [prompt]) if case == "i2v" else {}
-    z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    sigmas = flow_sigmas(6, cfg.shift)
-    condition = grpo_video.encode(pipe, [prompt], pictures, shape, cfg, "cpu")
-    with torch.no_grad():
-        z0 = sample_ode(lambda z, i: grpo_video.velocity(pipe.transformer, z, sigmas[i], condition, cfg), z, sigmas)
-    ours = grpo_video.decode(pipe.vae, z0)
-    more = {}
+    prompt, sigmas, more = data.load_prompts(cfg.prompts)[0], flow_sigmas(6, cfg.shift)[:-1].tolist(), {}
+    ours, z = sample_pictures(case, [prompt], tmp_path, monkeypatch, true_guidance=guidance)
     if case == "i2v":
-        more |= {"image": Image.open(pictures[prompt]), "true_cfg_scale": guidance, "negative_prompt": ""}
+        image = Image.open(data.first_frames(cfg, [prompt])[prompt])
+        more |= {"image": image, "true_cfg_scale": guidance, "negative_prompt": ""}
         pipe.vae.encode = lambda x, encode=pipe.vae.encode: mode_only(encode(x))
     if case == "wan":
         more |= {"guidance_scale": guidance}
         set_timesteps = pipe.scheduler.set_timesteps  # this pipeline has no argument for sigmas
-        pipe.scheduler.set_timesteps = functools.partial(set_timesteps, sigmas=sigmas[:-1].tolist())
+        pipe.scheduler.set_timesteps = functools.partial(set_timesteps, sigmas=sigmas)
     else:
-        more |= {"guidance_scale": cfg.guidance, "sigmas": sigmas[:-1].tolist()}
+        more |= {"guidance_scale": cfg.guidance, "sigmas": sigmas}
     theirs = pipe(
         prompt=prompt, height=cfg.height, width=cfg.width, num_frames=cfg.frames, latents=z, num_inference_steps=6,
         max_sequence_length=cfg.max_sequence_length, output_type="pt", **more,
