@@ -3,7 +3,6 @@
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import signal
 import subprocess
@@ -367,17 +366,6 @@ def test_public_weights_have_the_compute_dtype_and_the_state_the_master_weights(
         checkpoints.network.linear.weight.zero_()
     checkpoints.restore(tmp_path / "checkpoint-000001")
     assert torch.equal(checkpoints.network.linear.weight, master)
-
-
-def test_sigterm_is_noted_and_does_not_end_the_process():
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        preempted = processes.Preemption(processes.start_world())
-        assert not preempted()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preempted()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
 
 
 def test_frozen_models_are_on_the_device_when_used_and_the_network_may_make_room():

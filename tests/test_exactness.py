@@ -462,41 +462,54 @@ def test_training_reaches_the_optimum_under_a_kl_term(term):
 # ----------------------------------------------------------------- (e) the trainers' gradient is that of equation 9
 
 
+def prediction(case, network, arguments, i, t, z):
+    """v, or the noise, of each pair of sample i and step t. arguments: those of `sample_groups`."""
+    cfg, _, _, _, text, _, _, schedule, _, *rows = arguments
+    if case == "sd":
+        return grpo_sd.predict(network, z, schedule[0][t], text[i // cfg.group_size], cfg.guidance)
+    condition = [x[i // cfg.group_size] for x in text]
+    if case == "flux":
+        return grpo_flux.velocity(network, z, schedule[t], condition, cfg.guidance, *rows)
+    return grpo_video.velocity(network, z, schedule[t], condition, cfg)
+
+
 def equation_9(case, drawn, arguments, rewards, pairs, epsilon):
     """1/|pairs| Σ min(rho A, clip(rho, 1 - epsilon, 1 + epsilon) A) of an update's pairs, and which rho are outside.
 
     drawn: the rollout's latents (B, T+1, ...) and log-probabilities (B, T); arguments: those of `sample_groups`.
-    GRPO-Guard's and Flow-DPPO's objective where `--ratio` says so; outside: its rho, or its KL.
+    GRPO-Guard's and Flow-DPPO's objective where `--ratio` says so; outside: its rho, or its KL. With `--kl-weight`
+    minus beta |prediction - that of the untrained network|².
     """
-    cfg, _, network, _, text, keys, _, schedule, shape, *more = arguments
+    cfg, _, network, _, _, keys, _, schedule, shape, *_ = arguments
     groups = [r.double().view(-1, cfg.group_size) for r in rewards.values()]
     A = sum(((r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True)).flatten() for r in groups)  # eq. 10
     i, t = torch.tensor(pairs).T
     z, z_next, log_pi_old, A = drawn[0][i, t], drawn[0][i, t + 1], drawn[1][i, t], A[i]
     levels = schedule[1] if case == "sd" else schedule
     level, level_ = (x.view(-1, *[1] * len(shape)) for x in (levels[t], levels[t + 1]))
+    v = noise = prediction(case, network, arguments, i, t, z)
     if case != "sd":  # eq. 8
-        condition = [x[i // cfg.group_size] for x in text]
-        if case == "flux":
-            v = grpo_flux.velocity(network, z, levels[t], condition, cfg.guidance, *more)
-        else:
-            v = grpo_video.velocity(network, z, levels[t], condition, cfg)
         score = -(z - (1 - level) * (z - level * v)) / level**2
         mu, s = z + (v - cfg.eta**2 / 2 * score) * (level_ - level), cfg.eta * (level - level_).sqrt()
     else:  # eq. 7 as DDIM
-        noise = grpo_sd.predict(network, z, schedule[0][t], text[i // cfg.group_size], cfg.guidance)
         s = cfg.eta * ((1 - level_) / (1 - level) * (1 - level / level_)).sqrt()
         z0 = (z - (1 - level).sqrt() * noise) / level.sqrt()
         mu = level_.sqrt() * z0 + (1 - level_ - s**2).sqrt() * noise
     log_pi = Normal(mu, s).log_prob(z_next).flatten(1).mean(1)  # over the d elements, as the release has it
     mu_old = z_next - s * data.keyed_noise(shape, [(*keys[b], step) for b, step in pairs], "step noise", "cpu")
     kl, ratio = ((mu - mu_old) ** 2 / (2 * s**2)).flatten(1).mean(1), getattr(cfg, "ratio", "plain")
-    rho = torch.exp(log_pi - log_pi_old)
+    rho, penalty = torch.exp(log_pi - log_pi_old), 0.0
+    if cfg.kl_weight:
+        kind, part = type(network), "unet" if case == "sd" else "transformer"
+        with torch.no_grad():
+            untrained = prediction(case, kind.from_pretrained(cfg.model, subfolder=part), arguments, i, t, z)
+        penalty = cfg.kl_weight * ((v - untrained) ** 2).mean()
     if ratio == "dppo":
         return (rho * A * ((kl <= epsilon) | ((rho - 1) * A <= 0))).mean(), kl > epsilon
     if ratio == "guard":
         rho, A = torch.exp(s.flatten() * (log_pi - log_pi_old + kl)), A / (level - level_).flatten()
-    return torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A).mean(), (rho - 1).abs() > epsilon
+    J = torch.minimum(rho * A, rho.clamp(1 - epsilon, 1 + epsilon) * A).mean()
+    return J - penalty, (rho - 1).abs() > epsilon
 
 
 class Stopped(Exception):
@@ -507,15 +520,18 @@ class Stopped(Exception):
     ("flux", dict(clip_range=2e-4), 1e-5),
     ("flux", dict(clip_range=2.8e-5, ratio="guard"), 1e-5),
     ("flux", dict(clip_range=8e-6, ratio="dppo"), 1e-5),
-    ("t2v", dict(clip_range=2.5e-5), 1e-5),
-    pytest.param("sd", dict(clip_range=2e-4), 5e-5, marks=pytest.mark.slow),
+    ("flux", dict(clip_range=2e-3, kl_weight=1.0, learning_rate=1e-4), 1e-5),
+    ("flux", dict(clip_range=2e-4, kl_weight=10.0, learning_rate=1e-3, lora_rank=4), 1e-5),
+    ("t2v", dict(clip_range=2.5e-4, kl_weight=10.0, learning_rate=1e-4), 1e-5),
+    pytest.param("sd", dict(clip_range=2e-3, kl_weight=1.0, learning_rate=1e-4), 5e-5, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, options, tolerance, tmp_path, monkeypatch):
     """`main` adds up the gradients of micro-batches; here all pairs (sample, step) of an update make one autograd pass.
 
     2 prompts, groups of 4, shared noise, 2 updates of 4 samples, 2 of 3 steps of each: 8 pairs, by 3, 3 and 2. In the
-    second update rho is not 1, and clipping acts. The tolerance is float32's rounding: for SD the gradient is a small
-    sum of large parts, and the same pass in float64 is as far from both.
+    second update rho is not 1, and clipping acts; the network is no longer the KL term's reference. The tolerance is
+    float32's rounding: for SD the gradient is a small sum of large parts, and the same pass in float64 is as far from
+    both.
     """
     trainer, P, G, kept, errors = small.TRAINERS[case], 2, 4, {}, []
     small_run = dict(output_dir=tmp_path, prompts_per_iteration=P, group_size=G, updates_per_rollout=2, num_samples=1)

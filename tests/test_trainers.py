@@ -128,6 +128,24 @@ def finished(request, small_run):
     return request.param, small_run(request.param)
 
 
+class Stopped(Exception):
+    pass
+
+
+def arguments_of(place, name, monkeypatch, case, output_dir, **changes):
+    """Train until the function `name` of `place` would be called for the first time. Returns its arguments."""
+    given = []
+
+    def stop(*arguments):
+        given.extend(arguments)
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(place, name, stop)
+        train(case, output_dir, num_samples=1, **changes)
+    return given
+
+
 def copy_of(output_dir, tmp_path):
     return Path(shutil.copytree(output_dir, tmp_path / "copy"))
 
@@ -174,6 +192,7 @@ def test_the_ratio_is_1_before_the_first_update_and_not_after_it(finished):
     for row in metrics(out):
         assert row["ratio_max_deviation_first_update"] <= 1e-6
         assert 0 < abs(row["ratio_mean"] - 1) < 0.05  # the second update of a rollout is off-policy
+        assert 0 < row["clip_fraction"] < 1
         assert row["kl"] > 0
 
 
@@ -351,6 +370,7 @@ def test_a_loras_initial_values_follow_from_the_seed_and_from_nothing_else():
     def layers(seed):
         network = FluxTransformer2DModel.from_pretrained("tiny/flux", subfolder="transformer")
         network = loading.prepare_network(network, lora_rank=2, lora_targets=grpo_flux.LORA_TARGETS, seed=seed)
+        assert network.peft_config["default"].lora_alpha == 4
         return torch.cat([weight.detach().flatten() for weight in processes.trainable(network)])
 
     torch.manual_seed(5)
@@ -397,23 +417,16 @@ def test_a_run_starts_from_the_weights_of_another(case, small_run, tmp_path):
     assert row["sample_reward_hps_before"] == pytest.approx(metrics(first)[-1]["sample_reward_hps"], abs=1e-6)
     assert distance(weights(case, first, 3), weights(case, second, 1)) < 1e-6
     average = initial.find_init(first / f"checkpoint-000003/{COMPONENTS[TRAINERS[case]]}_ema")
-    _, network, _ = TRAINERS[case].load_models(small.config(case), processes.start_world(), average)
+    cfg = small.config(case, kl_weight=0.1)
+    _, network, reference = TRAINERS[case].load_models(cfg, processes.start_world(), average)
     assert distance(weights(case, first, 3, "_ema"), network.state_dict()) == 0
-
-
-@EACH
-def test_kl_weight_holds_the_policy_at_its_reference(case, small_run, tmp_path):
-    runs = small_run(case), train(case, tmp_path / "held", num_samples=1, kl_weight=1e4)
-    free, held = (metrics(run) for run in runs)
-    assert distance(*(weights(case, run, 3) for run in runs)) > 1e-5
-    # The first update starts at the reference, where the penalty and its gradient are 0.
-    assert free[0]["ratio_max_deviation_first_update"] == held[0]["ratio_max_deviation_first_update"] == 0
-    assert held[-1]["loss"] > free[-1]["loss"]
+    base = getattr(stock_pipeline(case), COMPONENTS[TRAINERS[case]])
+    assert distance(base.state_dict(), reference.state_dict()) == 0  # of the KL term
 
 
 @pytest.mark.parametrize("options", [
     dict(sde="flow", eta=0.7), dict(sde="cps", eta=0.8), dict(sde_window=2), dict(gradient_checkpointing=True),
-    dict(reward="hps:0.7,clip:1.4"), dict(ratio="guard"), dict(ratio="dppo"),
+    dict(reward="hps:0.7,clip:1.4"),
 ], ids=lambda o: "-".join(map(str, next(iter(o.items())))))  # fmt: skip
 def test_flux_options_train_with_ratio_1(options, tmp_path):
     rows = metrics(train("flux", tmp_path / "out", iterations=1, num_samples=1, **options))
@@ -432,6 +445,55 @@ def test_every_step_of_a_window_is_trained(case, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "choose_steps", lambda *given: chosen.append(choose(*given)) or chosen[-1])
     train(case, tmp_path / "out", iterations=1, num_samples=1, sde_window=2, timestep_fraction=0.6)
     assert chosen == [[0, 1]] * 8  # 2 prompts, groups of 4
+
+
+@pytest.mark.parametrize("case", cases("flux", "sd", "t2v"))
+def test_each_iteration_has_prompts_a_window_and_a_deal_of_its_own(case, tmp_path, monkeypatch):
+    trainer, rollouts, dealt = TRAINERS[case], [], []
+    sample, deal = trainer.sample_groups, trainer.deal
+    monkeypatch.setattr(trainer, "sample_groups", lambda *given: rollouts.append(given) or sample(*given))
+    monkeypatch.setattr(trainer, "deal", lambda *given: dealt.append(deal(*given)) or dealt[-1])
+    train(case, tmp_path / "out", iterations=2, num_samples=1, sde_window=2, sde_window_every=1)
+    assert [given[6] for given in rollouts] == [range(2), range(1, 3)]
+    text, other = (given[4] if case == "sd" else given[4][0] for given in rollouts)
+    assert not torch.equal(text, other)
+    keys = [("updates", 7, iteration, p) for iteration in range(2) for p in range(2)]  # the seed is 7
+    assert dealt == [deal(range(4 * key[3], 4 * key[3] + 4), 2, data.keyed_rng(*key)) for key in keys]
+
+
+@pytest.mark.parametrize("case", cases("flux", "sd", "t2v"))
+def test_on_policy_the_kl_is_0_and_the_gradient_is_no_longer_than_allowed(case, tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def measure(optimizer):
+        weights = optimizer.param_groups[0]["params"]
+        norms.append(torch.cat([weight.grad.flatten() for weight in weights]).norm().item())
+        step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measure)
+    options = dict(iterations=1, num_samples=1, updates_per_rollout=1, max_grad_norm=1e-3)
+    (row,) = metrics(train(case, tmp_path / "out", **options))
+    assert 0 <= row["kl"] < 1e-8 and row["ratio_max_deviation_first_update"] <= 1e-6
+    assert norms == [pytest.approx(1e-3, rel=1e-3)] and row["grad_norm"] > 1e-2  # before
+
+
+@pytest.mark.parametrize("case", cases("flux", "sd", "t2v"))
+def test_latents_and_log_probs_are_kept_in_float32(case, tmp_path, monkeypatch):
+    """In bfloat16 the rounding of a latent would move the ratio: see `python -m claims ratio`."""
+    trainer = TRAINERS[case]
+    given = arguments_of(trainer, "sample_groups", monkeypatch, case, tmp_path / "out", steps=3, dtype="bfloat16")
+    trajectories, log_probs, _ = trainer.sample_groups(*given)
+    assert trajectories.dtype == log_probs.dtype == torch.float32
+    assert (trajectories[:, 1] != trajectories[:, 1].bfloat16()).float().mean() > 0.9
+
+
+def test_rewards_without_any_spread_are_reported_after_ten_iterations(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def flat(images, prompts):\n    return 0 * images.mean((1, 2, 3))\n")
+    options = dict(reward=f"{tmp_path}/own.py:flat", steps=3, group_size=2, prompts_per_iteration=1, num_samples=1)
+    train("flux", tmp_path / "nine", iterations=9, **options)
+    assert "warning" not in capsys.readouterr().err
+    train("flux", tmp_path / "ten", iterations=10, **options)
+    assert "all rewards of every group were equal" in "".join(capsys.readouterr())
 
 
 def test_the_average_moves_once_an_iteration_whatever_the_number_of_updates(tmp_path):
@@ -595,24 +657,6 @@ def test_a_video_of_one_frame_is_a_picture_to_a_reward(tmp_path):
     train("t2i", tmp_path / "run", reward=f"{tmp_path}/own.py:red", iterations=1, steps=3, num_samples=1)
     (row,) = (json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert 0 < row["reward_red"] < 1 and 0 < row["sample_reward_red"] < 1
-
-
-class Stopped(Exception):
-    pass
-
-
-def arguments_of(place, name, monkeypatch, case, output_dir, **changes):
-    """Train until the function `name` of `place` would be called for the first time. Returns its arguments."""
-    given = []
-
-    def stop(*arguments):
-        given.extend(arguments)
-        raise Stopped
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(place, name, stop)
-        train(case, output_dir, num_samples=1, **changes)
-    return given
 
 
 @pytest.mark.parametrize("window", [range(5), range(1, 3)], ids=str)
