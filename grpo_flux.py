@@ -376,8 +376,8 @@ def main(cfg: Config) -> None:
 
         row = {"loss": world.mean(sum(losses)), "grad_norm": sum(grad_norms) / len(updates)}
         row |= statistics(rewards, reward.weights, A, G, ratios, kls, cfg.clip_range, world.gather)
+        del drawn, trajectories, images  # sample pictures and the next rollout need their memory
         run.finish(iteration, row, P * G)
-        del drawn, trajectories, images  # the next rollout needs their memory
 
 
 if __name__ == "__main__":

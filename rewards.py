@@ -628,6 +628,7 @@ def text_at(address: str) -> str:
 
 
 PROBE = "A red Circle, two naïve cats!"  # spaces, capitals, punctuation, a letter that is not ASCII
+VOCABULARIES = ({"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"})  # one set is needed
 
 
 def load_tokenizer(folder: str | Path, kind: str, **options):
@@ -639,8 +640,7 @@ def load_tokenizer(folder: str | Path, kind: str, **options):
     import transformers
 
     names = {path.name for path in Path(folder).glob("*") if path.is_file()}
-    whole = "tokenizer_config.json" in names  # of an incomplete folder transformers would make an empty tokenizer
-    whole &= any(files <= names for files in ({"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"}))
+    whole = "tokenizer_config.json" in names and any(files <= names for files in VOCABULARIES)
     require(whole, f"{folder} lacks a tokenizer's files, tokenizer_config.json and tokenizer.json")
     kind = "PreTrainedTokenizerFast" if "tokenizer.json" in names else kind
     tokenizer = getattr(transformers, kind).from_pretrained(folder, **options)

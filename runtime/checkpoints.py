@@ -143,14 +143,14 @@ def find_fault(checkpoint: Path, world: World, part: str = "") -> str:
     names = [name for name in sums if not part or name == part or name.startswith(f"{part}/")]
     if not names:
         return f"its {SUMS} is missing or damaged"
-    found = sha256_of(checkpoint, names, world)
-    wrong = [name for name in names if found[name] != sums[name]]
+    wrong = [name for name, sha256 in sha256_of(checkpoint, names, world).items() if sha256 != sums[name]]
     return f"its {wrong[0]} is missing or damaged" if wrong else ""
 
 
 def require_whole(weights: Path, option: str, world: World) -> None:
     """Raise RunError if weights (a file or a folder) in a run's checkpoint are not as they were saved. A collective."""
-    fault = find_fault(weights.parent, world, weights.name) if (weights.parent / SUMS).is_file() else ""
+    is_checked = world.from_main((weights.parent / SUMS).is_file())
+    fault = find_fault(weights.parent, world, weights.name) if is_checked else ""
     require(not fault, f"{option} {weights.parent} is damaged: {fault}; take another checkpoint")
 
 

@@ -241,7 +241,7 @@ def paint_first_frames(config, pictures: dict[str, Path], world: World) -> None:
     world.require_shared(folder)
     with world.in_turn():
         pipe = load_pipeline(AutoPipelineForText2Image, config.first_frame_model, world, "--first-frame-model")
-    pipe.to(world.device)  # also with --offload: nothing else is there yet
+        pipe.to(world.device)  # also with --offload: nothing else is there yet
     options = {"height": config.height, "width": config.width, "num_inference_steps": config.first_frame_steps}
     for prompt, path in world.progress(missing[world.rank :: world.size], desc="painting first frames"):
         generator = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))

@@ -26,7 +26,6 @@ from .quantize import quantize
 
 diffusers, state_dict = Lazy("diffusers"), Lazy("torch.distributed.checkpoint.state_dict")
 
-VOCABULARY = {"tokenizer.json", "spiece.model", "merges.txt"}
 SAFETY = "safety_checker"  # Stable Diffusion's blackens pictures; trainers and evaluations do without
 
 
@@ -82,9 +81,13 @@ def choose_files(files: Iterable[str], parts: Sequence[str], weights=True, index
         shards = next(filter(None, copies), [])
         wanted += [f"{part}/{name}".lstrip("/") for name in small + shards]
         count = int(re.search(r"-of-(\d+)|$", shards[0])[1] or 1) if shards else 1
-        if not small or not (part or "config.json" in small):
-            lacking = lacking or part or "config.json"
-        elif "tokenizer_config.json" in small and not VOCABULARY & set(small):
+        is_network = not part or any(name.endswith(".index.json") for name in small)
+        is_tokenizer = part.startswith("tokenizer") or "tokenizer_config.json" in small
+        if not small or (is_network and "config.json" not in small):
+            lacking = lacking or f"{part}/config.json".lstrip("/")
+        elif is_tokenizer and "tokenizer_config.json" not in small:
+            lacking = lacking or f"{part}/tokenizer_config.json"
+        elif is_tokenizer and not any(names <= set(small) for names in rewards.VOCABULARIES):
             lacking = lacking or f"{part}/tokenizer.json".lstrip("/")
         elif weights and "config.json" in small and len(shards) < count:
             lacking = lacking or f"weights in {part or 'its root'}"

@@ -236,7 +236,8 @@ class Samples:
         images = torch.cat(images)
         with self.world.on_device(*self.reward.models):
             scores = self.reward(images.squeeze(1), [self.prompts[i] for i in mine], self.fps)
-        shown = self.world.collect(images[: -(-self.SHOWN // self.world.size)], min(count, self.SHOWN))
+        shown = (images[: -(-self.SHOWN // self.world.size)] * 255).round().byte().cpu()  # there may be many processes
+        shown = self.world.collect(shown, min(count, self.SHOWN)) / 255
         if self.world.is_main:
             save = save_pictures if self.fps is None else partial(save_videos, fps=self.fps)
             save(self.sheet(iteration), shown, self.prompts[: len(shown)])

@@ -150,6 +150,8 @@ def start_world(dtype: str = "auto", shard_size: int = 0, offload: bool = False,
     """
     kind = find_accelerator()
     rank, size, local_rank, local_size = find_place()
+    launched = size == 1 or "LOCAL_WORLD_SIZE" in os.environ
+    require(launched, "LOCAL_WORLD_SIZE, the number of processes on this node, is not set; start with torchrun")
     unequal = "the nodes have unequal numbers of processes; give torchrun the same --nproc_per_node on each"
     require(size % local_size == 0, unequal)
     shard_size = choose_shard_size(shard_size, size, local_size, fits_whole)

@@ -190,6 +190,10 @@ def test_at_most_one_process_of_a_node_loads_a_frozen_model_at_a_time(tmp_path):
 def test_options_that_do_not_fit_are_refused(monkeypatch):
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(RunError, match=r"LOCAL_WORLD_SIZE, .* is not set; start with torchrun"):  # as srun does
+        processes.start_world()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(RunError, match="--shard-size must divide the 8 processes, got 3"):
         processes.start_world(shard_size=3)
     with pytest.raises(RunError, match="got -1"):

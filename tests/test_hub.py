@@ -215,6 +215,20 @@ def test_a_tokenizer_comes_with_its_chat_template():
     assert loading.choose_files(files, ["tokenizer"]) == (files, "")
 
 
+@pytest.mark.parametrize("file, lacking", [
+    ("unet/config.json", "unet/config.json"),
+    ("tokenizer/tokenizer_config.json", "tokenizer/tokenizer_config.json"),
+    ("tokenizer/vocab.json", "tokenizer/tokenizer.json"), ("tokenizer/merges.txt", "tokenizer/tokenizer.json"),
+])  # fmt: skip
+def test_a_fetch_that_broke_off_before_any_small_file_is_not_whole(file, lacking):
+    names = "config.json", "model.safetensors.index.json", "model-00001-of-00001.safetensors"
+    files = [f"unet/{name}" for name in names]
+    files += [f"tokenizer/{name}" for name in ("tokenizer_config.json", "vocab.json", "merges.txt")]
+    assert loading.choose_files(files, ["unet", "tokenizer"])[1] == ""
+    files.remove(file)
+    assert loading.choose_files(files, ["unet", "tokenizer"])[1] == lacking
+
+
 def test_a_pipeline_without_its_index_is_not_whole():
     files, parts = ["unet/config.json", "unet/model.safetensors"], ["unet"]
     assert loading.choose_files(files, parts) == (files, "")

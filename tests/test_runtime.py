@@ -131,10 +131,11 @@ def test_of_several_processes_each_sends_only_what_is_shown(sampler, monkeypatch
     sent = []
     own = SimpleNamespace(share=lambda n: list(range(n))[::8], size=8, is_main=False, device="cpu")
     own.chunks, own.on_device = samples.world.chunks, samples.world.on_device
-    own.collect = lambda x, count: sent.append(len(x)) or x
+    own.collect = lambda x, count: sent.append((len(x), x.dtype)) or x
     samples.world = own
     samples.save(0)
-    assert sent == [1, 2, 2]  # pictures, then the scores of both rewards
+    scores = (2, torch.float32)  # of both rewards
+    assert sent == [(1, torch.uint8), scores, scores]
 
 
 def test_all_sample_pictures_are_scored_and_eight_are_shown(sampler, monkeypatch):
@@ -146,7 +147,7 @@ def test_all_sample_pictures_are_scored_and_eight_are_shown(sampler, monkeypatch
     assert [len(captions) for captions, _ in drawn] == [5, 5, 2]  # in micro-batches
     ((path, images, captions),) = shown
     assert path.name == "000020.png" and captions == [str(i / 20) for i in range(8)]
-    assert images[:, 0, 0, 0].tolist() == pytest.approx([i / 20 for i in range(8)])
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([i / 20 for i in range(8)], abs=0.002)  # of 8 bits
 
 
 def test_sample_pictures_always_start_from_the_same_noise(sampler):

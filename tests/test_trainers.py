@@ -645,9 +645,15 @@ def test_a_rollout_is_freed_before_the_next_one(case, tmp_path, monkeypatch):
         of_last[:] = [weakref.ref(drawn[0]), weakref.ref(drawn[2])]  # trajectories, and images or videos
         return drawn
 
+    def save(samples, iteration):
+        alive.append(sum(tensor() is not None for tensor in of_last))
+        return draw(samples, iteration)
+
+    draw = output.Samples.save
+    monkeypatch.setattr(output.Samples, "save", save)
     monkeypatch.setattr(trainer, "sample_groups", watched)
     train(case, tmp_path, iterations=3, steps=3, num_samples=1)
-    assert alive == [0, 0, 0]
+    assert alive == [0] * 6  # before three rollouts, and when pictures are drawn after 0, 2 and 3 iterations
 
 
 def test_a_video_of_one_frame_is_a_picture_to_a_reward(tmp_path):
