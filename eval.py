@@ -1,6 +1,6 @@
 """Compares checkpoints with the base model: same prompts, same noise, also by rewards that were not trained on.
 
-    python eval.py --preset tiny --checkpoint runs/tiny-flux/checkpoint-000035      on a laptop, no download
+    python eval.py --preset tiny --checkpoint runs/tiny-flux/checkpoint-000035      on a laptop, no model download
     torchrun --nproc_per_node=8 eval.py --checkpoint runs/flux/checkpoint-000300    HPS-v2.1's four-style benchmark
     torchrun --nproc_per_node=8 eval.py --checkpoint runs/flux/checkpoint-000300 --output-dir runs/flux-geneval \\
         --prompts geneval --images-per-prompt 4 --metrics geneval                   GenEval as it is published

@@ -9,7 +9,7 @@ Algorithm 1 of the paper, which `main` follows line by line:
             where a log-prob is the mean over the latent's elements
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
-    python grpo_flux.py --preset tiny                                   on a laptop, no download, a few minutes
+    python grpo_flux.py --preset tiny                                   on a laptop, no model download, a few minutes
     torchrun --nproc_per_node=8 --nnodes=2 … grpo_flux.py --reward hps  the release's run, 16 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_flux.py --preset lora              the release's LoRA recipe, 8 GPUs
 
@@ -118,7 +118,7 @@ PRESETS = {
     "lora-48gb": ONE_GPU | dict(height=512, width=512, gpu_memory=46.0),
     "lora-24gb": ONE_GPU | dict(quantize="int8", gpu_memory=23.0),
     "paper": dict(prompts_per_iteration=32, steps=25, updates_per_rollout=4),  # Table 6
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: costs 18 forward passes a sample, not 52
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: as much as 18 forward passes a sample, not 52
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic
         iterations=36, sde_window=2, sde_window_every=1000, updates_per_rollout=1, learning_rate=2e-5, clip_range=1e-4,

@@ -9,7 +9,7 @@ Algorithm 1 of the paper, which `main` follows line by line:
             where a log-prob is the mean over the latent's elements
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
-    python grpo_sd.py --preset tiny                                 on a laptop, no download, a few minutes
+    python grpo_sd.py --preset tiny                                 on a laptop, no model download, a few minutes
     torchrun --nproc_per_node=8 grpo_sd.py --reward hps             the release's run, 8 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_sd.py --preset hps-clip        HPS and CLIP, weighted as the author advises
 
@@ -109,7 +109,7 @@ PRESETS = {
     "release": {},
     "paper": dict(group_size=12, timestep_fraction=0.6, updates_per_rollout=1),  # Table 6 but eta 1; guided: one update
     "hps-clip": dict(reward="hps:0.7,clip:1.4"),  # weights that the release's author advises
-    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: costs 32 forward passes a sample, not 197
+    "fast": dict(steps=20, sde_window=4, sde_window_every=1000),  # ours: as much as 32 forward passes a sample, not 197
     "24gb": dict(prompts_per_iteration=8, micro_batch=4, gradient_checkpointing=True, offload=True, gpu_memory=23.0),
     "tiny": TINY,
     "tiny-fast": TINY | dict(  # only the first two of six steps are stochastic

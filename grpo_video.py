@@ -9,7 +9,7 @@ Algorithm 1 of the paper, which `main` follows line by line:
             where a log-prob is the mean over the latent's elements
         maximise the clipped objective  min(rho A, clip(rho, 1 - clip_range, 1 + clip_range) A)
 
-    python grpo_video.py --preset tiny-t2v            on a laptop, no download; or tiny-t2i, tiny-i2v, tiny-wan
+    python grpo_video.py --preset tiny-t2v            on a laptop, no model download; or tiny-t2i, tiny-i2v, tiny-wan
     torchrun --nproc_per_node=8 --nnodes=4 … grpo_video.py    the release's run; --preset release-i2v: SkyReels
 
 Departures from the release: docs/departures.md.
@@ -129,7 +129,7 @@ PRESETS = {
     "release-i2v": I2V | dict(iterations=121, group_size=8),
     "paper": dict(group_size=12, steps=25, eta=0.3, updates_per_rollout=4, keep_best_worst=0),  # Table 6
     "paper-i2v": I2V | dict(group_size=12, save_every=3),  # Table 6, but the release's steps; guided, so one update
-    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: 13 forward passes a video, not 28
+    "fast": dict(steps=10, sde_window=2, sde_window_every=1000),  # ours: as much as 13 forward passes a video, not 28
     "t2i": dict(reward="hps", prompts="hpdv2", frames=1, save_every=50),  # ours: in the paper, not in the release
     "wan": WAN | dict(  # text to image, 8 GPUs (release; prompts, micro-batch: ours)
         reward="hps", prompts="hpdv2", frames=1, height=512, width=512, prompts_per_iteration=16, iterations=1000,

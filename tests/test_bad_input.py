@@ -340,7 +340,7 @@ def test_wan_2_2_is_refused(key, value, tmp_path):
     "WORLD_SIZE=2 RANK=0 MASTER_ADDR=localhost MASTER_PORT=99999",
 ])  # fmt: skip
 def test_torchruns_variables(trainer, variables, monkeypatch):
-    for variable in variables.split():
+    for variable in ["LOCAL_WORLD_SIZE=1", *variables.split()]:
         monkeypatch.setenv(*variable.split("="))
     assert "check torchrun's address and port" in complaint(trainer)
 
