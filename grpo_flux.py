@@ -13,9 +13,9 @@ Algorithm 1 of the paper, which `main` follows line by line:
     torchrun --nproc_per_node=8 --nnodes=2 … grpo_flux.py --reward hps  the release's run, 16 GPUs of 80 GB
     torchrun --nproc_per_node=8 grpo_flux.py --preset lora              the release's LoRA recipe, 8 GPUs
 
-Departures from the release: initial noise is shared within a prompt's group, not by all prompts; the transformer gets
+Departures from the release: a prompt's group shares its initial noise, not all prompts of a GPU; the transformer gets
 sigma as its time, as the diffusers pipeline does, not int(1000 sigma); advantages of several rewards are added
-(Algorithm 1), not their losses; every update takes samples of every group.
+(Algorithm 1), not their losses; every update takes samples of every group (release: not on 8 GPUs, nor with LoRA).
 
 Legend: P prompts of this process, G samples of each, B = P G of them, T sampling steps, N image tokens, C channels of
 a token, L text tokens, D width of the text embedding, M pairs (sample, step) in a micro-batch.

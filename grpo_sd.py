@@ -14,7 +14,7 @@ Algorithm 1 of the paper, which `main` follows line by line:
     torchrun --nproc_per_node=8 grpo_sd.py --preset hps-clip        HPS and CLIP, weighted as the author advises
 
 The policy is sampled with classifier-free guidance, so the update trains the guided prediction too.
-Departures from the release: initial noise is shared within a prompt's group, not by all prompts; the image is decoded
+Departures from the release: a prompt's group shares its initial noise, not all prompts of a GPU; the image is decoded
 from the last prediction of x0, which the last step's noise never reaches; rewards see the decoded tensor, not a JPEG;
 latents stay in float32; every update takes samples of every group.
 

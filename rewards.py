@@ -423,7 +423,7 @@ def register(loader: type) -> None:
 def parse_spec(spec: str) -> list[Term]:
     """ "hps:0.7,clip@0.39,my_rewards.py:sharpness" → terms. Raises RewardError if there is something wrong with it.
 
-    A reward at http://HOST:PORT/NAME is called by the last part of its path, which weight and threshold may follow.
+    A reward at http://HOST:PORT/NAME is named after the last part of its path, which weight and threshold may follow.
     """
     terms, number = [], r"([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d\d?)?)"
     known = f"NAME[@THRESHOLD][:WEIGHT], NAME one of {', '.join(MODEL_OF)}, FILE.py:FUNCTION or http://HOST:PORT/NAME"
@@ -712,10 +712,10 @@ def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str
     """Raise RewardError unless each has a prompt and, given dims ("3, H, W" or "F, 3, H, W"), these, within [0, 1]."""
     fine = not isinstance(prompts, str) and len(prompts) == len(visuals)
     require(fine, f"{name}: one prompt per image or video, got {len(visuals)} and prompts {prompts!r:.80}")
-    advice = "NaN comes from the model that drew them: lower the learning rate, the guidance or eta"
     for prompt, visual in zip(prompts, visuals, strict=True) if dims else []:
         fine = visual.dim() == len(dims.split(",")) and visual.shape[-3] == 3 and 0 not in visual.shape
         require(fine, f"{name}: each must be ({dims}), got {tuple(visual.shape)}")
         low, high = visual.aminmax()
         found = f"found {low:.3g} to {high:.3g} for {prompt!r}"
+        advice = "NaN is the model's: lower the learning rate or eta" if low.isnan() else "scale them to this range"
         require(low >= 0 and high <= 1, f"{name}: pixels must be in [0, 1], {found}; {advice}")  # also catches NaN
