@@ -628,7 +628,7 @@ def text_at(address: str) -> str:
 
 
 PROBE = "A red Circle, two naïve cats!"  # spaces, capitals, punctuation, a letter that is not ASCII
-VOCABULARIES = ({"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"})  # one set is needed
+VOCABULARIES = ({"tokenizer.json"}, {"spiece.model"}, {"vocab.json", "merges.txt"})  # else the tokenizer would be empty
 
 
 def load_tokenizer(folder: str | Path, kind: str, **options):
@@ -717,5 +717,5 @@ def check_visuals(name: str, visuals: Visuals, prompts: Sequence[str], dims: str
         require(fine, f"{name}: each must be ({dims}), got {tuple(visual.shape)}")
         low, high = visual.aminmax()
         found = f"found {low:.3g} to {high:.3g} for {prompt!r}"
-        advice = "NaN is the model's: lower the learning rate or eta" if low.isnan() else "scale them to this range"
+        advice = "NaN is the model's: lower the learning rate, the guidance or eta" if low.isnan() else "scale them"
         require(low >= 0 and high <= 1, f"{name}: pixels must be in [0, 1], {found}; {advice}")  # also catches NaN

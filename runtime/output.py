@@ -236,7 +236,7 @@ class Samples:
         images = torch.cat(images)
         with self.world.on_device(*self.reward.models):
             scores = self.reward(images.squeeze(1), [self.prompts[i] for i in mine], self.fps)
-        shown = (images[: -(-self.SHOWN // self.world.size)] * 255).round().byte().cpu()  # there may be many processes
+        shown = (images[: -(-self.SHOWN // self.world.size)] * 255).round().byte().cpu()  # of all: too much for a GPU
         shown = self.world.collect(shown, min(count, self.SHOWN)) / 255
         if self.world.is_main:
             save = save_pictures if self.fps is None else partial(save_videos, fps=self.fps)

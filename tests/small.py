@@ -14,6 +14,10 @@ FAST |= {"micro_batch": 4, "num_samples": 3, "seed": 7, "learning_rate": 1e-4, "
 FINISHED = {"save_every": 2, "ema_decay": 0.5}
 
 
+class Stopped(Exception):
+    """A test has seen enough of a run."""
+
+
 def options(case: str) -> dict:
     """Options of a run of seconds, in which every step but the last is stochastic and may be trained.
 

@@ -512,10 +512,6 @@ def equation_9(case, drawn, arguments, rewards, pairs, epsilon):
     return J - penalty, (rho - 1).abs() > epsilon
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("case, options, tolerance", [
     ("flux", dict(clip_range=2e-4), 1e-5),
     ("flux", dict(clip_range=2.8e-5, ratio="guard"), 1e-5),
@@ -562,11 +558,11 @@ def test_main_s_gradient_is_that_of_equation_9_in_every_update(case, options, to
         ours = torch.cat([-weight.grad.flatten() for weight in weights])
         errors.append(((ours - exact).norm() / exact.norm()).item())
         if u == 1:
-            raise Stopped
+            raise small.Stopped
         step(optimizer)
 
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", compare)
-    with pytest.raises(Stopped):
+    with pytest.raises(small.Stopped):
         trainer.main(cfg)
     assert len(errors) == 2 and max(errors) < tolerance, errors

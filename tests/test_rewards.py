@@ -233,7 +233,7 @@ def test_bad_paths_are_refused(paths, message):
         (torch.zeros(2, 3, 64, 64), ["a"], "one prompt per image"),
         (torch.zeros(1, 3, 64, 64), ["a", "b"], "one prompt per image"),
         (torch.zeros(1, 3, 64, 64), "a", "one prompt per image"),
-        (torch.full((1, 3, 64, 64), 255.0), ["a"], r"pixels must be in \[0, 1\], found .*; scale them to this range"),
+        (torch.full((1, 3, 64, 64), 255.0), ["a"], r"pixels must be in \[0, 1\], found .*; scale them"),
         (torch.full((1, 3, 64, 64), torch.nan), ["a cat"], "found nan to nan for 'a cat'; NaN is the model's: lower"),
     ],
 )

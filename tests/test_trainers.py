@@ -49,7 +49,7 @@ from rewards import RewardError
 from runtime import checkpoints, data, families, initial, loading, lora, output, processes
 from runtime.options import RunError, parse_config
 from sampling import flow_sde_step, flow_sigmas, rollout
-from small import COMPONENTS, TRAINERS, train
+from small import COMPONENTS, TRAINERS, Stopped, train
 from tiny import training
 
 
@@ -126,10 +126,6 @@ def small_run(tmp_path_factory):
 def finished(request, small_run):
     """A small run of each trainer, for the tests that look at what it left."""
     return request.param, small_run(request.param)
-
-
-class Stopped(Exception):
-    pass
 
 
 def arguments_of(place, name, monkeypatch, case, output_dir, **changes):
@@ -424,9 +420,19 @@ def test_a_run_starts_from_the_weights_of_another(case, small_run, tmp_path):
     assert distance(base.state_dict(), reference.state_dict()) == 0  # of the KL term
 
 
+@EACH
+def test_kl_weight_holds_the_policy_at_its_reference(case, small_run, tmp_path):
+    runs = small_run(case), train(case, tmp_path / "held", num_samples=1, kl_weight=1e4)
+    free, held = (metrics(run) for run in runs)
+    assert distance(*(weights(case, run, 3) for run in runs)) > 1e-5
+    # The first update starts at the reference, where the penalty and its gradient are 0.
+    assert free[0]["ratio_max_deviation_first_update"] == held[0]["ratio_max_deviation_first_update"] == 0
+    assert held[-1]["loss"] > free[-1]["loss"]
+
+
 @pytest.mark.parametrize("options", [
     dict(sde="flow", eta=0.7), dict(sde="cps", eta=0.8), dict(sde_window=2), dict(gradient_checkpointing=True),
-    dict(reward="hps:0.7,clip:1.4"),
+    dict(reward="hps:0.7,clip:1.4"), dict(ratio="guard"), dict(ratio="dppo"),
 ], ids=lambda o: "-".join(map(str, next(iter(o.items())))))  # fmt: skip
 def test_flux_options_train_with_ratio_1(options, tmp_path):
     rows = metrics(train("flux", tmp_path / "out", iterations=1, num_samples=1, **options))
